@@ -1,0 +1,79 @@
+"""Triton, or a stand-in where it is not installed, and what all kernels share.
+
+Deterministic scatter: floating-point atomics add in whatever order the programs finish, so their sum changes from run to
+run. Under `torch.use_deterministic_algorithms(True)` the kernels add integers instead, whose sum has no order: each
+contribution is multiplied by `2**38 / bound` and truncated to int64, where `bound` is at least the largest contribution.
+One element then holds up to 2**25 contributions without overflow, each exact to `bound * 2**-38`.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    # Triton reads TRITON_INTERPRET once, when a kernel is decorated: a later change has no effect.
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ModuleNotFoundError:
+
+    class _Absent:
+        """Stands for `triton` and `tl` at import; the backend choice never lets a kernel of it run."""
+
+        def __getattr__(self, name: str) -> "_Absent":
+            return self
+
+        def __call__(self, *args: object, **kwargs: object) -> "_Absent":
+            return self
+
+    triton = tl = _Absent()
+    HAS_TRITON = INTERPRETED = False
+
+
+FIXED_POINT_ONE = 2.0**38
+
+
+def autotune_pool(*configs: "triton.Config") -> list["triton.Config"]:
+    """The configurations to try. The interpreter has no clock to choose by: it gets the first."""
+    return list(configs[:1] if INTERPRETED else configs)
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's GPU the current one, where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@triton.jit
+def scatter_add(pointers, contributions, mask, scale_ptr, DETERMINISTIC: tl.constexpr):
+    """Add float32 `contributions` into a buffer of `ScatterBuffer`, whatever else adds there at the same time."""
+    if DETERMINISTIC:
+        scale = tl.load(scale_ptr)
+        tl.atomic_add(pointers, (contributions * scale).to(tl.int64), mask=mask, sem="relaxed")
+    else:
+        tl.atomic_add(pointers, contributions, mask=mask, sem="relaxed")
+
+
+class ScatterBuffer:
+    """A zeroed buffer that kernels add into: float32, or int64 fixed-point when results must repeat to the bit.
+
+    Args:
+        shape: of the gradient.
+        bound: () float32 on the same device, at least the largest magnitude of one contribution.
+    """
+
+    def __init__(self, shape: torch.Size | tuple[int, ...], bound: Tensor):
+        self.deterministic = torch.are_deterministic_algorithms_enabled()
+        dtype = torch.int64 if self.deterministic else torch.float32
+        self.data = torch.zeros(shape, dtype=dtype, device=bound.device)
+        # A NaN or infinite bound makes scale and result NaN, as a floating-point sum would be.
+        self.bound = bound.to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny * FIXED_POINT_ONE)
+        self.scale = FIXED_POINT_ONE / self.bound
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """The accumulated gradient."""
+        if not self.deterministic:
+            return self.data.to(dtype)
+        return (self.data.to(torch.float64) * (self.bound.to(torch.float64) / FIXED_POINT_ONE)).to(dtype)

@@ -1,0 +1,49 @@
+"""Argument checks whose messages say what was given, what the rule is and what to do."""
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raise TypeError unless every tensor is float32, float16, bfloat16 or float64."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; it must be float32, float16, bfloat16 or float64: "
+                f"convert it with {name}.float()"
+            )
+
+
+def check_integer(**tensors: Tensor) -> None:
+    """Raise TypeError unless every tensor holds integers."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must hold integers: convert it with {name}.long()")
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device, but there are {listed}: move them with .to(device)")
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...], remedy: str = "") -> None:
+    """Raise ValueError unless `tensor` has the expected shape.
+
+    Args:
+        name: how the message calls the tensor.
+        tensor: what was given.
+        expected: an int where the size is fixed, a letter where any size will do.
+        remedy: what to do, appended to the message.
+    """
+    fits = tensor.dim() == len(expected) and all(
+        isinstance(want, str) or size == want for size, want in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = "(" + ", ".join(str(size) for size in expected) + ")"
+        message = f"{name} has shape {tuple(tensor.shape)}; it must be {wanted}"
+        raise ValueError(f"{message}: {remedy}" if remedy else message)

@@ -1,0 +1,1 @@
+"""UN-EPT: a unified efficient pyramid transformer for semantic segmentation."""
