@@ -26,8 +26,8 @@ def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
 class SparseSamplingAttention(nn.Module):
     """Each query attends to N points of each of L feature maps, a head at a time (Eq. 3, 4 and 6).
 
-    W^Q maps a query to M heads of d_k channels; from each head's channels U^wts gives L * N attention logits and U^pos the
-    (x, y) offsets of the L * N points; W^V and W^O are the usual projections of values and output.
+    W^Q maps a query to M heads of d_k channels; from each head's channels U^wts gives L * N attention logits and U^pos
+    the (x, y) offsets of the L * N points; W^V and W^O are the usual projections of values and output.
 
     Args:
         d_model: channels of queries, values and output.

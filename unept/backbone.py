@@ -26,8 +26,8 @@ def _accepts(model: nn.Module, option: str) -> bool:
 def _pyramid_indices(reductions: list[int], num_levels: int, name: str) -> tuple[int, ...]:
     """Which of a backbone's features make the pyramid.
 
-    Features of one resolution (a ViT's blocks): evenly spaced ones, the last included; 4, 8, 12 of DeiT-B's. Features of
-    falling resolution: the last ones, C3-C5 of a ResNet.
+    Features of one resolution (a ViT's blocks): evenly spaced ones, the last included; 4, 8, 12 of DeiT-B's. Features
+    of falling resolution: the last ones, C3-C5 of a ResNet.
     """
     count = len(reductions)
     if count < num_levels:
@@ -58,8 +58,8 @@ class Backbone(nn.Module):
     Args:
         name: of the timm model, with or without a tag (`resnet50`, `resnet50.a1_in1k`).
         num_levels: L, how many feature maps to take (see `_pyramid_indices`).
-        output_stride: of dilated convolutional backbones; None means 8 for ResNets, as in the paper, and what the backbone
-            has for others.
+        output_stride: of dilated convolutional backbones; None means 8 for ResNets, as in the paper, and what the
+            backbone has for others.
         pretrained: load timm's ImageNet weights from its hub.
         weights: load them from this file instead (.safetensors, or a .pth of tensors).
 

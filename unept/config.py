@@ -43,7 +43,7 @@ class ModelConfig:
     dropout: float = 0.1
     """In the transformer."""
     context_queries: Literal["spatial", "learned"] = "spatial"
-    """The decoder's input: the spatial branch, or the learned table of the paper's baseline (no boundary refinement)."""
+    """The decoder's input: the spatial branch, or the learned table of the paper's baseline (no refinement)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -124,7 +124,7 @@ class TrainConfig:
     warmup: int = 0
     """Steps over which the learning rates rise from zero; the paper has none."""
     schedule: Literal["step", "cosine"] = "step"
-    """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero along a half cosine."""
+    """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero."""
     loss_weights: tuple[float, float, float, float] = (1.0, 1.5, 3.0, 0.7)
     """lambda_1..4 of Eq. 7: segmentation, refined segmentation, boundary, direction."""
     seed: int = 0

@@ -13,8 +13,8 @@ class UNEPTLoss(nn.Module):
     """L = l1 CE(Y, Y_hat) + l2 CE(Y, Y_ref) + l3 L_bound + l4 L_dir (Eq. 7).
 
     CE is the cross-entropy of the up-sampled prediction, Y_ref the refined one (read at p + offset(p)). L_bound is the
-    binary cross-entropy of the boundary over pixels that are not ignored, L_dir the cross-entropy of the direction on the
-    true boundary pixels. The targets of both are computed here, from the labels as augmented.
+    binary cross-entropy of the boundary over pixels that are not ignored, L_dir the cross-entropy of the direction on
+    the true boundary pixels. The targets of both are computed here, from the labels as augmented.
 
     Args:
         weights: l1 to l4. A model without a spatial branch has the first term only.

@@ -171,7 +171,7 @@ class UNEPT(
 
 
 def predicted_ids(output: UNEPTOutput, size: Sequence[int], *, refine: bool = True, refine_scale: int = 1) -> Tensor:
-    """Class ids (B, H, W) int64 of images of `size` (H, W), refined if asked for and if the model has a spatial branch."""
+    """Class ids (B, H, W) int64 of images of `size` (H, W), refined if asked for and if there is a spatial branch."""
     full = (STRIDE * output.logits.shape[2], STRIDE * output.logits.shape[3])
     offset = None
     if refine and output.boundary is not None and output.direction is not None:

@@ -1,4 +1,4 @@
-"""Named training runs: `python -m unept.train NAME`. Each says where it comes from, what it costs and what to expect."""
+"""Named training runs: `python -m unept.train NAME`. Each says where it comes from and what it costs."""
 
 from .config import DataConfig, ModelConfig, TrainConfig
 
@@ -47,7 +47,7 @@ def camvid() -> TrainConfig:
 
 
 def folder() -> TrainConfig:
-    """Your own images: folders of images and of labels with a class list (README, "Your own images"); give it with --root.
+    """Your own images: folders of images and of labels with a class list (README); give it with --root.
 
     ResNet-50 with ImageNet weights and the paper's recipe, shortened to 20k iterations.
     """

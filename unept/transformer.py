@@ -65,7 +65,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Sparse self-attention on the context queries (Eq. 4), cross-attention into X_enc (Eq. 6), feed-forward network."""
+    """Sparse self-attention on the context queries (Eq. 4), cross-attention into X_enc (Eq. 6), feed-forward."""
 
     def __init__(self, d_model: int, num_heads: int, num_levels: int, num_points: int, ffn_dim: int, dropout: float):
         super().__init__()
