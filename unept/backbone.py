@@ -102,7 +102,7 @@ class Backbone(nn.Module):
         self.features = self._create(name, pretrained or weights is not None, options)
         self.channels: list[int] = self.features.feature_info.channels()
         self.strides: list[int] = self.features.feature_info.reduction()
-        self.channels_last = str(getattr(self.features, "output_fmt", "NCHW")) == "NHWC"
+        self.channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
         preprocessing = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
         self.mean: tuple[float, ...] = tuple(preprocessing.mean)
         self.std: tuple[float, ...] = tuple(preprocessing.std)

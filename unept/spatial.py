@@ -22,7 +22,7 @@ class SpatialBranch(nn.Sequential):
         widths: channels of the first two convolutions.
     """
 
-    def __init__(self, d_model: int = 256, widths: tuple[int, int] = (64, 192)):
+    def __init__(self, d_model: int = 256, widths: tuple[int, int] = (32, 256)):
         channels = (3, *widths, d_model)
         super().__init__(*(conv_bn_relu(channels[i], channels[i + 1], 3, stride=2) for i in range(3)))
 

@@ -36,11 +36,15 @@ def sine_position_encoding(points: Tensor, dim: int, temperature: float = 10000.
 
 
 class FeedForward(nn.Sequential):
-    """Linear, ReLU, dropout, linear, dropout."""
+    """Linear, ReLU, dropout, linear, dropout.
+
+    Dropout stands before the ReLU, which changes nothing (both scale by a number >= 0) but the memory: what ReLU and the
+    second linear layer keep for the backward is then one tensor, not two.
+    """
 
     def __init__(self, d_model: int, hidden: int, dropout: float):
         super().__init__(
-            nn.Linear(d_model, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, d_model), nn.Dropout(dropout)
+            nn.Linear(d_model, hidden), nn.Dropout(dropout), nn.ReLU(), nn.Linear(hidden, d_model), nn.Dropout(dropout)
         )
         for linear in (self[0], self[3]):
             nn.init.xavier_uniform_(linear.weight)
