@@ -38,7 +38,7 @@ def sine_position_encoding(points: Tensor, dim: int, temperature: float = 10000.
 class FeedForward(nn.Sequential):
     """Linear, ReLU, dropout, linear, dropout.
 
-    Dropout stands before the ReLU, which changes nothing (both scale by a number >= 0) but the memory: what ReLU and the
+    Dropout stands before the ReLU, which changes nothing (it scales by a number >= 0) but the memory: what ReLU and the
     second linear layer keep for the backward is then one tensor, not two.
     """
 
