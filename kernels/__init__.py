@@ -2,5 +2,13 @@
 
 from .backend import BACKENDS, requested_backend, use_backend
 from .bilinear_gather import bilinear_gather
+from .upsample_cross_entropy import upsample_argmax, upsample_cross_entropy
 
-__all__ = ["BACKENDS", "bilinear_gather", "requested_backend", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "bilinear_gather",
+    "requested_backend",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+    "use_backend",
+]
