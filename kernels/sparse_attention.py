@@ -15,7 +15,7 @@ centre of pixel 0. Between centres values are bilinear; what lies outside the ma
 something only where -1 < x < W_l and -1 < y < H_l. Comparisons with NaN are false: NaN is outside, and so is infinity.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._triton import ScatterBuffer, autotune_pool, device_guard, scatter_add, tl, triton
+from .backend import runs_on_triton
 from .checks import check_floating, check_same_device, check_shape
 
 # --- torch backend ----------------------------------------------------------------------------------------------------
 
 # Elements of the largest temporary; queries are taken in chunks to stay below it.
-MAX_TEMPORARY = 1 << 24
+MAX_TEMPORARY = 1 << 22
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:
@@ -144,13 +146,14 @@ def _backward_torch(
     scores: Tensor,
     reference: Tensor | None,
     value_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of value (zeros unless `value_grad`), points, scores and reference."""
+    reference_grad: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """The gradients of value, points, scores and, per image (B, Q, 2), reference."""
     batch, channels = value.shape[0], value.shape[-1]
     table = _value_table(value)
-    grad_table = torch.zeros_like(table)
+    grad_table = torch.zeros_like(table) if value_grad else None
     grad_points, grad_scores = torch.empty_like(points), torch.empty_like(scores)
-    grad_reference = None if reference is None else table.new_zeros((batch, points.shape[1], 2))
+    grad_reference = table.new_zeros((batch, points.shape[1], 2)) if reference_grad else None
     for chunk in _query_chunks(points, elements_per_sample=4 * channels):
         weights = _attention_weights(value, scores[:, chunk], reference)
         ref = None if reference is None else reference[:, chunk]
@@ -159,8 +162,9 @@ def _backward_torch(
         for level, start, height, width in _levels(shapes):
             weight = weights[:, :, :, level]
             rows, fx, fy = _corners(value, points[:, chunk, :, level], ref, start, height, width)
-            dots = (table[rows.view(grad.shape[0], -1)] @ grad).view(rows.shape)
-            if value_grad:
+            corners = table.index_select(0, rows.flatten()).view(grad.shape[0], -1, channels)
+            dots = (corners @ grad).view(rows.shape)
+            if grad_table is not None:
                 per_sample = _corner_weights(weight, fx, fy).view(grad.shape[0], -1, 1)
                 grad_table.index_add_(0, rows.flatten(), (per_sample * grad.mT).view(-1, channels))
             top_left, top_right, bottom_left, bottom_right = dots.unbind(-1)
@@ -169,18 +173,401 @@ def _backward_torch(
             grad_weights[:, :, :, level] = torch.lerp(top, bottom, fy)
             slope_x = torch.lerp(top_right - top_left, bottom_right - bottom_left, fy)
             grad_pixels = weight[..., None] * torch.stack((slope_x, bottom - top), dim=-1)
-            if grad_reference is None:
-                grad_pixels[..., 0] *= width
-                grad_pixels[..., 1] *= height
-            else:
+            if grad_reference is not None:
                 grad_reference[:, chunk, 0] += grad_pixels[..., 0].sum((-1, -2)) * width
                 grad_reference[:, chunk, 1] += grad_pixels[..., 1].sum((-1, -2)) * height
+            if reference is None:
+                grad_pixels[..., 0] *= width
+                grad_pixels[..., 1] *= height
             grad_points[:, chunk, :, level] = grad_pixels.to(points.dtype)
         if reference is not None:
             mean = (weights * grad_weights).sum((-1, -2), keepdim=True)
             grad_weights = weights * (grad_weights - mean)
         grad_scores[:, chunk] = grad_weights.to(scores.dtype)
-    return grad_table[:-1].view(value.shape).to(value.dtype), grad_points, grad_scores, grad_reference
+    grad_value = None if grad_table is None else grad_table[:-1].view(value.shape).to(value.dtype)
+    return grad_value, grad_points, grad_scores, grad_reference
+
+
+# --- Triton kernels ---------------------------------------------------------------------------------------------------
+# A program takes one image, one head and BLOCK_Q queries; heads and images are the slow program axes, so that programs
+# that run together read the same rows. Tiles are [BLOCK_N, BLOCK_Q, BLOCK_D], points first: a sum over points then stays
+# within a thread. Strides are those of the shapes above.
+
+_FORWARD_POOL = autotune_pool(
+    triton.Config({"BLOCK_Q": 32, "BLOCK_N": 2}, num_warps=4),
+    triton.Config({"BLOCK_Q": 64, "BLOCK_N": 1}, num_warps=4),
+    triton.Config({"BLOCK_Q": 64, "BLOCK_N": 2}, num_warps=4),
+    triton.Config({"BLOCK_Q": 64, "BLOCK_N": 2}, num_warps=8),
+    triton.Config({"BLOCK_Q": 128, "BLOCK_N": 2}, num_warps=8),
+    triton.Config({"BLOCK_Q": 16, "BLOCK_N": 1}, num_warps=4),
+)
+_BACKWARD_POOL = autotune_pool(
+    triton.Config({"BLOCK_Q": 32, "BLOCK_N": 2}, num_warps=4),
+    triton.Config({"BLOCK_Q": 32, "BLOCK_N": 1}, num_warps=4),
+    triton.Config({"BLOCK_Q": 64, "BLOCK_N": 1}, num_warps=4),
+    triton.Config({"BLOCK_Q": 64, "BLOCK_N": 1}, num_warps=8),
+    triton.Config({"BLOCK_Q": 64, "BLOCK_N": 2}, num_warps=8),
+    triton.Config({"BLOCK_Q": 16, "BLOCK_N": 1}, num_warps=4),
+)
+
+
+@triton.jit
+def _program_work(num_heads, num_queries, BLOCK_Q: tl.constexpr):
+    """The image, head and queries [BLOCK_Q] of this program, int64. Past the end the last query is repeated; their mask."""
+    tiles = tl.cdiv(num_queries, BLOCK_Q)
+    program = tl.program_id(0)
+    index = program % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = tl.minimum(index, num_queries - 1).to(tl.int64)
+    program = program // tiles
+    return (program // num_heads).to(tl.int64), (program % num_heads).to(tl.int64), query, index < num_queries
+
+
+@triton.jit
+def _locate(x, y, ref_x, ref_y, width, height, usable, LOCATIONS: tl.constexpr):
+    """Pixel (x0, y0) at the upper left of each sample, and the fractions fx, fy past it.
+
+    x, y: as `points` holds them. Where not `usable`, or where nothing is read, x0 = y0 = -2: all corners are outside.
+    """
+    if LOCATIONS:
+        x = x * width - 0.5
+        y = y * height - 0.5
+    else:
+        x = (ref_x * width - 0.5) + x
+        y = (ref_y * height - 0.5) + y
+    inside = usable & (x > -1.0) & (x < width) & (y > -1.0) & (y < height)
+    x = tl.where(inside, x, -2.0)
+    y = tl.where(inside, y, -2.0)
+    left = tl.floor(x)
+    top = tl.floor(y)
+    return left.to(tl.int32), top.to(tl.int32), x - left, y - top
+
+
+@triton.jit
+def _corner(x, y, width, height, stride_s, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets [BLOCK_N, BLOCK_Q, BLOCK_D] of the channels at pixels (x, y) from the level's first pixel; their mask."""
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    channel = tl.arange(0, BLOCK_D)[None, None, :]
+    row = (y * width + x).to(tl.int64) * stride_s
+    return row[:, :, None] + channel * stride_d, inside[:, :, None] & (channel < D)
+
+
+@triton.jit
+def _softmax_statistics(
+    scores_ptrs, stride_l, stride_n, L: tl.constexpr, N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Largest logit and 1 / (sum of exponentials), each [1, BLOCK_Q]; scores_ptrs [1, BLOCK_Q]."""
+    # Finite from the start: a level whose logits are all -inf must not turn the rest into NaN.
+    largest = tl.full([1, BLOCK_Q], -3.0e38, tl.float32)
+    total = tl.zeros([1, BLOCK_Q], tl.float32)
+    for level in tl.static_range(L):
+        for n0 in tl.range(0, N, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)[:, None]
+            pointers = scores_ptrs + level * stride_l + n * stride_n
+            logits = tl.load(pointers, mask=n < N, other=float("-inf")).to(tl.float32)  # [BLOCK_N, BLOCK_Q]
+            new_largest = tl.maximum(largest, tl.max(logits, 0)[None, :])
+            total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(logits - new_largest), 0)[None, :]
+            largest = new_largest
+    return largest, 1.0 / total
+
+
+@triton.jit
+def _load_weights(pointers, mask, largest, inverse_total, LOCATIONS: tl.constexpr):
+    """Attention weights [BLOCK_N, BLOCK_Q], zero outside the mask."""
+    if LOCATIONS:
+        return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    else:
+        logits = tl.load(pointers, mask=mask, other=float("-inf")).to(tl.float32)
+        return tl.exp(logits - largest) * inverse_total
+
+
+@triton.autotune(_FORWARD_POOL, key=["L", "N", "D", "LOCATIONS"], cache_results=True)
+@triton.jit
+def _forward_kernel(
+    out_ptr,  # (B, Q, M, D), contiguous
+    value_ptr,  # (B, S, M, D)
+    value_strides,
+    points_ptr,  # (B, Q, M, L, N, 2)
+    points_strides,
+    scores_ptr,  # (B, Q, M, L, N)
+    scores_strides,
+    reference_ptr,  # (B, Q, 2), or None
+    reference_strides,
+    shapes,  # H_0, W_0, H_1, ...
+    num_heads,
+    num_queries,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    LOCATIONS: tl.constexpr,  # no reference: points are in [0, 1] and scores are weights
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    batch, head, queries, counts = _program_work(num_heads, num_queries, BLOCK_Q)
+    query = queries[None, :]  # [1, BLOCK_Q]
+    points_ptr += batch * points_strides[0] + head * points_strides[2] + query * points_strides[1]
+    scores_ptr += batch * scores_strides[0] + head * scores_strides[2] + query * scores_strides[1]
+    value_ptr += batch * value_strides[0] + head * value_strides[2]
+    ref_x, ref_y = 0.0, 0.0
+    largest, inverse_total = 0.0, 1.0
+    if not LOCATIONS:
+        reference_ptr += batch * reference_strides[0] + query * reference_strides[1]
+        ref_x = tl.load(reference_ptr).to(tl.float32)
+        ref_y = tl.load(reference_ptr + reference_strides[2]).to(tl.float32)
+        largest, inverse_total = _softmax_statistics(
+            scores_ptr, scores_strides[3], scores_strides[4], L, N, BLOCK_Q, BLOCK_N
+        )
+
+    out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for level in tl.static_range(L):
+        height = shapes[2 * level]
+        width = shapes[2 * level + 1]
+        for n0 in tl.range(0, N, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)[:, None]
+            x_ptrs = points_ptr + level * points_strides[3] + n * points_strides[4]
+            x = tl.load(x_ptrs, mask=n < N, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_Q]
+            y = tl.load(x_ptrs + points_strides[5], mask=n < N, other=0.0).to(tl.float32)
+            x0, y0, fx, fy = _locate(x, y, ref_x, ref_y, width, height, n < N, LOCATIONS)
+            score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
+            weight = _load_weights(score_ptrs, n < N, largest, inverse_total, LOCATIONS)
+            samples = tl.zeros([BLOCK_N, BLOCK_Q, BLOCK_D], tl.float32)
+            for dy in tl.static_range(2):
+                for dx in tl.static_range(2):
+                    offset, mask = _corner(
+                        x0 + dx, y0 + dy, width, height, value_strides[1], value_strides[3], D, BLOCK_D
+                    )
+                    corner = tl.load(value_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+                    along_x = fx if dx == 1 else 1 - fx
+                    along_y = fy if dy == 1 else 1 - fy
+                    samples += corner * (weight * along_y * along_x)[:, :, None]
+            out += tl.sum(samples, 0)
+        value_ptr += tl.cast(height * width, tl.int64) * value_strides[1]
+
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    rows = (batch * num_queries + queries) * num_heads + head
+    mask = counts[:, None] & (channel < D)
+    tl.store(out_ptr + rows[:, None] * D + channel, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.autotune(
+    _BACKWARD_POOL,
+    key=["L", "N", "D", "LOCATIONS", "VALUE_GRAD"],
+    reset_to_zero=["grad_value_ptr"],
+    cache_results=True,
+)
+@triton.jit
+def _backward_kernel(
+    grad_value_ptr,  # (B, S, M, D), the data of a ScatterBuffer
+    grad_value_strides,
+    scale_ptr,  # its scale
+    grad_points_ptr,  # (B, Q, M, L, N, 2), contiguous
+    grad_weights_ptr,  # (B, Q, M, L, N), contiguous; float32 if scores are logits
+    grad_scores_ptr,  # (B, Q, M, L, N), contiguous; may be grad_weights_ptr, and is if LOCATIONS
+    grad_reference_ptr,  # (B, Q, M, 2) float32, contiguous, or None
+    grad_out_ptr,  # (B, Q, M, D), contiguous
+    value_ptr,  # the rest as in the forward kernel
+    value_strides,
+    points_ptr,
+    points_strides,
+    scores_ptr,
+    scores_strides,
+    reference_ptr,
+    reference_strides,
+    shapes,
+    num_heads,
+    num_queries,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    LOCATIONS: tl.constexpr,
+    VALUE_GRAD: tl.constexpr,
+    REFERENCE_GRAD: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    batch, head, queries, counts = _program_work(num_heads, num_queries, BLOCK_Q)
+    query = queries[None, :]  # [1, BLOCK_Q]
+
+    points_ptr += batch * points_strides[0] + head * points_strides[2] + query * points_strides[1]
+    scores_ptr += batch * scores_strides[0] + head * scores_strides[2] + query * scores_strides[1]
+    value_ptr += batch * value_strides[0] + head * value_strides[2]
+    grad_value_ptr += batch * grad_value_strides[0] + head * grad_value_strides[2]
+    rows = (batch * num_queries + queries) * num_heads + head  # [BLOCK_Q]
+    row = rows[None, :]
+    grad_points_ptr += row * (L * N * 2)
+    grad_weights_ptr += row * (L * N)
+    grad_scores_ptr += row * (L * N)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    grad_out_ptrs = grad_out_ptr + rows[:, None] * D + channel
+    grad_out = tl.load(grad_out_ptrs, mask=channel < D, other=0.0).to(tl.float32)[None, :, :]
+    ref_x, ref_y = 0.0, 0.0
+    largest, inverse_total = 0.0, 1.0
+    if not LOCATIONS:
+        reference_ptr += batch * reference_strides[0] + query * reference_strides[1]
+        ref_x = tl.load(reference_ptr).to(tl.float32)
+        ref_y = tl.load(reference_ptr + reference_strides[2]).to(tl.float32)
+        largest, inverse_total = _softmax_statistics(
+            scores_ptr, scores_strides[3], scores_strides[4], L, N, BLOCK_Q, BLOCK_N
+        )
+
+    mean = tl.zeros([1, BLOCK_Q], tl.float32)  # of grad_weights, weighted
+    grad_ref_x = tl.zeros([1, BLOCK_Q], tl.float32)
+    grad_ref_y = tl.zeros([1, BLOCK_Q], tl.float32)
+    for level in tl.static_range(L):
+        height = shapes[2 * level]
+        width = shapes[2 * level + 1]
+        for n0 in tl.range(0, N, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)[:, None]
+            usable = (n < N) & counts[None, :]  # [BLOCK_N, BLOCK_Q]
+            x_ptrs = points_ptr + level * points_strides[3] + n * points_strides[4]
+            x = tl.load(x_ptrs, mask=usable, other=0.0).to(tl.float32)
+            y = tl.load(x_ptrs + points_strides[5], mask=usable, other=0.0).to(tl.float32)
+            x0, y0, fx, fy = _locate(x, y, ref_x, ref_y, width, height, usable, LOCATIONS)
+            score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
+            weight = _load_weights(score_ptrs, usable, largest, inverse_total, LOCATIONS)
+
+            grad_weight = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
+            slope_x = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
+            slope_y = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
+            for dy in tl.static_range(2):
+                for dx in tl.static_range(2):
+                    along_x = fx if dx == 1 else 1 - fx
+                    along_y = fy if dy == 1 else 1 - fy
+                    offset, mask = _corner(
+                        x0 + dx, y0 + dy, width, height, value_strides[1], value_strides[3], D, BLOCK_D
+                    )
+                    corner = tl.load(value_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+                    dot = tl.sum(corner * grad_out, 2)
+                    grad_weight += dot * along_y * along_x
+                    slope_x += dot * along_y * (2 * dx - 1)
+                    slope_y += dot * along_x * (2 * dy - 1)
+                    if VALUE_GRAD:
+                        offset, mask = _corner(x0 + dx, y0 + dy, width, height, grad_value_strides[1], 1, D, BLOCK_D)
+                        part = (weight * along_y * along_x)[:, :, None] * grad_out
+                        scatter_add(grad_value_ptr + offset, part, mask, scale_ptr, DETERMINISTIC)
+
+            if REFERENCE_GRAD:
+                grad_ref_x += tl.sum(weight * slope_x, 0)[None, :] * width
+                grad_ref_y += tl.sum(weight * slope_y, 0)[None, :] * height
+            if LOCATIONS:
+                slope_x *= width
+                slope_y *= height
+            column = level * N + n
+            grad_type = grad_points_ptr.dtype.element_ty
+            tl.store(grad_points_ptr + column * 2, (weight * slope_x).to(grad_type), mask=usable)
+            tl.store(grad_points_ptr + column * 2 + 1, (weight * slope_y).to(grad_type), mask=usable)
+            tl.store(grad_weights_ptr + column, grad_weight.to(grad_weights_ptr.dtype.element_ty), mask=usable)
+            mean += tl.sum(weight * grad_weight, 0)[None, :]
+        value_ptr += tl.cast(height * width, tl.int64) * value_strides[1]
+        grad_value_ptr += tl.cast(height * width, tl.int64) * grad_value_strides[1]
+
+    if not LOCATIONS:
+        # The softmax's gradient needs the mean over all points: read back what this program has written.
+        tl.debug_barrier()
+        for level in tl.static_range(L):
+            for n0 in tl.range(0, N, BLOCK_N):
+                n = n0 + tl.arange(0, BLOCK_N)[:, None]
+                usable = (n < N) & counts[None, :]
+                column = level * N + n
+                score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
+                weight = _load_weights(score_ptrs, usable, largest, inverse_total, LOCATIONS)
+                grad_weight = tl.load(grad_weights_ptr + column, mask=usable, other=0.0)
+                grad_score = weight * (grad_weight - mean)
+                tl.store(grad_scores_ptr + column, grad_score.to(grad_scores_ptr.dtype.element_ty), mask=usable)
+    if REFERENCE_GRAD:
+        tl.store(grad_reference_ptr + row * 2, grad_ref_x, mask=counts[None, :])
+        tl.store(grad_reference_ptr + row * 2 + 1, grad_ref_y, mask=counts[None, :])
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _shared_arguments(
+    value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference: Tensor | None
+) -> dict[str, Any]:
+    """What both kernels take."""
+    batch, _, heads, channels = value.shape
+    _, queries, _, levels, num_points, _ = points.shape
+    if reference is not None:
+        reference = reference.expand(batch, -1, -1)
+    return dict(
+        value_ptr=value,
+        value_strides=value.stride(),
+        points_ptr=points,
+        points_strides=points.stride(),
+        scores_ptr=scores,
+        scores_strides=scores.stride(),
+        reference_ptr=reference,
+        reference_strides=(0, 0, 0) if reference is None else reference.stride(),
+        shapes=tuple(shapes),
+        num_heads=heads,
+        num_queries=queries,
+        L=levels,
+        N=num_points,
+        D=channels,
+        LOCATIONS=reference is None,
+        BLOCK_D=triton.next_power_of_2(channels),
+        enable_fp_fusion=True,
+    )
+
+
+def _grid(value: Tensor, points: Tensor) -> Callable[[dict[str, int]], tuple[int]]:
+    return lambda config: (triton.cdiv(points.shape[1], config["BLOCK_Q"]) * value.shape[0] * value.shape[2],)
+
+
+def _forward_triton(
+    value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference: Tensor | None
+) -> Tensor:
+    out = value.new_empty((value.shape[0], points.shape[1], value.shape[2] * value.shape[3]))
+    with device_guard(value):
+        _forward_kernel[_grid(value, points)](
+            out_ptr=out, **_shared_arguments(value, shapes, points, scores, reference)
+        )
+    return out
+
+
+def _backward_triton(
+    grad_out: Tensor,
+    value: Tensor,
+    shapes: Sequence[int],
+    points: Tensor,
+    scores: Tensor,
+    reference: Tensor | None,
+    value_grad: bool,
+    reference_grad: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    grad_out = grad_out.contiguous()
+    largest = grad_out.abs().amax().float()
+    if reference is None:
+        largest = largest * scores.abs().amax().float()
+    grad_value = ScatterBuffer(value.shape if value_grad else (0, 0, 0, 0), bound=largest)
+    grad_points, grad_scores = points.new_empty(points.shape), scores.new_empty(scores.shape)
+    in_place = reference is None or scores.dtype == torch.float32
+    grad_weights = grad_scores if in_place else grad_scores.new_empty(scores.shape, dtype=torch.float32)
+    grad_reference = value.new_empty((*scores.shape[:3], 2), dtype=torch.float32) if reference_grad else None
+    with device_guard(value):
+        _backward_kernel[_grid(value, points)](
+            grad_value_ptr=grad_value.data,
+            grad_value_strides=grad_value.data.stride(),
+            scale_ptr=grad_value.scale,
+            grad_points_ptr=grad_points,
+            grad_weights_ptr=grad_weights,
+            grad_scores_ptr=grad_scores,
+            grad_reference_ptr=grad_reference,
+            grad_out_ptr=grad_out,
+            VALUE_GRAD=value_grad,
+            REFERENCE_GRAD=reference_grad,
+            DETERMINISTIC=grad_value.deterministic,
+            **_shared_arguments(value, shapes, points, scores, reference),
+        )
+    return (
+        grad_value.result(value.dtype) if value_grad else None,
+        grad_points,
+        grad_scores,
+        None if grad_reference is None else grad_reference.sum(2),
+    )
 
 
 # --- custom ops -------------------------------------------------------------------------------------------------------
@@ -190,7 +577,10 @@ def _backward_torch(
 def _sparse_sampling(
     value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference: Tensor | None
 ) -> Tensor:
-    return _forward_torch(value, shapes, points, scores, reference)
+    if value.numel() == 0 or points.numel() == 0:
+        return value.new_empty((value.shape[0], points.shape[1], value.shape[2] * value.shape[3]))
+    run = _forward_triton if runs_on_triton(value) else _forward_torch
+    return run(value, shapes, points, scores, reference)
 
 
 @_sparse_sampling.register_fake
@@ -209,9 +599,16 @@ def _sparse_sampling_backward(
     value_grad: bool,
     reference_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_value, grad_points, grad_scores, grad_reference = _backward_torch(
-        grad_out, value, shapes, points, scores, reference, value_grad
+    """The gradients of value, points, scores and reference; empty ones for value and reference where not wanted."""
+    if grad_out.numel() == 0:
+        grads = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (value, points, scores)]
+        return grads[0], grads[1], grads[2], torch.zeros_like(value if reference is None else reference)
+    run = _backward_triton if runs_on_triton(value) else _backward_torch
+    grad_value, grad_points, grad_scores, grad_reference = run(
+        grad_out, value, shapes, points, scores, reference, value_grad, reference_grad
     )
+    if grad_value is None:
+        grad_value = value.new_empty(0)
     if reference is None or grad_reference is None:
         return grad_value, grad_points, grad_scores, value.new_empty(0)
     if reference.shape[0] != value.shape[0]:
@@ -231,10 +628,10 @@ def _(
     reference_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        value.new_empty(value.shape),
+        value.new_empty(value.shape if value_grad else (0,)),
         points.new_empty(points.shape),
         scores.new_empty(scores.shape),
-        value.new_empty(0) if reference is None else reference.new_empty(reference.shape),
+        reference.new_empty(reference.shape) if reference is not None and reference_grad else value.new_empty(0),
     )
 
 
