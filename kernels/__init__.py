@@ -1,6 +1,16 @@
 """The ops of UN-EPT, each on two backends: Triton on GPUs, PyTorch anywhere. See `use_backend`."""
 
 from .backend import BACKENDS, requested_backend, use_backend
+from .bilinear_gather import bilinear_gather
 from .sparse_attention import sparse_sampling_attention
+from .upsample_cross_entropy import upsample_argmax, upsample_cross_entropy
 
-__all__ = ["BACKENDS", "requested_backend", "sparse_sampling_attention", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "bilinear_gather",
+    "requested_backend",
+    "sparse_sampling_attention",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+    "use_backend",
+]
