@@ -65,9 +65,7 @@ def _axis(position: Tensor, size: int, low_size: int) -> tuple[Tensor, Tensor, T
     return lower, (lower + 1).clamp(max=low_size - 1), fraction
 
 
-def _corners(
-    logits: Tensor, size: tuple[int, int], offset: Tensor | None, b: int, rows: slice
-) -> tuple[Tensor, Tensor]:
+def _corners(logits: Tensor, size: tuple[int, int], offset: Tensor | None, b: int, rows: slice) -> tuple[Tensor, Tensor]:
     """Indices into the h*w low-size pixels and weights, (pixels, 4) each, for the rows of image b."""
     h, w = logits.shape[2:]
     H, W = size
@@ -178,7 +176,9 @@ def _upsample_cross_entropy(
 
 
 @_upsample_cross_entropy.register_fake
-def _(logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int) -> Tensor:
+def _(
+    logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
+) -> Tensor:
     return logits.new_empty(target.shape, dtype=_compute_dtype(logits))
 
 

@@ -82,9 +82,10 @@ def evaluate_model(
         workers: processes that read the data; 0: this one.
 
     Returns:
-        Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`, the same three ending in
-        `_unrefined`, `mean_accuracy`; lists by class `iou`, `accuracy`, `class_boundary_f` and `share` (of the counted
-        pixels); and `boundary_tolerance`, `images` (their number), `images_per_s` (reading and scoring included).
+        Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`, the same three
+        ending in `_unrefined`, `mean_accuracy`; lists by class `iou`, `accuracy`, `class_boundary_f` and `share` (of
+        the counted pixels); and `boundary_tolerance`, `images` (their number), `images_per_s` (reading and scoring
+        included).
 
     Raises:
         ValueError: the model and the data set have different numbers of classes, or the data set is empty.
@@ -139,7 +140,7 @@ def _check(model: UNEPT, dataset: SegmentationDataset) -> None:
 def draw_samples(
     model: UNEPT, dataset: SegmentationDataset, count: int, config: InferenceConfig, device: torch.device, path: Path
 ) -> None:
-    """Draw `count` images spread evenly over the data set, and what the model makes of them (`unept.visual.sample_panel`)."""
+    """Draw `count` images spread evenly over the data set and what the model makes of them (`visual.sample_panel`)."""
     _check(model, dataset)
     count = min(count, len(dataset))
     samples = []

@@ -1,11 +1,11 @@
 """Inference: one view of an image, or many averaged at low resolution (Sec. 4.2, Inference).
 
-Letters: B images, H, W their size, K classes, C channels of a view's probabilities: K of the classes, 1 of the boundary, 8
-of the directions (the K alone for a model without a spatial branch).
+Letters: B images, H, W their size, K classes, C channels of a view's probabilities: K of the classes, 1 of the
+boundary, 8 of the directions (the K alone for a model without a spatial branch).
 
 An image is padded right and below to multiples of 8, as the network does. Every view is the padded image resized to
-multiples of 8, so that the network's maps at 1/8 cover the padded image exactly, whatever the scale. Averages are summed up
-on one canvas at 1/8 of the largest view; nothing at full resolution holds more than one channel a pixel.
+multiples of 8, so that the network's maps at 1/8 cover the padded image exactly, whatever the scale. Averages are
+summed up on one canvas at 1/8 of the largest view; class scores are never held at full resolution.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class InferenceConfig:
     refine_scale: int | None = None
     """How many pixels inside. None: as the run was trained, else 1."""
     short_side: int | None = None
-    """At scale 1 the image's short side has this many pixels. None: as the run was trained, else the image's own size."""
+    """Pixels that the image's short side has at scale 1. None: as the run was trained, else the image's own."""
     amp: Literal["auto", "bf16", "off"] = "auto"
     """Autocast to bfloat16. auto: on CUDA only."""
 
@@ -60,7 +60,7 @@ class InferenceConfig:
                 raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {STRIDE}")
         if self.window_stride is not None and (self.window is None or self.window_stride > self.window):
             raise ValueError(
-                f"window_stride is {self.window_stride} and window {self.window}; a stride needs a window at least as large"
+                f"window_stride is {self.window_stride} and window {self.window}; the window must be at least as large"
             )
         if self.window_batch < 1:
             raise ValueError(f"window_batch is {self.window_batch}; it must be at least 1")
@@ -81,8 +81,8 @@ def infer(model: UNEPT, images: Tensor, config: InferenceConfig) -> UNEPTOutput:
     """The network's maps for images, averaged over all views.
 
     The image itself as the only view gives what the network gives. Otherwise `logits` and `direction` hold averaged
-    probabilities and `boundary` the logit of the averaged probability, on a grid of 1/8 of the largest view. Either way the
-    maps cover the image padded right and below to multiples of 8, and `unept.model.predicted_ids` makes class ids of them.
+    probabilities and `boundary` the logit of the averaged probability, on a grid of 1/8 of the largest view. Either way
+    the maps cover the image padded right and below to multiples of 8, as `unept.model.predicted_ids` expects.
 
     Args:
         model: in any mode; it is evaluated in `eval()` and left as it was.
@@ -143,7 +143,7 @@ def _is_plain(images: Tensor, config: InferenceConfig) -> bool:
 
 
 def _padded(images: Tensor) -> Tensor:
-    """Normalised images, padded right and below with the mean colour (zero) to multiples of 8, as the network does it."""
+    """Normalised images, padded right and below with the mean colour (zero) to multiples of 8, as the network pads."""
     return F.pad(images, (0, -images.shape[3] % STRIDE, 0, -images.shape[2] % STRIDE))
 
 
@@ -208,7 +208,7 @@ def _probabilities(model: UNEPT, view: Tensor, config: InferenceConfig) -> Tenso
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """First pixels of windows that cover 0..length - 1 from one end to the other; the last is shifted inwards to fit."""
+    """First pixels of windows that cover 0..length - 1 from end to end; the last is shifted inwards to fit."""
     return [*range(0, length - window, stride), length - window]
 
 

@@ -1,7 +1,7 @@
 """Pictures: label maps in colour, panels of samples, training curves, bars of classes.
 
-Letters: H, W height and width, K number of classes. A palette holds an (r, g, b) for each class, 0..255. Ids from 0 to K - 1
-are classes; any other (ignored) is black.
+Letters: H, W height and width, K number of classes. A palette holds an (r, g, b) for each class, 0..255. Ids from 0 to
+K - 1 are classes; any other (ignored) is black.
 """
 
 import math
@@ -45,7 +45,7 @@ def colorize(ids: Tensor, palette: Palette) -> Tensor:
 
 
 def overlay(image: Tensor, ids: Tensor, palette: Palette, alpha: float = 0.6) -> Tensor:
-    """An image (3, H, W) uint8 under the colours of its class ids (H, W), which have weight alpha; ignored pixels stay."""
+    """An image (3, H, W) uint8 mixed with the colours of its class ids (H, W), of weight alpha; ignored pixels stay."""
     known = (ids >= 0) & (ids < len(palette))
     mixed = image.float().lerp(colorize(ids, palette).float(), alpha).round().to(torch.uint8)
     return torch.where(known, mixed, image)
@@ -62,12 +62,10 @@ def save_palette_png(ids: Tensor, palette: Palette, path: Path) -> None:
     Raises:
         ValueError: an id that does not fit into 8 bits.
     """
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) <= 255):
+    if ids.numel() and (ids.min() < 0 or ids.max() > 255):
         raise ValueError(f"ids go from {int(ids.min())} to {int(ids.max())}; a palette PNG holds 0 to 255")
     picture = Image.fromarray(ids.to("cpu", torch.uint8).numpy())
-    colors = np.zeros((256, 3), dtype=np.uint8)
-    colors[: len(palette)] = palette
-    picture.putpalette(colors.tobytes())
+    picture.putpalette([channel for color in palette for channel in color])  # black from there on
     picture.save(path)
 
 
