@@ -28,7 +28,7 @@ class PredictConfig:
     """Folder for the results."""
     inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
     """Views and refinement."""
-    alpha: float = 0.6
+    alpha: float = 0.5
     """Weight of the class colours in the overlay, from 0 to 1."""
     device: cli.Device = "auto"
     """auto: CUDA where there is a device."""

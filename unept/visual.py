@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 Palette = Sequence[Sequence[int]]
+DPI = 120
+COLUMN = 3.2  # inches, of a panel
 
 
 class Sample(NamedTuple):
@@ -44,7 +46,7 @@ def colorize(ids: Tensor, palette: Palette) -> Tensor:
     return table[torch.where(known, ids.long(), len(palette))].permute(2, 0, 1)
 
 
-def overlay(image: Tensor, ids: Tensor, palette: Palette, alpha: float = 0.6) -> Tensor:
+def overlay(image: Tensor, ids: Tensor, palette: Palette, alpha: float = 0.5) -> Tensor:
     """An image (3, H, W) uint8 mixed with the colours of its class ids (H, W), of weight alpha; ignored pixels stay."""
     known = (ids >= 0) & (ids < len(palette))
     mixed = image.float().lerp(colorize(ids, palette).float(), alpha).round().to(torch.uint8)
@@ -76,27 +78,23 @@ def sample_panel(samples: Sequence[Sample], classes: Sequence[str], palette: Pal
     """
     rows = [_pictures(sample, palette) for sample in samples]
     columns = list(rows[0])
-    width = 3.2  # inches a column
     ratio = max(sample.image.shape[1] / sample.image.shape[2] for sample in samples)
-    shown = sorted({int(k) for s in samples for ids in (s.truth, s.prediction) for k in ids.unique()} - {255})
-    legend_columns = max(1, min(len(shown), int(1.1 * len(columns))))
-    legend = 0.24 * math.ceil(len(shown) / legend_columns) + 0.15  # inches
-    height = len(rows) * (width * ratio + 0.08) + 0.3
-    figure = Figure(figsize=(width * len(columns), height + legend), dpi=120)
+    width = COLUMN * len(columns)
+    figure = Figure(figsize=(width, COLUMN * ratio * len(rows) + 1), dpi=DPI, layout="compressed")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for axes_row, row, sample in zip(axes, rows, samples, strict=True):
         for axis, column in zip(axes_row, columns, strict=True):
-            axis.imshow(row[column], interpolation="antialiased")
+            enlarged = row[column].shape[1] < COLUMN * DPI  # then keep the pixels visible
+            axis.imshow(row[column], interpolation="nearest" if enlarged else "antialiased")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         axes_row[0].set_ylabel(sample.name, fontsize=8)
     for axis, column in zip(axes[0], columns, strict=True):
         axis.set_title(column, fontsize=11)
-    total = height + legend
-    figure.subplots_adjust(0.02, legend / total, 0.998, 1 - 0.3 / total, wspace=0.02, hspace=0.03)
-    patches = [Patch(color=np.array(palette[k]) / 255, label=classes[k]) for k in shown]
-    figure.legend(handles=patches, loc="lower center", ncols=legend_columns, fontsize=9, frameon=False)
-    figure.savefig(path)
+    ids = torch.cat([ids.flatten().cpu() for sample in samples for ids in (sample.truth, sample.prediction)]).unique()
+    patches = [Patch(color=np.array(palette[k]) / 255, label=classes[k]) for k in ids.tolist() if k < len(classes)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=int(width / 1.7), fontsize=9, frameon=False)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -108,11 +106,11 @@ def curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "mIoU" in line]
-    figure = Figure(figsize=(13, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13, 4), dpi=DPI, layout="constrained")
     losses, scores, rates = figure.subplots(1, 3, width_ratios=[3, 3, 2])
     for name in ("loss", "segmentation", "refined", "boundary", "direction"):
         _line(losses, training, name, linewidth=2 if name == "loss" else 1)
-    losses.set(title="loss (unweighted terms)", yscale="log")
+    losses.set(title="loss and its unweighted terms", yscale="log")
     dashed = {"linestyle": "--", "alpha": 0.6}
     for color, name in zip(("C0", "C1", "C2"), ("mIoU", "pixAcc", "boundary_f"), strict=True):
         _line(scores, evaluations, name, color=color, marker="o", markersize=4)
@@ -121,6 +119,7 @@ def curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     scores.yaxis.set_major_formatter("{x:.0%}")
     _line(rates, training, "lr", color="C4")
     rates.set(title="learning rate", ylim=(0, None))
+    rates.ticklabel_format(axis="y", scilimits=(0, 0))
     for axis in (losses, scores, rates):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -138,10 +137,10 @@ def class_bars(scores: Mapping[str, Any], classes: Sequence[str], path: Path) ->
         path: of the picture.
     """
     ranked = sorted((iou, name) for iou, name in zip(scores["iou"], classes, strict=True) if not math.isnan(iou))
-    figure = Figure(figsize=(7, 1.1 + 0.26 * len(ranked)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 1.1 + 0.26 * len(ranked)), dpi=DPI, layout="constrained")
     axis = figure.subplots()
     bars = axis.barh([name for _, name in ranked], [iou for iou, _ in ranked], color="C0")
-    axis.bar_label(bars, fmt="{:.1%}", padding=3, fontsize=8)
+    axis.bar_label(bars, fmt="{:.1%}", padding=3, fontsize=8, bbox={"facecolor": "white", "linewidth": 0, "pad": 0.5})
     axis.axvline(scores["mIoU"], color="C3", linestyle="--", label=f"mIoU {scores['mIoU']:.1%}")
     axis.set(xlim=(0, 1.08), ylim=(-0.6, len(ranked) - 0.4), xlabel="IoU")
     axis.xaxis.set_major_formatter("{x:.0%}")
@@ -153,7 +152,7 @@ def class_bars(scores: Mapping[str, Any], classes: Sequence[str], path: Path) ->
 def _line(axis: Any, lines: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     if points:
-        axis.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+        axis.plot(*zip(*points, strict=True), label=name.replace("_", " ").replace("boundary f", "boundary F"), **style)
 
 
 def _pictures(sample: Sample, palette: Palette) -> dict[str, np.ndarray]:
