@@ -171,8 +171,11 @@ class UNEPT(
 
 
 def predicted_ids(output: UNEPTOutput, size: Sequence[int], *, refine: bool = True, refine_scale: int = 1) -> Tensor:
-    """Class ids (B, H, W) int64 of images of `size` (H, W), refined if asked for and if there is a spatial branch."""
-    full = (STRIDE * output.logits.shape[2], STRIDE * output.logits.shape[3])
+    """Class ids (B, H, W) int64 of images of `size` (H, W), refined if asked for and if there is a spatial branch.
+
+    The maps of `output` may have any resolution; they cover the image padded right and below to multiples of 8.
+    """
+    full = (size[0] + -size[0] % STRIDE, size[1] + -size[1] % STRIDE)
     offset = None
     if refine and output.boundary is not None and output.direction is not None:
         offset = refinement_offset(output.boundary, output.direction, full, scale=refine_scale)
