@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from ._triton import ScatterBuffer, autotune_pool, device_guard, scatter_add, tl, triton
 from .backend import runs_on_triton
-from .checks import check_floating, check_same_device, check_shape
+from .checks import check_floating, check_integer, check_same_device, check_shape
 
 # --- torch backend ----------------------------------------------------------------------------------------------------
 
@@ -190,10 +190,11 @@ def _backward_torch(
 
 # --- Triton kernels ---------------------------------------------------------------------------------------------------
 # A program takes one image, one head and BLOCK_Q queries; heads and images are the slow program axes, so that programs
-# that run together read the same rows. Tiles are [BLOCK_N, BLOCK_Q, BLOCK_D], points first: a sum over points then stays
-# within a thread. Strides are those of the shapes above.
+# that run together read the same rows. Tiles are [BLOCK_N, BLOCK_Q, BLOCK_D], points first: a sum over points then
+# stays within a thread. Strides are those of the shapes above.
 
 _FORWARD_POOL = autotune_pool(
+    triton.Config({"BLOCK_Q": 64, "BLOCK_N": 4}, num_warps=8),
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 2}, num_warps=4),
     triton.Config({"BLOCK_Q": 64, "BLOCK_N": 1}, num_warps=4),
     triton.Config({"BLOCK_Q": 64, "BLOCK_N": 2}, num_warps=4),
@@ -202,6 +203,7 @@ _FORWARD_POOL = autotune_pool(
     triton.Config({"BLOCK_Q": 16, "BLOCK_N": 1}, num_warps=4),
 )
 _BACKWARD_POOL = autotune_pool(
+    triton.Config({"BLOCK_Q": 32, "BLOCK_N": 4}, num_warps=4),
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 2}, num_warps=4),
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 1}, num_warps=4),
     triton.Config({"BLOCK_Q": 64, "BLOCK_N": 1}, num_warps=4),
@@ -213,7 +215,7 @@ _BACKWARD_POOL = autotune_pool(
 
 @triton.jit
 def _program_work(num_heads, num_queries, BLOCK_Q: tl.constexpr):
-    """The image, head and queries [BLOCK_Q] of this program, int64. Past the end the last query is repeated; their mask."""
+    """The program's image, head, queries [BLOCK_Q] and their mask: past the end the last query repeats, masked."""
     tiles = tl.cdiv(num_queries, BLOCK_Q)
     program = tl.program_id(0)
     index = program % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -492,25 +494,25 @@ def _shared_arguments(
     _, queries, _, levels, num_points, _ = points.shape
     if reference is not None:
         reference = reference.expand(batch, -1, -1)
-    return dict(
-        value_ptr=value,
-        value_strides=value.stride(),
-        points_ptr=points,
-        points_strides=points.stride(),
-        scores_ptr=scores,
-        scores_strides=scores.stride(),
-        reference_ptr=reference,
-        reference_strides=(0, 0, 0) if reference is None else reference.stride(),
-        shapes=tuple(shapes),
-        num_heads=heads,
-        num_queries=queries,
-        L=levels,
-        N=num_points,
-        D=channels,
-        LOCATIONS=reference is None,
-        BLOCK_D=triton.next_power_of_2(channels),
-        enable_fp_fusion=True,
-    )
+    return {
+        "value_ptr": value,
+        "value_strides": value.stride(),
+        "points_ptr": points,
+        "points_strides": points.stride(),
+        "scores_ptr": scores,
+        "scores_strides": scores.stride(),
+        "reference_ptr": reference,
+        "reference_strides": (0, 0, 0) if reference is None else reference.stride(),
+        "shapes": tuple(shapes),
+        "num_heads": heads,
+        "num_queries": queries,
+        "L": levels,
+        "N": num_points,
+        "D": channels,
+        "LOCATIONS": reference is None,
+        "BLOCK_D": triton.next_power_of_2(channels),
+        "enable_fp_fusion": True,
+    }
 
 
 def _grid(value: Tensor, points: Tensor) -> Callable[[dict[str, int]], tuple[int]]:
@@ -666,18 +668,34 @@ class _SparseSampling(torch.autograd.Function):
 # --- public functions -------------------------------------------------------------------------------------------------
 
 
-def _flat_shapes(spatial_shapes: Sequence[tuple[int, int]], value: Tensor) -> list[int]:
+def _flat_shapes(spatial_shapes: Sequence[Sequence[int]], value: Tensor) -> list[int]:
     """[(H_0, W_0), ...] -> [H_0, W_0, ...], checked against `value`."""
+    if isinstance(spatial_shapes, Tensor) or not all(isinstance(size, int) for pair in spatial_shapes for size in pair):
+        raise TypeError(
+            f"spatial_shapes is {spatial_shapes}; it must hold Python ints, so that no read of the device is needed: "
+            "convert it once, outside the training loop, with spatial_shapes.tolist()"
+        )
     shapes = [size for shape in spatial_shapes for size in shape]
     if not shapes or any(len(shape) != 2 for shape in spatial_shapes) or any(size < 1 for size in shapes):
-        raise ValueError(f"spatial_shapes is {spatial_shapes}; it must list a (height, width) of at least 1 per level")
+        raise ValueError(f"spatial_shapes is {spatial_shapes}; it must hold one (height, width), each >= 1, per level")
+    check_shape("value", value, ("B", "S", "M", "D"))
     length = sum(height * width for height, width in spatial_shapes)
-    if value.dim() == 4 and value.shape[1] != length:
+    if value.shape[1] != length:
         raise ValueError(
-            f"spatial_shapes {spatial_shapes} have {length} pixels in all, but value has {value.shape[1]}, in shape "
-            f"{tuple(value.shape)}: flatten each level's (H, W) and concatenate the levels along dimension 1"
+            f"spatial_shapes {spatial_shapes} make S = {length} pixels, but value has {value.shape[1]} (shape "
+            f"{tuple(value.shape)}): flatten each level's height and width and concatenate the levels along dimension 1"
         )
     return shapes
+
+
+def _check_samples(value: Tensor, levels: int, **named: Tensor) -> None:
+    """Raise unless the two tensors, points and scores in this order, fit `value`, `levels` and each other."""
+    (points_name, points), (scores_name, scores) = named.items()
+    batch, _, heads, _ = value.shape
+    check_shape(points_name, points, (batch, "Q", heads, levels, "N", 2), "B, M and L as in value and spatial_shapes")
+    check_shape(scores_name, scores, tuple(points.shape[:-1]), f"as {points_name} without its last dimension")
+    if points.shape[4] == 0:
+        raise ValueError(f"{points_name} has shape {tuple(points.shape)}; there must be at least one point a level")
 
 
 def sparse_sampling_attention(
@@ -705,19 +723,68 @@ def sparse_sampling_attention(
         TypeError: for tensors that hold no floats, and spatial_shapes that are no Python ints.
         ValueError: for shapes that don't fit together and tensors on several devices.
     """
-    if isinstance(spatial_shapes, Tensor) or not all(isinstance(size, int) for pair in spatial_shapes for size in pair):
-        raise TypeError(
-            f"spatial_shapes is {spatial_shapes}; it must hold Python ints, so that no read of the device is needed: "
-            "convert it once with spatial_shapes.tolist()"
-        )
     shapes = _flat_shapes(spatial_shapes, value)
     check_floating(value=value, offsets=offsets, logits=logits, reference_points=reference_points)
     check_same_device(value=value, offsets=offsets, logits=logits, reference_points=reference_points)
-    check_shape("value", value, ("B", "S", "M", "D"))
-    batch, _, heads, _ = value.shape
-    levels = len(spatial_shapes)
-    check_shape("offsets", offsets, (batch, "Q", heads, levels, "N", 2))
-    queries, num_points = offsets.shape[1], offsets.shape[4]
-    check_shape("logits", logits, (batch, queries, heads, levels, num_points))
-    check_shape("reference_points", reference_points, ("B or 1", queries, 2))
+    _check_samples(value, len(spatial_shapes), offsets=offsets, logits=logits)
+    batch, queries = offsets.shape[:2]
+    images = 1 if reference_points.dim() and reference_points.shape[0] == 1 else batch
+    check_shape(
+        "reference_points", reference_points, (images, queries, 2), "one point a query, the first dimension may be 1"
+    )
     return _SparseSampling.apply(value, shapes, offsets, logits, reference_points)
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    level_start_index: Tensor | Sequence[int] | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int = 64,
+) -> Tensor:
+    """The same op under the signature of Deformable DETR's MSDeformAttn.
+
+    Args:
+        value: (B, S, M, D) float, S = sum of H_l * W_l, the levels one after another.
+        spatial_shapes: (L, 2), (height, width) of each level. A tensor on a GPU is read to the host, which waits for
+            the GPU; a list of pairs of ints avoids that, and is required under `torch.compile`.
+        level_start_index: (L,), the first row of each level in value, which spatial_shapes already tell: checked where
+            that needs no read of a device beyond the one above, otherwise unused. None will do.
+        sampling_locations: (B, Q, M, L, N, 2) float, (x, y) in [0, 1], pixel centres at (i + 0.5) / size.
+        attention_weights: (B, Q, M, L, N) float, used as they are.
+        im2col_step: accepted for the signature's sake; batches are not cut.
+
+    Returns:
+        (B, Q, M * D) in value's dtype. Samples outside a map, at NaN and at infinity count as zero.
+
+    Raises:
+        TypeError: for tensors that hold no floats, or spatial_shapes without integers.
+        ValueError: for shapes that don't fit together, tensors on several devices, and levels that are not consecutive.
+    """
+    starts = None if isinstance(level_start_index, Tensor) else level_start_index
+    if isinstance(spatial_shapes, Tensor):
+        check_integer(spatial_shapes=spatial_shapes)
+        check_shape("spatial_shapes", spatial_shapes, ("L", 2))
+        spatial_shapes = spatial_shapes.tolist()
+        if isinstance(level_start_index, Tensor):
+            starts = level_start_index.tolist()
+    shapes = _flat_shapes(spatial_shapes, value)
+    consecutive = [start for _, start, _, _ in _levels(shapes)]
+    if starts is not None and list(starts) != consecutive:
+        raise ValueError(
+            f"level_start_index is {list(starts)}; the levels must lie one after another in value, which makes it "
+            f"{consecutive} for spatial_shapes {spatial_shapes}: pass None"
+        )
+    check_floating(value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
+    check_same_device(value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
+    _check_samples(
+        value, len(spatial_shapes), sampling_locations=sampling_locations, attention_weights=attention_weights
+    )
+    return _SparseSampling.apply(value, shapes, sampling_locations, attention_weights, None)
+
+
+class MSDeformAttnFunction:
+    """`ms_deform_attn` under the name and calling convention that models written for Deformable DETR's op expect."""
+
+    apply = staticmethod(ms_deform_attn)

@@ -1,0 +1,359 @@
+"""Sparse sampling attention on every backend: values, gradients, odd inputs, torch.compile, errors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import reference
+import torch
+from accuracy import assert_accurate
+from torch import Tensor
+
+from unept.kernels import (
+    MSDeformAttnFunction,
+    ms_deform_attn,
+    requested_backend,
+    sparse_attention,
+    sparse_sampling_attention,
+    use_backend,
+)
+from unept.kernels._triton import INTERPRETED
+
+SHAPES = [(5, 7), (3, 4), (1, 6)]
+
+
+@dataclass
+class Case:
+    """One op's differentiable inputs by name, what else it takes, and the gradient that comes back into it."""
+
+    spatial_shapes: list[tuple[int, int]]
+    inputs: dict[str, Tensor]
+    grad_out: Tensor
+
+    def to(self, device: str, dtype: torch.dtype) -> "Case":
+        moved = {name: t.detach().to(device, dtype).requires_grad_() for name, t in self.inputs.items()}
+        return Case(self.spatial_shapes, moved, self.grad_out.to(device, dtype))
+
+
+def make_case(
+    *, batch=2, heads=3, channels=5, queries=11, levels=2, num_points=3, shared=False, normalised=False
+) -> Case:
+    """Random inputs, exact in bfloat16, whose samples stay away from integer positions, where slopes jump."""
+    shapes = SHAPES[:levels]
+    value = torch.randn(batch, sum(h * w for h, w in shapes), heads, channels)
+    centres = torch.rand(1 if shared else batch, queries, 2)
+    points = torch.randn(batch, queries, heads, levels, num_points, 2) * 2.5
+    scores = torch.randn(batch, queries, heads, levels, num_points) * 2
+    value, centres, points, scores = (t.bfloat16().double() for t in (value, centres, points, scores))
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
+    pixels = centres[:, :, None, None, None] * sizes - 0.5
+    for _ in range(50):
+        position = pixels + points
+        near = (position - position.round()).abs() < 2e-3
+        points = torch.where(near, torch.randn(points.shape).bfloat16().double(), points)
+    assert not near.any()
+    grad_out = torch.randn(batch, queries, heads * channels).bfloat16().double()
+    if normalised:
+        locations = (pixels + points + 0.5) / sizes
+        return Case(shapes, {"value": value, "sampling_locations": locations, "attention_weights": scores}, grad_out)
+    inputs = {"value": value, "offsets": points, "logits": scores, "reference_points": centres}
+    return Case(shapes, inputs, grad_out)
+
+
+def attention(case: Case) -> Tensor:
+    value, *others = case.inputs.values()
+    return sparse_sampling_attention(value, case.spatial_shapes, *others)
+
+
+def deformable(case: Case) -> Tensor:
+    value, *others = case.inputs.values()
+    return ms_deform_attn(value, case.spatial_shapes, None, *others)
+
+
+def with_gradients(op: Callable[[Case], Tensor], case: Case) -> dict[str, Tensor]:
+    out = op(case)
+    return {"output": out, **gradients(out, case)}
+
+
+def gradients(out: Tensor, case: Case) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(out, list(case.inputs.values()), case.grad_out)
+    return dict(zip(case.inputs, grads, strict=True))
+
+
+def expected(case: Case) -> dict[str, Tensor]:
+    """Of the inputs as they are after rounding to their dtype."""
+    op = reference.sparse_sampling_attention if "logits" in case.inputs else reference.ms_deform_attn
+    value, *others = case.inputs.values()
+    results = op(value, case.spatial_shapes, *others, case.grad_out)
+    return dict(zip(["output", *case.inputs], results, strict=True))
+
+
+def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The exact result in a dtype: no computation by torch in that dtype comes closer."""
+    if dtype == torch.bfloat16 and INTERPRETED and requested_backend() == "triton":
+        # Triton's interpreter cuts the low bits off where GPUs round to nearest.
+        return (exact.float().view(torch.int32) & -(1 << 16)).view(torch.float32)
+    return exact.to(dtype)
+
+
+def check(op: Callable[[Case], Tensor], case: Case) -> None:
+    results, references = with_gradients(op, case), expected(case)
+    for name, result in results.items():
+        same_dtype = rounded(references[name], result.dtype)
+        assert_accurate(result, references[name], same_dtype=same_dtype, name=name)
+        assert result.dtype == case.inputs.get(name, case.inputs["value"]).dtype
+
+
+def dtypes_of(backend: tuple[str, str]) -> list[torch.dtype]:
+    halves = [torch.float32, torch.float16, torch.bfloat16]
+    return halves if backend[0] == "triton" else [torch.float64, *halves]
+
+
+# --- values and gradients ---------------------------------------------------------------------------------------------
+
+ODD_SIZES = {
+    "one-level": {"levels": 1, "num_points": 4, "channels": 8},
+    "odd": {"batch": 1, "queries": 67, "heads": 1},
+    "three-levels-shared-reference": {"levels": 3, "num_points": 5, "shared": True, "heads": 2, "channels": 3},
+    "single": {"batch": 1, "queries": 1, "heads": 1, "channels": 1, "levels": 1, "num_points": 1},
+}
+
+
+@pytest.mark.parametrize("sizes", ODD_SIZES.values(), ids=ODD_SIZES)
+def test_matches_the_paper_at_odd_sizes(backend, sizes):
+    check(attention, make_case(**sizes).to(backend[1], torch.float32))
+
+
+def test_matches_the_paper_in_every_dtype(backend):
+    case = make_case(heads=2)
+    for dtype in dtypes_of(backend):
+        check(attention, case.to(backend[1], dtype))
+
+
+def test_ms_deform_attn_matches_its_definition_in_every_dtype(backend):
+    case = make_case(heads=2, normalised=True)
+    for dtype in dtypes_of(backend):
+        check(deformable, case.to(backend[1], dtype))
+
+
+def test_float32_offsets_and_logits_with_bfloat16_value(backend):
+    case = make_case(heads=2).to(backend[1], torch.float32)
+    case.inputs["value"] = case.inputs["value"].detach().bfloat16().requires_grad_()
+    case.grad_out = case.grad_out.bfloat16()
+    check(attention, case)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_gradcheck(normalised):
+    case = make_case(batch=1, heads=1, channels=2, queries=2, num_points=2, normalised=normalised)
+    case = case.to("cpu", torch.float64)
+    op = deformable if normalised else attention
+
+    def run(*inputs: Tensor) -> Tensor:
+        return op(Case(case.spatial_shapes, dict(zip(case.inputs, inputs, strict=True)), case.grad_out))
+
+    with use_backend("torch"):
+        assert torch.autograd.gradcheck(run, tuple(case.inputs.values()))
+
+
+def test_torch_backend_in_chunks(monkeypatch):
+    monkeypatch.setattr(sparse_attention, "MAX_TEMPORARY", 1)
+    with use_backend("torch"):
+        check(attention, make_case().to("cpu", torch.float64))
+
+
+def test_only_the_wanted_gradients(backend):
+    case = make_case(heads=1).to(backend[1], torch.float32)
+    full = with_gradients(attention, case)
+    for name, tensor in case.inputs.items():
+        alone = Case(case.spatial_shapes, {n: t.detach() for n, t in case.inputs.items()}, case.grad_out)
+        alone.inputs[name] = tensor
+        (grad,) = torch.autograd.grad(attention(alone), tensor, case.grad_out)
+        torch.testing.assert_close(grad, full[name])
+
+
+# --- odd inputs -------------------------------------------------------------------------------------------------------
+
+
+def test_views_of_one_projection_and_other_strides(backend):
+    case = make_case(heads=2).to(backend[1], torch.float32)
+    value, offsets, logits, centres = (case.inputs[n] for n in ("value", "offsets", "logits", "reference_points"))
+    contiguous = with_gradients(attention, case)
+    projection = torch.cat((offsets.flatten(3), logits.flatten(3)), dim=-1).detach().requires_grad_()
+    split = offsets[0, 0, 0].numel()
+    views = {
+        "value": value.transpose(1, 3).contiguous().transpose(1, 3),
+        "offsets": projection[..., :split].view(offsets.shape),
+        "logits": projection[..., split:].view(logits.shape),
+        "reference_points": centres.flip(-1).contiguous().flip(-1).transpose(0, 1).contiguous().transpose(0, 1),
+    }
+    assert not any(views[name].is_contiguous() for name in ("value", "offsets", "logits"))
+    grad_out = case.grad_out.transpose(0, 1).contiguous().transpose(0, 1)
+    strided = with_gradients(attention, Case(case.spatial_shapes, views, grad_out))
+    for name, result in strided.items():
+        torch.testing.assert_close(result, contiguous[name], msg=name)
+
+
+def test_samples_outside_count_as_zero_and_have_no_gradient(backend):
+    case = make_case(batch=1, queries=9, heads=1, num_points=2).to(backend[1], torch.float32)
+    odd = [float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 2.0**31, -(2.0**63), 8.5, -8.5]
+    with torch.no_grad():
+        for query, number in enumerate(odd):
+            case.inputs["offsets"][0, query, :, 0, 0, query % 2] = number
+    check(attention, case)
+    grad = gradients(attention(case), case)["offsets"]
+    assert (grad[0, :, :, 0, 0] == 0).all()
+    assert (grad[0, :, :, 0, 1] != 0).any()
+
+
+def test_half_offsets_that_overflow_to_infinity(backend):
+    case = make_case(batch=1, queries=3, heads=1).to(backend[1], torch.float16)
+    with torch.no_grad():
+        case.inputs["offsets"][0, 1] = float("inf")
+    check(attention, case)
+
+
+def test_masked_logits_take_no_part(backend):
+    case = make_case(batch=1, heads=2).to(backend[1], torch.float32)
+    with torch.no_grad():
+        case.inputs["logits"][:, :, :, 0] = float("-inf")  # the whole first level
+        case.inputs["logits"][:, :, :, 1] += 200  # would overflow without the maximum taken off
+    check(attention, case)
+
+
+@pytest.mark.parametrize("empty", ["batch", "queries", "heads", "channels"])
+def test_empty_inputs(backend, empty):
+    case = make_case(**{empty: 0}).to(backend[1], torch.float32)
+    results = with_gradients(attention, case)
+    assert results.pop("output").shape == case.grad_out.shape
+    for name, grad in results.items():
+        assert grad.shape == case.inputs[name].shape
+        assert (grad == 0).all()
+
+
+def test_unwritten_memory_does_not_leak(backend, monkeypatch):
+    case = make_case(batch=1, queries=5, heads=2).to(backend[1], torch.float32)
+    new_empty, empty, empty_like = Tensor.new_empty, torch.empty, torch.empty_like
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
+    results = with_gradients(attention, case)
+    assert all(torch.isfinite(result).all() for result in results.values())
+
+
+# --- promises ---------------------------------------------------------------------------------------------------------
+
+
+def test_deterministic_mode_repeats_to_the_bit(backend):
+    # Many queries at one spot, so that every pixel's gradient is a sum over many programs.
+    case = make_case(batch=1, queries=150, heads=1, levels=1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        case = case.to(backend[1], torch.float32)
+        first, second = with_gradients(attention, case), with_gradients(attention, case)
+        check(attention, case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_deterministic_bound_covers_weights_above_one(backend):
+    case = make_case(batch=1, queries=40, heads=1, normalised=True).to(backend[1], torch.float32)
+    with torch.no_grad():
+        case.inputs["attention_weights"] *= 1000
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(deformable, case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("op", [attention, deformable])
+def test_saves_its_inputs_and_nothing_else(backend, op):
+    case = make_case(batch=1, queries=3, heads=1, normalised=op is deformable).to(backend[1], torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda t: t):
+        op(case)
+    assert set(saved) == {t.data_ptr() for t in case.inputs.values()}
+
+
+@pytest.mark.parametrize("op", [attention, deformable])
+def test_opcheck(backend, op):
+    case = make_case(batch=1, queries=3, heads=1, normalised=op is deformable).to(backend[1], torch.float32)
+    value, *others = (t.detach() for t in case.inputs.values())
+    others = [*others, None][:3]
+    shapes = [size for shape in case.spatial_shapes for size in shape]
+    torch.library.opcheck(torch.ops.unept.sparse_sampling, (value, shapes, *others))
+    for value_grad, reference_grad in ((True, op is attention), (False, False)):
+        arguments = (case.grad_out, value, shapes, *others, value_grad, reference_grad)
+        torch.library.opcheck(torch.ops.unept.sparse_sampling_backward, arguments)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_without_a_graph_break(backend, compiler):
+    case = make_case(batch=1, queries=5, heads=1).to(backend[1], torch.float32)
+    eager = with_gradients(attention, case)
+
+    def scaled(*inputs: Tensor) -> Tensor:
+        return 2 * sparse_sampling_attention(inputs[0], case.spatial_shapes, *inputs[1:])
+
+    out = torch.compile(scaled, fullgraph=True, backend=compiler)(*case.inputs.values())
+    torch.testing.assert_close(out, 2 * eager["output"])
+    for name, grad in gradients(out, case).items():
+        torch.testing.assert_close(grad, 2 * eager[name], msg=name)
+
+
+def test_ms_deform_attn_takes_what_other_models_pass(backend):
+    case = make_case(batch=1, queries=3, heads=1, normalised=True).to(backend[1], torch.float32)
+    value, locations, weights = case.inputs.values()
+    shapes = torch.tensor(case.spatial_shapes, device=backend[1])
+    starts = torch.tensor([0, 35], device=backend[1])
+    as_tensors = MSDeformAttnFunction.apply(value, shapes, starts, locations, weights, 64)
+    as_lists = ms_deform_attn(value, case.spatial_shapes, [0, 35], locations, weights, im2col_step=1)
+    assert torch.equal(as_tensors, deformable(case))
+    assert torch.equal(as_lists, deformable(case))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "shapes-tensor": ("spatial_shapes", lambda s: torch.tensor(s), TypeError, "Python ints.*tolist"),
+    "shapes-floats": ("spatial_shapes", lambda s: [(5.0, 7.0), (3, 4)], TypeError, "Python ints"),
+    "shapes-empty": ("spatial_shapes", lambda s: [], ValueError, "one .height, width."),
+    "shapes-zero": ("spatial_shapes", lambda s: [(0, 7), (3, 4)], ValueError, "each >= 1"),
+    "shapes-sum": ("spatial_shapes", lambda s: [(5, 8), (3, 4)], ValueError, "S = 52 pixels, but value has 47"),
+    "levels": ("spatial_shapes", lambda s: [(47, 1)], ValueError, "offsets has shape"),
+    "value-rank": ("value", lambda t: t.flatten(2), ValueError, "value has shape"),
+    "value-integer": ("value", lambda t: t.long(), TypeError, r"value has dtype torch.int64.*value.float\(\)"),
+    "offsets-integer": ("offsets", lambda t: t.long(), TypeError, "offsets has dtype"),
+    "offsets-heads": ("offsets", lambda t: t[:, :, :1], ValueError, "offsets has shape"),
+    "offsets-rank": ("offsets", lambda t: t[0], ValueError, "offsets has shape"),
+    "no-points": ("offsets", lambda t: t[:, :, :, :, :0], ValueError, "logits has shape"),
+    "logits-points": ("logits", lambda t: t[..., :1], ValueError, "logits has shape.*offsets"),
+    "reference-batch": ("reference_points", lambda t: t.repeat(3, 1, 1), ValueError, "reference_points has shape"),
+    "reference-device": ("reference_points", lambda t: t.to("meta"), ValueError, "on one device.*meta"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_get_one_clear_error(name, change, error, message):
+    case = make_case(heads=3)
+    arguments = {"spatial_shapes": case.spatial_shapes, **case.inputs}
+    arguments[name] = change(arguments[name])
+    with pytest.raises(error, match=message):
+        sparse_sampling_attention(**arguments)
+
+
+def test_ms_deform_attn_names_wrong_arguments():
+    value, locations, weights = make_case(normalised=True).inputs.values()
+    shapes = SHAPES[:2]
+    with pytest.raises(ValueError, match=r"level_start_index is \[0, 30\].*\[0, 35\]"):
+        ms_deform_attn(value, shapes, [0, 30], locations, weights)
+    with pytest.raises(ValueError, match="level_start_index"):
+        ms_deform_attn(value, torch.tensor(shapes), torch.tensor([0, 30]), locations, weights)
+    with pytest.raises(TypeError, match="spatial_shapes has dtype"):
+        ms_deform_attn(value, torch.tensor(shapes).float(), None, locations, weights)
+    with pytest.raises(ValueError, match="attention_weights has shape"):
+        ms_deform_attn(value, shapes, None, locations, weights[0])
+    with pytest.raises(ValueError, match="at least one point"):
+        ms_deform_attn(value, shapes, None, locations[..., :0, :], weights[..., :0])
