@@ -12,6 +12,7 @@ def shapes() -> TrainConfig:
         model=ModelConfig(
             backbone="resnet10t",
             pretrained_backbone=False,
+            output_stride=32,
             d_model=64,
             num_heads=4,
             num_points=4,
