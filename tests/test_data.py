@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from unept.data import DATASETS, DatasetError, FileDataset, ImageFolder, Shapes, build_dataset
+from unept.data import DATASETS, DatasetError, FileDataset, ImageFolder, Shapes, build_dataset, evaluation_loader
 from unept.data.base import default_palette, read_image
 from unept.data.shapes import PATTERNS, draw_objects
 
@@ -183,6 +183,12 @@ def test_truncated_jpeg(camvid):
         build_dataset("camvid", camvid)[1]
 
 
+def test_a_worker_names_the_damaged_file(camvid):
+    (camvid / "train/a.png").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"train/a\.png can't be read"):
+        next(iter(evaluation_loader(build_dataset("camvid", camvid), workers=1)))
+
+
 def test_check_reports_all_or_an_even_sample(folder):
     for i in range(3, 40):
         picture(i).save(folder / f"images/train/frame{i:02d}.png")
@@ -325,17 +331,20 @@ def test_shapes_edges_are_where_the_labels_are(monkeypatch):
     assert len({colour for seen in colours.values() for colour in seen}) == 8
 
 
-def test_later_shapes_hide_earlier_ones():
-    rng = np.random.default_rng(0)
-    overlapping = 0
-    for _ in range(20):
-        objects, materials = draw_objects(rng, 64)
-        assert objects.max() < len(materials) <= 9
-        assert materials[0] == 0
-        assert materials[1:].min() >= 1
-        # An object that is cut by another touches a higher number.
-        overlapping += bool(((objects[1:] > objects[:-1]) & (objects[:-1] > 0)).any())
-    assert overlapping > 5
+def test_later_shapes_hide_earlier_ones(monkeypatch):
+    square = 50.0 * np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]])  # larger than any image
+    monkeypatch.setattr("unept.data.shapes._polygon", lambda rng: square)
+    monkeypatch.setattr("unept.data.shapes._ellipse", lambda rng: square)
+    for seed in range(5):
+        objects, materials = draw_objects(np.random.default_rng(seed), 32)
+        assert (objects == len(materials) - 1).all()
+
+
+def test_shapes_too_bright_or_dark_are_clipped(monkeypatch):
+    monkeypatch.setattr("unept.data.shapes.NOISE", 300.0)
+    image, _ = Shapes(length=1)[0]
+    assert (image == 0).float().mean() > 0.1
+    assert (image == 255).float().mean() > 0.1
 
 
 def test_shapes_end_and_refuse_bad_options():

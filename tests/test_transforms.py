@@ -64,6 +64,14 @@ def test_scaling_does_not_shift_the_mask_against_the_image(factor, edge):
     assert torch.equal(image[0] > 100, scaled == 10)
 
 
+def test_scaling_down_averages_the_image():
+    # Every fourth column is bright: bilinear sampling without antialiasing would miss them all.
+    mask = torch.zeros(32, 64, dtype=torch.uint8)
+    mask[:, ::4] = 10
+    image, _ = RandomShortSide(None, (0.25, 0.25))(*pair(32, 64, mask))
+    assert image[0, :, 1:-1].float().mean() == pytest.approx(50, abs=5)
+
+
 def test_scales_are_spread_between_the_bounds_and_relative_to_the_short_side():
     transform = RandomShortSide(100, (0.5, 2.0))
     sides = torch.tensor([min(transform(*pair(20, 30))[1].shape) for _ in range(200)])
@@ -189,6 +197,7 @@ def test_ranks_draw_what_one_process_would():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loaders_leave_the_random_state_alone(workers):
+    torch.manual_seed(123)
     before = torch.get_rng_state()
     batches(2, workers=workers)
     next(iter(evaluation_loader(Shapes(size=32, length=2), workers=workers)))
