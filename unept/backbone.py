@@ -20,7 +20,8 @@ def _probe(name: str) -> nn.Module:
 
 
 def _accepts(model: nn.Module, option: str) -> bool:
-    return any(option in inspect.signature(base.__init__).parameters for base in type(model).__mro__)
+    constructors = [vars(base)["__init__"] for base in type(model).__mro__ if "__init__" in vars(base)]
+    return any(option in inspect.signature(constructor).parameters for constructor in constructors)
 
 
 def _pyramid_indices(reductions: list[int], num_levels: int, name: str) -> tuple[int, ...]:

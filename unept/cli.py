@@ -19,12 +19,12 @@ Device = Literal["auto", "cuda", "cpu"]
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit: with what it returns (None is 0), or with 2 and one line where the input is at fault.
 
-    ValueError is how this package reports bad input, OSError how a disk or a network does; anything else is a bug, and
-    its traceback is shown.
+    ValueError is how this package reports bad input, OSError how a disk or a network does, FloatingPointError a loss
+    that is no number any more; anything else is a bug, and its traceback is shown.
     """
     try:
         status = main() or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     raise SystemExit(status)

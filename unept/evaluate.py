@@ -183,12 +183,12 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.2f}"
 
 
-def _json(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """The same with None for NaN, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _json(v) for key, v in value.items()}
+        return {key: json_ready(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json(v) for v in value]
+        return [json_ready(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -207,7 +207,7 @@ def evaluate_run(options: EvaluateConfig) -> None:
     print(format_table(scores, dataset.classes))
     record = {"split": options.split, "classes": list(dataset.classes), **scores, "inference": asdict(config)}
     json_path, picture_path = options.run / "evaluation.json", options.run / "evaluation.png"
-    json_path.write_text(json.dumps(_json(record), indent=2) + "\n")
+    json_path.write_text(json.dumps(json_ready(record), indent=2) + "\n")
     visual.class_bars(scores, dataset.classes, picture_path)
     print(f"Written: {json_path} and {picture_path}")
 

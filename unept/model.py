@@ -108,10 +108,9 @@ class UNEPT(
             weights=backbone_weights,
         )
         self.pyramid = PyramidProjection(self.backbone.channels, d_model)
-        size = {"d_model": d_model, "num_heads": num_heads, "num_levels": num_levels, "num_points": num_points}
-        ffn = {"ffn_dim": ffn_dim, "dropout": dropout}
-        self.encoder = Encoder(num_encoder_layers, **size, **ffn)
-        self.decoder = Decoder(num_decoder_layers, **size, **ffn)
+        size = (d_model, num_heads, num_levels, num_points, ffn_dim, dropout)
+        self.encoder = Encoder(num_encoder_layers, *size)
+        self.decoder = Decoder(num_decoder_layers, *size)
         self.classifier = nn.Conv2d(d_model, num_classes, 1)
         self.refines = context_queries == "spatial"
         self.queries = SpatialBranch(d_model) if self.refines else LearnedQueries(d_model)

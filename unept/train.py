@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from . import visual
+from . import cli, visual
 from .checkpoint import load_latest, save_checkpoint, save_model, write_atomically
-from .cli import run as run_cli
 from .config import TrainConfig
 from .data import build_dataset
 from .data.loader import training_loader
 from .data.transforms import train_transform
-from .evaluate import evaluate_model, format_table
+from .evaluate import draw_samples, evaluate_model, format_table, json_ready
 from .inference import InferenceConfig
 from .loss import UNEPTLoss
 from .model import UNEPT
@@ -28,10 +27,6 @@ from .presets import PRESETS
 
 # Options that may differ between a run and its continuation: they don't change the result.
 FREE_TO_CHANGE = {"out", "resume", "device", "log_every", "eval_every", "checkpoint_every", "num_samples", "workers"}
-
-
-class DivergedError(RuntimeError):
-    """A term of the loss became NaN or infinite."""
 
 
 def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
@@ -107,8 +102,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, out: Path):
         self.config, self.out = config, out
-        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        self.device = torch.device("cuda" if cuda else "cpu")
+        self.device = cli.choose_device(config.device)
+        cuda = self.device.type == "cuda"
         torch.manual_seed(config.seed)
         data = config.data
         self.train_set = build_dataset(data.dataset, data.root, "train")
@@ -204,7 +199,7 @@ class Trainer:
             first = int((~finite.all(dim=1)).nonzero()[0])
             bad = [name for name, ok in zip(self.term_names, finite[first], strict=True) if not ok]
             culprits = [name for name in bad if name != "loss"] or bad
-            raise DivergedError(
+            raise FloatingPointError(
                 f"the loss is not finite at step {self.step - len(self.pending) + first + 1}: {', '.join(culprits)}. "
                 f"The last checkpoint and the best model so far are kept in {self.out}; lower the learning rate "
                 "(--lr), add --warmup, or try --amp off"
@@ -225,7 +220,7 @@ class Trainer:
     def _write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(json_ready(line)) + "\n")
         for name, value in line.items():
             if isinstance(value, (int, float)) and name != "step":
                 self.writer.add_scalar(name, value, line["step"])
@@ -237,9 +232,8 @@ class Trainer:
             self.model, self.validation_set, self.inference, self.device, self.config.boundary_tolerance
         )
         self._write({"step": self.step, **{k: v for k, v in self.scores.items() if isinstance(v, (int, float))}})
-        for index in range(min(self.config.num_samples, len(self.validation_set))):
-            picture = visual.sample_panel(self.model, self.validation_set, index, self.inference, self.device)
-            picture.save(self.out / "samples" / f"{self.validation_set.name(index)}_step_{self.step:08d}.png")
+        picture = self.out / "samples" / f"step_{self.step:08d}.png"
+        draw_samples(self.model, self.validation_set, self.config.num_samples, self.inference, self.device, picture)
         visual.curves(self.lines, self.out / "curves.png")
         if self.scores["mIoU"] > self.best:
             self.best = self.scores["mIoU"]
@@ -316,17 +310,27 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def main() -> None:
-    """Command line."""
-    preset, config = parse()
+def train(args: list[str] | None = None) -> None:
+    """Train as the command line asks (see `unept.config.TrainConfig`) and print the final table.
+
+    Raises:
+        ValueError, OSError: options, data or weights that can't be used; the message says what to do.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    preset, config = parse(args)
     out = run_folder(config, preset)
     trainer = Trainer(config, out)
     scores = trainer.train()
     print(format_table(scores, trainer.model.classes))
-    print(f"\nrun folder  {out}\nmodel       {out / 'model'}  (best validation mIoU {trainer.best:.4f})")
-    print(f"pictures    {out / 'samples'}, {out / 'curves.png'}")
-    print(f"try it      python -m unept.predict IMAGE --run {out}")
+    print(f"\nRun folder  {out}\nModel       {out / 'model'} (best validation mIoU {trainer.best:.4f})")
+    print(f"Pictures    {out / 'samples'}, {out / 'curves.png'}")
+    print(f"Try it      python -m unept.predict IMAGE --run {out}")
+
+
+def main() -> None:
+    """The command line."""
+    cli.run(train)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

@@ -104,11 +104,20 @@ class Encoder(nn.Module):
         d_model, num_heads, num_levels, num_points, ffn_dim, dropout: of each.
     """
 
-    def __init__(self, num_layers: int, d_model: int, num_heads: int, num_levels: int, num_points: int, **ffn):
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        ffn_dim: int,
+        dropout: float,
+    ):
         super().__init__()
         self.scale_encoding = nn.Parameter(torch.randn(num_levels, d_model) * 0.02)
         self.layers = nn.ModuleList(
-            EncoderLayer(d_model, num_heads, num_levels, num_points, **ffn) for _ in range(num_layers)
+            EncoderLayer(d_model, num_heads, num_levels, num_points, ffn_dim, dropout) for _ in range(num_layers)
         )
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
@@ -130,10 +139,19 @@ class Decoder(nn.Module):
         d_model, num_heads, num_levels, num_points, ffn_dim, dropout: of each.
     """
 
-    def __init__(self, num_layers: int, d_model: int, num_heads: int, num_levels: int, num_points: int, **ffn):
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        ffn_dim: int,
+        dropout: float,
+    ):
         super().__init__()
         self.layers = nn.ModuleList(
-            DecoderLayer(d_model, num_heads, num_levels, num_points, **ffn) for _ in range(num_layers)
+            DecoderLayer(d_model, num_heads, num_levels, num_points, ffn_dim, dropout) for _ in range(num_layers)
         )
 
     def forward(self, queries: Tensor, memory: Tensor, shapes: Shapes) -> Tensor:
