@@ -60,7 +60,7 @@ def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
         try:
             return torch.load(path, map_location=device, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0] or type(error).__name__
             warnings.warn(f"{path} is damaged ({reason}): trying the checkpoint before it", stacklevel=2)
     if found:
         raise ValueError(f"none of the {len(found)} checkpoints in {folder} can be read: start again in another folder")
