@@ -94,7 +94,7 @@ def _backward_torch(
 ) -> tuple[Tensor, Tensor]:
     B, C, H, W = features.shape
     rows, fx, fy = _corners(features, points, padding)
-    grad_rows = grad_out.transpose(1, 2).to(_compute_dtype(features)).reshape(-1, C)
+    grad_rows = grad_out.transpose(1, 2).to(_compute_dtype(features)).reshape(len(rows), C)
     grad_features, grad_points = features.new_empty(0), points.new_empty(0)
     if needs_features:
         weights = _corner_weights(fx, fy)

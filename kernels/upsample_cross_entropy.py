@@ -1,4 +1,4 @@
-"""Cross-entropy and argmax of up-sampled logits without up-sampled logits (the losses on Y and the refined Y' of Eq. 7).
+"""Cross-entropy and argmax of up-sampled logits, without up-sampled logits (the losses on Y and refined Y', Eq. 7).
 
     s(p)     = clamp(p + offset(p), 0, (W - 1, H - 1))         position on the full-size map; offset is 0 without one
     src(s)   = clamp((s + 1/2) * (w / W, h / H) - 1/2, 0, (w - 1, h - 1))       the same position on the logits' map
@@ -6,7 +6,7 @@
     loss(p)  = class_weights[t] * (log sum_k exp z[k, p] - z[t, p]),  t = target(p);  0 where t = ignore_index
 
 Without an offset z is `interpolate(logits, (H, W), mode="bilinear", align_corners=False)`; with an integer offset it
-is that map read at p + offset. z exists for a slab of rows (PyTorch) or one class of a tile of pixels (Triton) at a time.
+is that map read at p + offset. z exists for a slab of rows (PyTorch) or a class of a tile of pixels (Triton) at a time.
 
 Legend
     B batch, K classes, h x w the logits' map, H x W the labels' map; K, h, w, H, W are any positive numbers.
