@@ -136,7 +136,8 @@ def _backward_torch(
         grad = _interpolate(index, corner_weight, _table(logits, b)).softmax(0)
         label, weight = _labels(target[b, rows].flatten(), class_weights, K, ignore_index, grad.dtype)
         grad[label, torch.arange(len(label), device=label.device)] -= 1
-        grad *= torch.where(weight == 0, 0, weight * grad_losses[b, rows].flatten())
+        grad *= weight * grad_losses[b, rows].flatten()
+        grad.masked_fill_(weight == 0, 0)  # also where infinite logits made it NaN
         for corner in range(4):
             grad_logits[b].index_add_(1, index[:, corner], grad * corner_weight[:, corner])
     return grad_logits.view(logits.shape).to(logits.dtype)

@@ -44,7 +44,7 @@ def upsampled(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> T
                 y = min(max(Y + (0.0 if math.isnan(dy) else dy), 0), H - 1)
                 x = min(max((x + 0.5) * w / W - 0.5, 0), w - 1)
                 y = min(max((y + 0.5) * h / H - 0.5, 0), h - 1)
-                pixels.append(read_bilinear(logits[b], torch.tensor(x).double(), torch.tensor(y).double()))
+                pixels.append(read_bilinear(logits[b], *torch.tensor([x, y], dtype=torch.float64)))
     return torch.stack(pixels).view(B, H, W, K)
 
 

@@ -16,7 +16,9 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def make_inputs(device, dtype=torch.float32, shape=(2, 7, 3, 4), size=(9, 11), offset=None, weighted=False, ignored=0.2):
+def make_inputs(
+    device, dtype=torch.float32, shape=(2, 7, 3, 4), size=(9, 11), offset=None, weighted=False, ignored=0.2
+):
     """Arguments of the op: logits, target (a part of it ignored), offset (None, "integer" or "float"), class weights."""
     B, K, h, w = shape
     target = torch.randint(0, K, (B, *size))
@@ -92,7 +94,6 @@ def test_reductions(backend, reduction, weighted):
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
-        ((1, 1, 3, 2), (5, 7)),
         ((1, 2, 1, 1), (3, 4)),
         ((1, 40, 2, 3), (7, 5)),
         ((3, 33, 2, 1), (1, 9)),
@@ -104,6 +105,12 @@ def test_reductions(backend, reduction, weighted):
 )
 def test_any_sizes_into_poisoned_buffers(backend, deterministic, shape, size, offset):
     assert_matches_reference(make_inputs(backend[1], shape=shape, size=size, offset=offset))
+
+
+def test_a_single_class_costs_nothing(backend):
+    loss, grad = run(upsample_cross_entropy, make_inputs(backend[1], shape=(2, 1, 3, 2), size=(5, 7)))
+    assert loss == 0
+    assert not grad.any()
 
 
 @pytest.mark.parametrize("shape, size", [((2, 7, 3, 4), (9, 11)), ((2, 3, 7, 5), (3, 4))], ids=str)
@@ -232,7 +239,7 @@ def test_deterministic_gradient_does_not_depend_on_the_order_of_adds(backend, de
 
 
 def largest_allocation(device, function):
-    """Bytes: of the largest single allocation on a CPU, of the peak above the start on a GPU."""
+    """Bytes: of what one PyTorch op on a CPU holds at its end, of the peak above the start on a GPU."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
@@ -240,14 +247,14 @@ def largest_allocation(device, function):
         return torch.cuda.max_memory_allocated() - start
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
-    return max(event.cpu_memory_usage for event in profile.events() if event.name == "[memory]")
+    return max(event.cpu_memory_usage for event in profile.events())
 
 
 @pytest.mark.parametrize("op", ["loss", "argmax"])
 def test_never_holds_the_up_sampled_logits(backend, op):
     # The interpreter takes a minute for what a slab of the torch backend is small against.
     name, device = backend
-    K, h, H = (48, 2, 32) if (name, device) == ("triton", "cpu") else (128, 16, 512)
+    K, h, H = (48, 2, 32) if (name, device) == ("triton", "cpu") else (64, 8, 256)
     arguments = make_inputs(device, shape=(1, K, h, h), size=(H, H))
     full_size = K * H * H * 4
     if op == "loss":
@@ -331,7 +338,11 @@ LOGITS, TARGET = torch.zeros(2, 3, 2, 2), torch.zeros(2, 4, 5, dtype=torch.long)
         ({"target": TARGET[:1]}, ValueError, r"target has shape \(1, 4, 5\); it must be \(2, H, W\): as many label"),
         ({"target": TARGET[:, None]}, ValueError, r"target has shape \(2, 1, 4, 5\); it must be \(B, H, W\)"),
         ({"target": TARGET.to("meta")}, ValueError, "logits on cpu, target on meta"),
-        ({"offset": torch.zeros(2, 2, 5, 4)}, ValueError, r"offset has shape \(2, 2, 5, 4\); it must be \(2, 2, 4, 5\)"),
+        (
+            {"offset": torch.zeros(2, 2, 5, 4)},
+            ValueError,
+            r"offset has shape \(2, 2, 5, 4\); it must be \(2, 2, 4, 5\)",
+        ),
         ({"offset": torch.zeros(2, 2, 4, 5).bool()}, TypeError, "offset has dtype torch.bool"),
         ({"class_weights": torch.ones(4)}, ValueError, r"class_weights has shape \(4,\); it must be \(3\)"),
         ({"class_weights": torch.ones(3).long()}, TypeError, "class_weights has dtype torch.int64"),
