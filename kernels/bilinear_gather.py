@@ -122,7 +122,7 @@ def _backward_torch(
 
 
 @triton.jit
-def _axis_kernel(coordinate, size, BORDER: tl.constexpr):
+def _axis_in_tile(coordinate, size, BORDER: tl.constexpr):
     """As `_axis`: lower corner (int32) and fraction."""
     if BORDER:
         reads = coordinate == coordinate
@@ -140,8 +140,8 @@ def _locate(points_ptr, stride_b, stride_p, stride_xy, b, p, P, H, W, BORDER: tl
     base = points_ptr + b * stride_b + p.to(tl.int64) * stride_p
     point_x = tl.load(base, mask=p < P, other=-2.0).to(tl.float32)
     point_y = tl.load(base + stride_xy, mask=p < P, other=-2.0).to(tl.float32)
-    x, fx = _axis_kernel(point_x, W, BORDER)
-    y, fy = _axis_kernel(point_y, H, BORDER)
+    x, fx = _axis_in_tile(point_x, W, BORDER)
+    y, fy = _axis_in_tile(point_y, H, BORDER)
     return point_x, point_y, x, y, fx, fy
 
 

@@ -1,9 +1,8 @@
+import pytest
+import reference_dense
 import torch
 import torch.nn.functional as F
-import reference_dense
 from accuracy import assert_accurate
-
-import pytest
 from unept.kernels import bilinear_gather
 
 PADDINGS = ("zeros", "border")

@@ -19,8 +19,8 @@ def deterministic():
 def make_inputs(
     device, dtype=torch.float32, shape=(2, 7, 3, 4), size=(9, 11), offset=None, weighted=False, ignored=0.2
 ):
-    """Arguments of the op: logits, target (a part of it ignored), offset (None, "integer" or "float"), class weights."""
-    B, K, h, w = shape
+    """Arguments of the op; a part of the target is ignored; offset is None, "integer" or "float"."""
+    B, K = shape[:2]
     target = torch.randint(0, K, (B, *size))
     target[torch.rand(target.shape) < ignored] = 255
     arguments = {
@@ -113,7 +113,7 @@ def test_a_single_class_costs_nothing(backend):
     assert not grad.any()
 
 
-@pytest.mark.parametrize("shape, size", [((2, 7, 3, 4), (9, 11)), ((2, 3, 7, 5), (3, 4))], ids=str)
+@pytest.mark.parametrize(("shape", "size"), [((2, 7, 3, 4), (9, 11)), ((2, 3, 7, 5), (3, 4))], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_equals_interpolate_and_cross_entropy(backend, shape, size, reduction):
     arguments = make_inputs("cpu", shape=shape, size=size, weighted=True)
