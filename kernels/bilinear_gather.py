@@ -94,7 +94,7 @@ def _backward_torch(
 ) -> tuple[Tensor, Tensor]:
     B, C, H, W = features.shape
     rows, fx, fy = _corners(features, points, padding)
-    grad_rows = grad_out.transpose(1, 2).to(_compute_dtype(features)).reshape(-1, C)
+    grad_rows = grad_out.transpose(1, 2).to(_compute_dtype(features)).reshape(len(rows), C)
     grad_features, grad_points = features.new_empty(0), points.new_empty(0)
     if needs_features:
         weights = _corner_weights(fx, fy)
@@ -122,7 +122,7 @@ def _backward_torch(
 
 
 @triton.jit
-def _axis_kernel(coordinate, size, BORDER: tl.constexpr):
+def _axis_in_tile(coordinate, size, BORDER: tl.constexpr):
     """As `_axis`: lower corner (int32) and fraction."""
     if BORDER:
         reads = coordinate == coordinate
@@ -140,8 +140,8 @@ def _locate(points_ptr, stride_b, stride_p, stride_xy, b, p, P, H, W, BORDER: tl
     base = points_ptr + b * stride_b + p.to(tl.int64) * stride_p
     point_x = tl.load(base, mask=p < P, other=-2.0).to(tl.float32)
     point_y = tl.load(base + stride_xy, mask=p < P, other=-2.0).to(tl.float32)
-    x, fx = _axis_kernel(point_x, W, BORDER)
-    y, fy = _axis_kernel(point_y, H, BORDER)
+    x, fx = _axis_in_tile(point_x, W, BORDER)
+    y, fy = _axis_in_tile(point_y, H, BORDER)
     return point_x, point_y, x, y, fx, fy
 
 

@@ -142,9 +142,9 @@ def _boundary_targets_torch(
 # ---------------------------------------------------------------------------------------------------------------------
 
 PIXEL_CONFIGS = autotune_pool(
+    triton.Config({"BLOCK_P": 512}, num_warps=8),
+    triton.Config({"BLOCK_P": 256}, num_warps=8),
     triton.Config({"BLOCK_P": 512}, num_warps=4),
-    triton.Config({"BLOCK_P": 256}, num_warps=4),
-    triton.Config({"BLOCK_P": 1024}, num_warps=8),
 )
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy and argmax of up-sampled logits without up-sampled logits (the losses on Y and the refined Y' of Eq. 7).
+"""Cross-entropy and argmax of up-sampled logits, without up-sampled logits (the losses on Y and refined Y', Eq. 7).
 
     s(p)     = clamp(p + offset(p), 0, (W - 1, H - 1))         position on the full-size map; offset is 0 without one
     src(s)   = clamp((s + 1/2) * (w / W, h / H) - 1/2, 0, (w - 1, h - 1))       the same position on the logits' map
@@ -6,7 +6,7 @@
     loss(p)  = class_weights[t] * (log sum_k exp z[k, p] - z[t, p]),  t = target(p);  0 where t = ignore_index
 
 Without an offset z is `interpolate(logits, (H, W), mode="bilinear", align_corners=False)`; with an integer offset it
-is that map read at p + offset. z exists for a slab of rows (PyTorch) or one class of a tile of pixels (Triton) at a time.
+is that map read at p + offset. z exists for a slab of rows (PyTorch) or a class of a tile of pixels (Triton) at a time.
 
 Legend
     B batch, K classes, h x w the logits' map, H x W the labels' map; K, h, w, H, W are any positive numbers.
@@ -136,7 +136,8 @@ def _backward_torch(
         grad = _interpolate(index, corner_weight, _table(logits, b)).softmax(0)
         label, weight = _labels(target[b, rows].flatten(), class_weights, K, ignore_index, grad.dtype)
         grad[label, torch.arange(len(label), device=label.device)] -= 1
-        grad *= torch.where(weight == 0, 0, weight * grad_losses[b, rows].flatten())
+        grad *= weight * grad_losses[b, rows].flatten()
+        grad.masked_fill_(weight == 0, 0)  # also where infinite logits made it NaN
         for corner in range(4):
             grad_logits[b].index_add_(1, index[:, corner], grad * corner_weight[:, corner])
     return grad_logits.view(logits.shape).to(logits.dtype)
@@ -156,7 +157,7 @@ def _argmax_torch(logits: Tensor, size: tuple[int, int], offset: Tensor | None) 
 
 
 @triton.jit
-def _axis_kernel(position, size, low_size, scale):
+def _axis_in_tile(position, size, low_size, scale):
     """As `_axis`, for [BLOCK_P] float32 positions; scale is low_size / size."""
     source = (tl.minimum(tl.maximum(position, 0.0), size - 1.0) + 0.5) * scale - 0.5
     source = tl.minimum(tl.maximum(source, 0.0), low_size - 1.0)
@@ -165,7 +166,7 @@ def _axis_kernel(position, size, low_size, scale):
 
 
 @triton.jit
-def _corners_kernel(
+def _corners_in_tile(
     offset_ptr, stride_b, stride_xy, stride_h, stride_w, b, y, x, live, H, W, h, w, scale_y, scale_x,
     HAS_OFFSET: tl.constexpr,
 ):  # fmt: skip
@@ -178,8 +179,8 @@ def _corners_kernel(
         shift_y = tl.load(pointers + stride_xy, mask=live, other=0).to(tl.float32)
         position_x += tl.where(shift_x == shift_x, shift_x, 0.0)
         position_y += tl.where(shift_y == shift_y, shift_y, 0.0)
-    y0, y1, fy = _axis_kernel(position_y, H, h, scale_y)
-    x0, x1, fx = _axis_kernel(position_x, W, w, scale_x)
+    y0, y1, fy = _axis_in_tile(position_y, H, h, scale_y)
+    x0, x1, fx = _axis_in_tile(position_x, W, w, scale_x)
     return y0, y1, x0, x1, fy, fx
 
 
@@ -194,7 +195,7 @@ def _corner_pointers(map_ptr, y0, y1, x0, x1, stride_h, stride_w):
 
 
 @triton.jit
-def _interpolate_kernel(p00, p01, p10, p11, fy, fx, mask):
+def _interpolate_in_tile(p00, p01, p10, p11, fy, fx, mask):
     z00 = tl.load(p00, mask=mask, other=0.0).to(tl.float32)
     z01 = tl.load(p01, mask=mask, other=0.0).to(tl.float32)
     z10 = tl.load(p10, mask=mask, other=0.0).to(tl.float32)
@@ -210,7 +211,7 @@ def _log_sum_exp(p00, p01, p10, p11, fy, fx, mask, label, stride_k, K):
     total = tl.zeros(fy.shape, tl.float32)
     z_label = tl.zeros(fy.shape, tl.float32)
     for k in range(0, K):
-        z = _interpolate_kernel(p00, p01, p10, p11, fy, fx, mask)
+        z = _interpolate_in_tile(p00, p01, p10, p11, fy, fx, mask)
         z_label = tl.where(label == k, z, z_label)
         larger = tl.maximum(largest, z)
         total = total * tl.exp(largest - larger) + tl.exp(z - larger)
@@ -223,7 +224,7 @@ def _log_sum_exp(p00, p01, p10, p11, fy, fx, mask, label, stride_k, K):
 
 
 @triton.jit
-def _label_kernel(
+def _labels_in_tile(
     target_ptr,
     stride_b,
     stride_h,
@@ -294,11 +295,11 @@ def losses_kernel(
     p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     live = p < H * W
     y, x = p // W, p % W
-    label, counts, weight = _label_kernel(
+    label, counts, weight = _labels_in_tile(
         target_ptr, target_stride_b, target_stride_h, target_stride_w, weights_ptr, weights_stride, b, y, x, live, K,
         ignore_index, HAS_WEIGHTS,
     )  # fmt: skip
-    y0, y1, x0, x1, fy, fx = _corners_kernel(
+    y0, y1, x0, x1, fy, fx = _corners_in_tile(
         offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, counts, H, W, h, w,
         scale_y, scale_x, HAS_OFFSET,
     )  # fmt: skip
@@ -362,11 +363,11 @@ def losses_backward_kernel(
     lane = lane % (columns * step)
     x = lane % columns * step + lane // columns
     live = (y < H) & (x < W)
-    label, counts, weight = _label_kernel(
+    label, counts, weight = _labels_in_tile(
         target_ptr, target_stride_b, target_stride_h, target_stride_w, weights_ptr, weights_stride, b, y, x, live, K,
         ignore_index, HAS_WEIGHTS,
     )  # fmt: skip
-    y0, y1, x0, x1, fy, fx = _corners_kernel(
+    y0, y1, x0, x1, fy, fx = _corners_in_tile(
         offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, counts, H, W, h, w,
         scale_y, scale_x, HAS_OFFSET,
     )  # fmt: skip
@@ -380,7 +381,7 @@ def losses_backward_kernel(
     adds = counts & (weight != 0)
     g00, g01, g10, g11 = _corner_pointers(grad_logits_ptr + b * grad_logits_stride_b, y0, y1, x0, x1, w, 1)
     for k in range(0, K):
-        z = _interpolate_kernel(p00, p01, p10, p11, fy, fx, adds)
+        z = _interpolate_in_tile(p00, p01, p10, p11, fy, fx, adds)
         grad = factor * (tl.exp(z - lse) - tl.where(label == k, 1.0, 0.0))
         scatter_add(g00, grad * (1 - fy) * (1 - fx), adds, scale_ptr, DETERMINISTIC)
         scatter_add(g01, grad * (1 - fy) * fx, adds, scale_ptr, DETERMINISTIC)
@@ -425,7 +426,7 @@ def argmax_kernel(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     live = p < H * W
-    y0, y1, x0, x1, fy, fx = _corners_kernel(
+    y0, y1, x0, x1, fy, fx = _corners_in_tile(
         offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, p // W, p % W, live, H, W,
         h, w, scale_y, scale_x, HAS_OFFSET,
     )  # fmt: skip
@@ -435,7 +436,7 @@ def argmax_kernel(
     largest = tl.full((BLOCK_P,), float("-inf"), tl.float32)
     best = tl.zeros((BLOCK_P,), tl.int64)
     for k in range(0, K):
-        z = _interpolate_kernel(p00, p01, p10, p11, fy, fx, live)
+        z = _interpolate_in_tile(p00, p01, p10, p11, fy, fx, live)
         best = tl.where(z > largest, k, best)
         largest = tl.maximum(largest, z)
         p00 += logits_stride_k
