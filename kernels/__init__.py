@@ -2,12 +2,14 @@
 
 from .backend import BACKENDS, requested_backend, use_backend
 from .bilinear_gather import bilinear_gather
+from .boundary_targets import boundary_targets
 from .sparse_attention import sparse_sampling_attention
 from .upsample_cross_entropy import upsample_argmax, upsample_cross_entropy
 
 __all__ = [
     "BACKENDS",
     "bilinear_gather",
+    "boundary_targets",
     "requested_backend",
     "sparse_sampling_attention",
     "upsample_argmax",

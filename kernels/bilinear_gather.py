@@ -9,12 +9,12 @@ Legend
     points    (B, P, 2), (x, y) in pixels, pixel centres at integers: (0, 0) is the first pixel's centre.
     out       (B, C, P)
 Padding
-    "zeros"   corners outside the map count as zero. A point with x outside (-1, W) or y outside (-1, H), a NaN or infinite
-              one included, reads zero and has no gradient.
+    "zeros"   corners outside the map count as zero. A point with x outside (-1, W) or y outside (-1, H), a NaN or
+              infinite one included, reads zero and has no gradient.
     "border"  coordinates are clamped to [0, W - 1] and [0, H - 1], without a gradient where clamped. A point with a NaN
               reads zero.
-Kernels: program axis 0 = (image, tile of BLOCK_P points), axis 1 of the forward = BLOCK_C channels; channels are a loop,
-points are lanes.
+Kernels: program axis 0 = (image, tile of BLOCK_P points), axis 1 of the forward = BLOCK_C channels; points are lanes,
+channels a loop.
 """
 
 import math
@@ -399,11 +399,11 @@ def bilinear_gather(features: Tensor, points: Tensor, padding: str = "zeros") ->
 
     Args:
         features: (B, C, H, W), float32, float16, bfloat16 or (torch backend) float64.
-        points: (B, ..., 2), any of these dtypes, (x, y) in pixels, pixel centres at integers, origin at the first pixel.
+        points: (B, ..., 2), any of these dtypes, (x, y) in pixels, pixel centres at integers, (0, 0) the first pixel.
             Keep them in float32: bfloat16 has a step of 1/2 pixel beyond 64.
         padding: `"zeros"`: outside the map everything is zero; NaN, infinite and huge points read zero, with zero
-            gradients. `"border"`: coordinates are clamped to the map, with a zero gradient where clamped; a point with a
-            NaN reads zero.
+            gradients. `"border"`: coordinates are clamped to the map, with a zero gradient where clamped; a point with
+            a NaN reads zero.
 
     Returns:
         (B, C, *points.shape[1:-1]) in the dtype of features; interpolated in float32 (float64 for float64).

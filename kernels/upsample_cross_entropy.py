@@ -1,12 +1,12 @@
-"""Cross-entropy and argmax of up-sampled logits, without up-sampled logits (the losses on Y and on the refined Y' of Eq. 7).
+"""Cross-entropy and argmax of up-sampled logits without up-sampled logits (the losses on Y and the refined Y' of Eq. 7).
 
     s(p)     = clamp(p + offset(p), 0, (W - 1, H - 1))         position on the full-size map; offset is 0 without one
     src(s)   = clamp((s + 1/2) * (w / W, h / H) - 1/2, 0, (w - 1, h - 1))       the same position on the logits' map
     z[k, p]  = bilinear(logits[k], src(s(p)))
     loss(p)  = class_weights[t] * (log sum_k exp z[k, p] - z[t, p]),  t = target(p);  0 where t = ignore_index
 
-Without an offset z is `interpolate(logits, (H, W), mode="bilinear", align_corners=False)`; with an integer offset it is
-that map read at p + offset. z exists for a slab of rows (PyTorch) or one class of one tile of pixels (Triton) at a time.
+Without an offset z is `interpolate(logits, (H, W), mode="bilinear", align_corners=False)`; with an integer offset it
+is that map read at p + offset. z exists for a slab of rows (PyTorch) or one class of a tile of pixels (Triton) at a time.
 
 Legend
     B batch, K classes, h x w the logits' map, H x W the labels' map; K, h, w, H, W are any positive numbers.
@@ -65,7 +65,9 @@ def _axis(position: Tensor, size: int, low_size: int) -> tuple[Tensor, Tensor, T
     return lower, (lower + 1).clamp(max=low_size - 1), fraction
 
 
-def _corners(logits: Tensor, size: tuple[int, int], offset: Tensor | None, b: int, rows: slice) -> tuple[Tensor, Tensor]:
+def _corners(
+    logits: Tensor, size: tuple[int, int], offset: Tensor | None, b: int, rows: slice
+) -> tuple[Tensor, Tensor]:
     """Indices into the h*w low-size pixels and weights, (pixels, 4) each, for the rows of image b."""
     h, w = logits.shape[2:]
     H, W = size
@@ -89,7 +91,8 @@ def _table(logits: Tensor, b: int) -> Tensor:
 
 
 def _interpolate(index: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-    return torch.nn.functional.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
+    """(K, pixels) up-sampled logits. Classes first: a softmax along a short last axis is 20 times slower on a CPU."""
+    return torch.nn.functional.embedding_bag(index, table, per_sample_weights=weight, mode="sum").t().contiguous()
 
 
 def _labels(
@@ -112,7 +115,7 @@ def _losses_torch(
     for b, rows in _slabs(logits, size):
         z = _interpolate(*_corners(logits, size, offset, b, rows), _table(logits, b))
         label, weight = _labels(target[b, rows].flatten(), class_weights, K, ignore_index, z.dtype)
-        loss = weight * (z.logsumexp(1) - z.gather(1, label[:, None])[:, 0])
+        loss = weight * (z.logsumexp(0) - z.gather(0, label[None])[0])
         losses[b, rows] = torch.where(weight == 0, 0, loss).view(-1, size[1])
     return losses
 
@@ -127,24 +130,430 @@ def _backward_torch(
 ) -> Tensor:
     B, K, h, w = logits.shape
     size = target.shape[1:]
-    grad_table = torch.zeros(B, h * w, K, dtype=_compute_dtype(logits), device=logits.device)
+    grad_logits = torch.zeros(B, K, h * w, dtype=_compute_dtype(logits), device=logits.device)
     for b, rows in _slabs(logits, size):
         index, corner_weight = _corners(logits, size, offset, b, rows)
-        grad = _interpolate(index, corner_weight, _table(logits, b)).softmax(1)
+        grad = _interpolate(index, corner_weight, _table(logits, b)).softmax(0)
         label, weight = _labels(target[b, rows].flatten(), class_weights, K, ignore_index, grad.dtype)
-        weight = torch.where(weight == 0, 0, weight * grad_losses[b, rows].flatten())
-        grad[torch.arange(len(label), device=label.device), label] -= 1
-        grad *= weight[:, None]
+        grad[label, torch.arange(len(label), device=label.device)] -= 1
+        grad *= torch.where(weight == 0, 0, weight * grad_losses[b, rows].flatten())
         for corner in range(4):
-            grad_table[b].index_add_(0, index[:, corner], grad * corner_weight[:, corner, None])
-    return grad_table.view(B, h, w, K).permute(0, 3, 1, 2).to(logits.dtype).contiguous()
+            grad_logits[b].index_add_(1, index[:, corner], grad * corner_weight[:, corner])
+    return grad_logits.view(logits.shape).to(logits.dtype)
 
 
 def _argmax_torch(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Tensor:
     best = torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
     for b, rows in _slabs(logits, size):
         z = _interpolate(*_corners(logits, size, offset, b, rows), _table(logits, b))
-        best[b, rows] = z.argmax(1).view(-1, size[1])
+        best[b, rows] = z.argmax(0).view(-1, size[1])
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _axis_kernel(position, size, low_size, scale):
+    """As `_axis`, for [BLOCK_P] float32 positions; scale is low_size / size."""
+    source = (tl.minimum(tl.maximum(position, 0.0), size - 1.0) + 0.5) * scale - 0.5
+    source = tl.minimum(tl.maximum(source, 0.0), low_size - 1.0)
+    lower = source.to(tl.int32)
+    return lower, tl.minimum(lower + 1, low_size - 1), source - lower
+
+
+@triton.jit
+def _corners_kernel(
+    offset_ptr, stride_b, stride_xy, stride_h, stride_w, b, y, x, live, H, W, h, w, scale_y, scale_x,
+    HAS_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """As `_corners`: y0, y1, x0, x1 (int32) and the fractions fy, fx of the pixels (y, x), [BLOCK_P] each."""
+    position_y = y.to(tl.float32)
+    position_x = x.to(tl.float32)
+    if HAS_OFFSET:
+        pointers = offset_ptr + b * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+        shift_x = tl.load(pointers, mask=live, other=0).to(tl.float32)
+        shift_y = tl.load(pointers + stride_xy, mask=live, other=0).to(tl.float32)
+        position_x += tl.where(shift_x == shift_x, shift_x, 0.0)
+        position_y += tl.where(shift_y == shift_y, shift_y, 0.0)
+    y0, y1, fy = _axis_kernel(position_y, H, h, scale_y)
+    x0, x1, fx = _axis_kernel(position_x, W, w, scale_x)
+    return y0, y1, x0, x1, fy, fx
+
+
+@triton.jit
+def _corner_pointers(map_ptr, y0, y1, x0, x1, stride_h, stride_w):
+    """The four corners in one channel of one image, [BLOCK_P] each."""
+    row0 = map_ptr + y0.to(tl.int64) * stride_h
+    row1 = map_ptr + y1.to(tl.int64) * stride_h
+    column0 = x0.to(tl.int64) * stride_w
+    column1 = x1.to(tl.int64) * stride_w
+    return row0 + column0, row0 + column1, row1 + column0, row1 + column1
+
+
+@triton.jit
+def _interpolate_kernel(p00, p01, p10, p11, fy, fx, mask):
+    z00 = tl.load(p00, mask=mask, other=0.0).to(tl.float32)
+    z01 = tl.load(p01, mask=mask, other=0.0).to(tl.float32)
+    z10 = tl.load(p10, mask=mask, other=0.0).to(tl.float32)
+    z11 = tl.load(p11, mask=mask, other=0.0).to(tl.float32)
+    return (1 - fy) * ((1 - fx) * z00 + fx * z01) + fy * ((1 - fx) * z10 + fx * z11)
+
+
+@triton.jit
+def _log_sum_exp(p00, p01, p10, p11, fy, fx, mask, label, stride_k, K):
+    """log sum_k exp z[k], and z[label], [BLOCK_P] each."""
+    # The lowest finite number, so that a class at -inf adds exp(-inf) and not exp(-inf + inf).
+    largest = tl.full(fy.shape, -3.4028234663852886e38, tl.float32)
+    total = tl.zeros(fy.shape, tl.float32)
+    z_label = tl.zeros(fy.shape, tl.float32)
+    for k in range(0, K):
+        z = _interpolate_kernel(p00, p01, p10, p11, fy, fx, mask)
+        z_label = tl.where(label == k, z, z_label)
+        larger = tl.maximum(largest, z)
+        total = total * tl.exp(largest - larger) + tl.exp(z - larger)
+        largest = larger
+        p00 += stride_k
+        p01 += stride_k
+        p10 += stride_k
+        p11 += stride_k
+    return largest + tl.log(total), z_label
+
+
+@triton.jit
+def _label_kernel(
+    target_ptr,
+    stride_b,
+    stride_h,
+    stride_w,
+    weights_ptr,
+    weights_stride,
+    b,
+    y,
+    x,
+    live,
+    K,
+    ignore_index,
+    HAS_WEIGHTS: tl.constexpr,
+):
+    """As `_labels`: the label (int64), whether the pixel takes part, and its weight, [BLOCK_P] each."""
+    pointers = target_ptr + b * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    label = tl.load(pointers, mask=live, other=0).to(tl.int64)
+    counts = live & (label != ignore_index)
+    known = (label >= 0) & (label < K)
+    weight = tl.full(y.shape, 1.0, tl.float32)
+    if HAS_WEIGHTS:
+        weight = tl.load(weights_ptr + label * weights_stride, mask=counts & known, other=0.0).to(tl.float32)
+    return label, counts, tl.where(counts & (known == 0), float("nan"), weight)
+
+
+PIXEL_CONFIGS = autotune_pool(
+    triton.Config({"BLOCK_P": 128}, num_warps=4),
+    triton.Config({"BLOCK_P": 256}, num_warps=4),
+    triton.Config({"BLOCK_P": 64}, num_warps=2),
+)
+
+
+@triton.autotune(configs=PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
+@triton.jit
+def losses_kernel(
+    logits_ptr,  # (B, K, h, w)
+    target_ptr,  # (B, H, W)
+    offset_ptr,  # (B, 2, H, W) or unused
+    weights_ptr,  # (K,) or unused
+    losses_ptr,  # (B, H, W), contiguous float32
+    logits_stride_b,
+    logits_stride_k,
+    logits_stride_h,
+    logits_stride_w,
+    target_stride_b,
+    target_stride_h,
+    target_stride_w,
+    offset_stride_b,
+    offset_stride_xy,
+    offset_stride_h,
+    offset_stride_w,
+    weights_stride,
+    ignore_index,
+    K,
+    h,
+    w,
+    H,
+    W,
+    scale_y,  # h / H
+    scale_x,  # w / W
+    HAS_OFFSET: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The losses of BLOCK_P pixels of one image, row by row."""
+    tiles = tl.cdiv(H * W, BLOCK_P)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    live = p < H * W
+    y, x = p // W, p % W
+    label, counts, weight = _label_kernel(
+        target_ptr, target_stride_b, target_stride_h, target_stride_w, weights_ptr, weights_stride, b, y, x, live, K,
+        ignore_index, HAS_WEIGHTS,
+    )  # fmt: skip
+    y0, y1, x0, x1, fy, fx = _corners_kernel(
+        offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, counts, H, W, h, w,
+        scale_y, scale_x, HAS_OFFSET,
+    )  # fmt: skip
+    p00, p01, p10, p11 = _corner_pointers(
+        logits_ptr + b * logits_stride_b, y0, y1, x0, x1, logits_stride_h, logits_stride_w
+    )
+    lse, z_label = _log_sum_exp(p00, p01, p10, p11, fy, fx, counts, label, logits_stride_k, K)
+    loss = tl.where(counts & (weight != 0), weight * (lse - z_label), 0.0)
+    tl.store(losses_ptr + b * H * W + p, loss, mask=live)
+
+
+@triton.autotune(configs=PIXEL_CONFIGS, key=["K", "HAS_OFFSET"], reset_to_zero=["grad_logits_ptr"])
+@triton.jit
+def losses_backward_kernel(
+    grad_losses_ptr,  # (B, H, W)
+    logits_ptr,  # (B, K, h, w)
+    target_ptr,  # (B, H, W)
+    offset_ptr,  # (B, 2, H, W) or unused
+    weights_ptr,  # (K,) or unused
+    grad_logits_ptr,  # (B, K, h, w), contiguous, a ScatterBuffer
+    scale_ptr,  # (): of the ScatterBuffer
+    grad_losses_stride_b,
+    grad_losses_stride_h,
+    grad_losses_stride_w,
+    logits_stride_b,
+    logits_stride_k,
+    logits_stride_h,
+    logits_stride_w,
+    target_stride_b,
+    target_stride_h,
+    target_stride_w,
+    offset_stride_b,
+    offset_stride_xy,
+    offset_stride_h,
+    offset_stride_w,
+    weights_stride,
+    grad_logits_stride_b,  # K * h * w
+    grad_logits_stride_k,  # h * w
+    ignore_index,
+    K,
+    h,
+    w,
+    H,
+    W,
+    scale_y,  # h / H
+    scale_x,  # w / W
+    HAS_OFFSET: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The part that BLOCK_P pixels of one image have in the gradient."""
+    # Neighbouring lanes take pixels of a row about one low-size pixel apart, so that they add to neighbouring addresses
+    # and not to the same one.
+    step = tl.cdiv(W, w)
+    columns = tl.cdiv(W, step)
+    tiles = tl.cdiv(H * columns * step, BLOCK_P)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    lane = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    y = lane // (columns * step)
+    lane = lane % (columns * step)
+    x = lane % columns * step + lane // columns
+    live = (y < H) & (x < W)
+    label, counts, weight = _label_kernel(
+        target_ptr, target_stride_b, target_stride_h, target_stride_w, weights_ptr, weights_stride, b, y, x, live, K,
+        ignore_index, HAS_WEIGHTS,
+    )  # fmt: skip
+    y0, y1, x0, x1, fy, fx = _corners_kernel(
+        offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, counts, H, W, h, w,
+        scale_y, scale_x, HAS_OFFSET,
+    )  # fmt: skip
+    p00, p01, p10, p11 = _corner_pointers(
+        logits_ptr + b * logits_stride_b, y0, y1, x0, x1, logits_stride_h, logits_stride_w
+    )
+    lse, _ = _log_sum_exp(p00, p01, p10, p11, fy, fx, counts, label, logits_stride_k, K)
+
+    pointers = grad_losses_ptr + b * grad_losses_stride_b + y.to(tl.int64) * grad_losses_stride_h
+    factor = tl.load(pointers + x.to(tl.int64) * grad_losses_stride_w, mask=counts, other=0.0).to(tl.float32) * weight
+    adds = counts & (weight != 0)
+    g00, g01, g10, g11 = _corner_pointers(grad_logits_ptr + b * grad_logits_stride_b, y0, y1, x0, x1, w, 1)
+    for k in range(0, K):
+        z = _interpolate_kernel(p00, p01, p10, p11, fy, fx, adds)
+        grad = factor * (tl.exp(z - lse) - tl.where(label == k, 1.0, 0.0))
+        scatter_add(g00, grad * (1 - fy) * (1 - fx), adds, scale_ptr, DETERMINISTIC)
+        scatter_add(g01, grad * (1 - fy) * fx, adds, scale_ptr, DETERMINISTIC)
+        scatter_add(g10, grad * fy * (1 - fx), adds, scale_ptr, DETERMINISTIC)
+        scatter_add(g11, grad * fy * fx, adds, scale_ptr, DETERMINISTIC)
+        p00 += logits_stride_k
+        p01 += logits_stride_k
+        p10 += logits_stride_k
+        p11 += logits_stride_k
+        g00 += grad_logits_stride_k
+        g01 += grad_logits_stride_k
+        g10 += grad_logits_stride_k
+        g11 += grad_logits_stride_k
+
+
+@triton.autotune(configs=PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
+@triton.jit
+def argmax_kernel(
+    logits_ptr,  # (B, K, h, w)
+    offset_ptr,  # (B, 2, H, W) or unused
+    best_ptr,  # (B, H, W), contiguous int64
+    logits_stride_b,
+    logits_stride_k,
+    logits_stride_h,
+    logits_stride_w,
+    offset_stride_b,
+    offset_stride_xy,
+    offset_stride_h,
+    offset_stride_w,
+    K,
+    h,
+    w,
+    H,
+    W,
+    scale_y,  # h / H
+    scale_x,  # w / W
+    HAS_OFFSET: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The classes of BLOCK_P pixels of one image, row by row."""
+    tiles = tl.cdiv(H * W, BLOCK_P)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    live = p < H * W
+    y0, y1, x0, x1, fy, fx = _corners_kernel(
+        offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, p // W, p % W, live, H, W,
+        h, w, scale_y, scale_x, HAS_OFFSET,
+    )  # fmt: skip
+    p00, p01, p10, p11 = _corner_pointers(
+        logits_ptr + b * logits_stride_b, y0, y1, x0, x1, logits_stride_h, logits_stride_w
+    )
+    largest = tl.full((BLOCK_P,), float("-inf"), tl.float32)
+    best = tl.zeros((BLOCK_P,), tl.int64)
+    for k in range(0, K):
+        z = _interpolate_kernel(p00, p01, p10, p11, fy, fx, live)
+        best = tl.where(z > largest, k, best)
+        largest = tl.maximum(largest, z)
+        p00 += logits_stride_k
+        p01 += logits_stride_k
+        p10 += logits_stride_k
+        p11 += logits_stride_k
+    tl.store(best_ptr + b * H * W + p, best, mask=live)
+
+
+def _offset_strides(offset: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if offset is None else offset.stride()
+
+
+def _losses_triton(
+    logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
+) -> Tensor:
+    (B, K, h, w), (H, W) = logits.shape, target.shape[1:]
+    losses = logits.new_empty(target.shape, dtype=torch.float32)
+    if losses.numel() == 0:
+        return losses
+    grid = lambda meta: (B * triton.cdiv(H * W, meta["BLOCK_P"]),)
+    with device_guard(logits):
+        losses_kernel[grid](
+            logits,
+            target,
+            offset,
+            class_weights,
+            losses,
+            *logits.stride(),
+            *target.stride(),
+            *_offset_strides(offset),
+            0 if class_weights is None else class_weights.stride(0),
+            ignore_index,
+            K,
+            h,
+            w,
+            H,
+            W,
+            h / H,
+            w / W,
+            HAS_OFFSET=offset is not None,
+            HAS_WEIGHTS=class_weights is not None,
+        )
+    return losses
+
+
+def _backward_triton(
+    grad_losses: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor | None,
+    class_weights: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    (B, K, h, w), (H, W) = logits.shape, target.shape[1:]
+    if grad_losses.numel() == 0:
+        return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    # |softmax - onehot| and a corner's weight are at most 1.
+    bound = grad_losses.abs().amax()
+    if class_weights is not None:
+        bound = bound * class_weights.abs().amax()
+    buffer = ScatterBuffer(logits.shape, bound)
+    step = -(-W // w)
+    lanes = H * step * -(-W // step)
+    grid = lambda meta: (B * triton.cdiv(lanes, meta["BLOCK_P"]),)
+    with device_guard(logits):
+        losses_backward_kernel[grid](
+            grad_losses,
+            logits,
+            target,
+            offset,
+            class_weights,
+            buffer.data,
+            buffer.scale,
+            *grad_losses.stride(),
+            *logits.stride(),
+            *target.stride(),
+            *_offset_strides(offset),
+            0 if class_weights is None else class_weights.stride(0),
+            K * h * w,
+            h * w,
+            ignore_index,
+            K,
+            h,
+            w,
+            H,
+            W,
+            h / H,
+            w / W,
+            HAS_OFFSET=offset is not None,
+            HAS_WEIGHTS=class_weights is not None,
+            DETERMINISTIC=buffer.deterministic,
+        )
+    return buffer.result(logits.dtype)
+
+
+def _argmax_triton(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Tensor:
+    (B, K, h, w), (H, W) = logits.shape, size
+    best = torch.empty((B, H, W), dtype=torch.int64, device=logits.device)
+    if best.numel() == 0:
+        return best
+    grid = lambda meta: (B * triton.cdiv(H * W, meta["BLOCK_P"]),)
+    with device_guard(logits):
+        argmax_kernel[grid](
+            logits,
+            offset,
+            best,
+            *logits.stride(),
+            *_offset_strides(offset),
+            K,
+            h,
+            w,
+            H,
+            W,
+            h / H,
+            w / W,
+            HAS_OFFSET=offset is not None,
+        )
     return best
 
 
@@ -161,8 +570,8 @@ def _check_ids(target: Tensor, K: int, ignore_index: int) -> None:
     wrong = ((label < 0) | (label >= K)) & (label != ignore_index)
     if wrong.any():
         raise ValueError(
-            f"target holds the id {int(label[wrong][0])} ({int(wrong.sum())} pixels hold no class); it must hold ids in "
-            f"[0, {K}), the classes of logits, or ignore_index={ignore_index}: map the other ids to one of these"
+            f"target holds the id {int(label[wrong][0])} ({int(wrong.sum())} pixels hold no class); ids must be in "
+            f"[0, {K}), the classes of logits, or ignore_index={ignore_index}: map the others to one of these"
         )
 
 
@@ -172,13 +581,12 @@ def _upsample_cross_entropy(
 ) -> Tensor:
     """losses (B, H, W), float32 (float64 for float64 logits)."""
     _check_ids(target, logits.shape[1], ignore_index)
-    return _losses_torch(logits, target, offset, class_weights, ignore_index)
+    run = _losses_triton if runs_on_triton(logits) else _losses_torch
+    return run(logits, target, offset, class_weights, ignore_index)
 
 
 @_upsample_cross_entropy.register_fake
-def _(
-    logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
-) -> Tensor:
+def _(logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int) -> Tensor:
     return logits.new_empty(target.shape, dtype=_compute_dtype(logits))
 
 
@@ -192,7 +600,8 @@ def _upsample_cross_entropy_backward(
     ignore_index: int,
 ) -> Tensor:
     """Gradient of logits."""
-    return _backward_torch(grad_losses, logits, target, offset, class_weights, ignore_index)
+    run = _backward_triton if runs_on_triton(logits) else _backward_torch
+    return run(grad_losses, logits, target, offset, class_weights, ignore_index)
 
 
 @_upsample_cross_entropy_backward.register_fake
@@ -226,7 +635,8 @@ class UpsampleCrossEntropy(torch.autograd.Function):
 
 @torch.library.custom_op("unept::upsample_argmax", mutates_args=())
 def _upsample_argmax(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
-    return _argmax_torch(logits, (height, width), offset)
+    run = _argmax_triton if runs_on_triton(logits) else _argmax_torch
+    return run(logits, (height, width), offset)
 
 
 @_upsample_argmax.register_fake
@@ -257,8 +667,8 @@ def upsample_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of logits that are up-sampled bilinearly to the target's size on the way (the losses of Eq. 7).
 
-    Equals `F.cross_entropy(F.interpolate(logits, (H, W), mode="bilinear", align_corners=False), target.long(), ...)` for
-    any ratio of sizes, but never holds (B, K, H, W), neither here nor in the backward.
+    Equals `F.cross_entropy(F.interpolate(logits, (H, W), mode="bilinear", align_corners=False), target.long(), ...)`
+    for any ratio of sizes, but never holds (B, K, H, W), neither here nor in the backward.
 
     Args:
         logits: (B, K, h, w), float32, float16, bfloat16 or (torch backend) float64. The only input with a gradient.
@@ -267,8 +677,9 @@ def upsample_cross_entropy(
             the up-sampled map holds at p + offset(p), clamped to the map (the refined prediction). NaN means no offset.
         ignore_index: the id of pixels that do not count.
         class_weights: (K,), floating point: the weight of a pixel by its target.
-        reduction: `"mean"` divides the sum by the summed weights of the pixels that count (1 each without class_weights)
-            and is zero, with a zero gradient, where none counts; `"sum"`; or `"none"`, with 0 at ignored pixels.
+        reduction: `"mean"` divides the sum by the summed weights of the pixels that count (1 each without
+            class_weights) and is zero, with a zero gradient, where none counts; `"sum"`; or `"none"`, with 0 at ignored
+            pixels.
 
     Returns:
         () or, for `"none"`, (B, H, W), in float32 whatever the logits (float64 for float64): a sum over an image would
