@@ -149,13 +149,11 @@ def _padded(images: Tensor) -> Tensor:
 
 def _view_sizes(padded: Tensor, short_side: int, config: InferenceConfig) -> list[tuple[int, int]]:
     """(height, width) of the padded image at every scale, multiples of 8; `short_side` is the image's own."""
-    unit = (config.short_side or short_side) / short_side
+    unit = (config.short_side or short_side) / short_side / STRIDE
+    height, width = padded.shape[2:]
     return [
-        (
-            max(1, round(padded.shape[2] * unit * scale / STRIDE)) * STRIDE,
-            max(1, round(padded.shape[3] * unit * scale / STRIDE)) * STRIDE,
-        )
-        for scale in config.scales
+        (max(1, int(height * unit * s + 0.5)) * STRIDE, max(1, int(width * unit * s + 0.5)) * STRIDE)
+        for s in config.scales
     ]
 
 
