@@ -8,7 +8,6 @@ import reference
 import torch
 from accuracy import assert_accurate
 from torch import Tensor
-
 from unept.kernels import (
     MSDeformAttnFunction,
     ms_deform_attn,
