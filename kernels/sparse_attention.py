@@ -16,6 +16,7 @@ something only where -1 < x < W_l and -1 < y < H_l. Comparisons with NaN are fal
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -261,7 +262,7 @@ def _softmax_statistics(
     # Finite from the start: a level whose logits are all -inf must not turn the rest into NaN.
     largest = tl.full([1, BLOCK_Q], -3.0e38, tl.float32)
     total = tl.zeros([1, BLOCK_Q], tl.float32)
-    for level in tl.static_range(L):
+    for level in tl.range(L):
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             pointers = scores_ptrs + level * stride_l + n * stride_n
@@ -294,7 +295,7 @@ def _forward_kernel(
     scores_strides,
     reference_ptr,  # (B, Q, 2), or None
     reference_strides,
-    shapes,  # H_0, W_0, H_1, ...
+    shapes_ptr,  # (2 * L,) int32: H_0, W_0, H_1, ...
     num_heads,
     num_queries,
     L: tl.constexpr,
@@ -321,9 +322,9 @@ def _forward_kernel(
         )
 
     out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for level in tl.static_range(L):
-        height = shapes[2 * level]
-        width = shapes[2 * level + 1]
+    for level in tl.range(L):
+        height = tl.load(shapes_ptr + 2 * level)
+        width = tl.load(shapes_ptr + 2 * level + 1)
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             x_ptrs = points_ptr + level * points_strides[3] + n * points_strides[4]
@@ -343,7 +344,7 @@ def _forward_kernel(
                     along_y = fy if dy == 1 else 1 - fy
                     samples += corner * (weight * along_y * along_x)[:, :, None]
             out += tl.sum(samples, 0)
-        value_ptr += tl.cast(height * width, tl.int64) * value_strides[1]
+        value_ptr += (height * width).to(tl.int64) * value_strides[1]
 
     channel = tl.arange(0, BLOCK_D)[None, :]
     rows = (batch * num_queries + queries) * num_heads + head
@@ -375,7 +376,7 @@ def _backward_kernel(
     scores_strides,
     reference_ptr,
     reference_strides,
-    shapes,
+    shapes_ptr,
     num_heads,
     num_queries,
     L: tl.constexpr,
@@ -417,9 +418,9 @@ def _backward_kernel(
     mean = tl.zeros([1, BLOCK_Q], tl.float32)  # of grad_weights, weighted
     grad_ref_x = tl.zeros([1, BLOCK_Q], tl.float32)
     grad_ref_y = tl.zeros([1, BLOCK_Q], tl.float32)
-    for level in tl.static_range(L):
-        height = shapes[2 * level]
-        width = shapes[2 * level + 1]
+    for level in tl.range(L):
+        height = tl.load(shapes_ptr + 2 * level)
+        width = tl.load(shapes_ptr + 2 * level + 1)
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             usable = (n < N) & counts[None, :]  # [BLOCK_N, BLOCK_Q]
@@ -462,13 +463,13 @@ def _backward_kernel(
             tl.store(grad_points_ptr + column * 2 + 1, (weight * slope_y).to(grad_type), mask=usable)
             tl.store(grad_weights_ptr + column, grad_weight.to(grad_weights_ptr.dtype.element_ty), mask=usable)
             mean += tl.sum(weight * grad_weight, 0)[None, :]
-        value_ptr += tl.cast(height * width, tl.int64) * value_strides[1]
-        grad_value_ptr += tl.cast(height * width, tl.int64) * grad_value_strides[1]
+        value_ptr += (height * width).to(tl.int64) * value_strides[1]
+        grad_value_ptr += (height * width).to(tl.int64) * grad_value_strides[1]
 
     if not LOCATIONS:
         # The softmax's gradient needs the mean over all points: read back what this program has written.
         tl.debug_barrier()
-        for level in tl.static_range(L):
+        for level in tl.range(L):
             for n0 in tl.range(0, N, BLOCK_N):
                 n = n0 + tl.arange(0, BLOCK_N)[:, None]
                 usable = (n < N) & counts[None, :]
@@ -484,6 +485,13 @@ def _backward_kernel(
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _shapes_on_device(shapes: tuple[int, ...], device: torch.device) -> Tensor:
+    """A copy to a GPU waits for it, so that each list of shapes is copied once. A tensor and not constants: every size
+    of image then runs the same compiled kernel."""
+    return torch.tensor(shapes, dtype=torch.int32, device=device)
 
 
 def _shared_arguments(
@@ -503,7 +511,7 @@ def _shared_arguments(
         "scores_strides": scores.stride(),
         "reference_ptr": reference,
         "reference_strides": (0, 0, 0) if reference is None else reference.stride(),
-        "shapes": tuple(shapes),
+        "shapes_ptr": _shapes_on_device(tuple(shapes), value.device),
         "num_heads": heads,
         "num_queries": queries,
         "L": levels,

@@ -232,10 +232,16 @@ def test_empty_inputs(backend, empty):
 
 def test_unwritten_memory_does_not_leak(backend, monkeypatch):
     case = make_case(batch=1, queries=5, heads=2).to(backend[1], torch.float32)
-    new_empty, empty, empty_like = Tensor.new_empty, torch.empty, torch.empty_like
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(float("nan")))
+
+    def poisoned(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args, **kwargs):
+            made = create(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return run
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     results = with_gradients(attention, case)
     assert all(torch.isfinite(result).all() for result in results.values())
 

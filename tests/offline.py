@@ -1,0 +1,184 @@
+"""Compile the Triton kernels for GPUs that are not there, at the paper's shapes: `python tests/offline.py [--all]`.
+
+Each entry of OPS calls an op's launchers on tensors without memory. The launches are recorded instead of run, and their
+kernels compiled for what they were called with. Prints one JSON row a compiled kernel: op, kernel, dtype, target,
+config, and on NVIDIA registers and stack (bytes a thread; a stack means that registers were spilled). On sm_90 it goes
+through the autotune pool up to the first configuration that doesn't spill, with `--all` to the end.
+
+Needs a process without TRITON_INTERPRET: the interpreter leaves nothing to compile.
+"""
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+from unept import kernels
+
+TARGETS = {
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+POINTER_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+# --- what to compile --------------------------------------------------------------------------------------------------
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def sparse_sampling(dtype: torch.dtype) -> None:
+    """The encoder of the ResNet-50 variant at 480x480: B=2, L=3, N=16, M=8, D=32 and 60x60 pixels a level."""
+    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
+
+    shapes, length = [60, 60] * 3, 3 * 60 * 60
+    value = _meta(2, length, 8, 32, dtype=dtype)
+    projection = _meta(2, length, 8, 3 * 48, dtype=dtype)
+    points, scores = projection[..., :96].view(2, length, 8, 3, 16, 2), projection[..., 96:].view(2, length, 8, 3, 16)
+    reference = _meta(1, length, 2, dtype=torch.float32)
+    _forward_triton(value, shapes, points, scores, reference)
+    grad_out = _meta(2, length, 256, dtype=dtype)
+    _backward_triton(grad_out, value, shapes, points, scores, reference, value_grad=True, reference_grad=False)
+
+
+def ms_deform(dtype: torch.dtype) -> None:
+    """The same shapes under Deformable DETR's convention."""
+    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
+
+    shapes, length = [60, 60] * 3, 3 * 60 * 60
+    value, grad_out = _meta(2, length, 8, 32, dtype=dtype), _meta(2, length, 256, dtype=dtype)
+    points, scores = _meta(2, length, 8, 3, 16, 2, dtype=dtype), _meta(2, length, 8, 3, 16, dtype=dtype)
+    _forward_triton(value, shapes, points, scores, None)
+    _backward_triton(grad_out, value, shapes, points, scores, None, value_grad=True, reference_grad=False)
+
+
+# name: (its launches, the dtypes to compile for)
+OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
+    "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
+    "ms_deform": (ms_deform, ("fp32",)),
+}
+
+
+# --- how --------------------------------------------------------------------------------------------------------------
+
+
+def recorded_launches(call: Callable[[], None]) -> list[tuple[Any, dict[str, Any]]]:
+    """The kernels that `call` launches and their arguments by name; nothing runs."""
+    launches: list[tuple[Any, dict[str, Any]]] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}))
+
+    originals = Autotuner.run, JITFunction.run
+    Autotuner.run = JITFunction.run = record
+    try:
+        call()
+    finally:
+        Autotuner.run, JITFunction.run = originals
+    return launches
+
+
+def specialised(argument: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """The type that Triton's launcher gives an argument; fills in constants and known divisibility by 16."""
+    if isinstance(argument, tuple):
+        return tuple(specialised(item, (*path, i), constants, attributes) for i, item in enumerate(argument))
+    if isinstance(argument, Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return POINTER_TYPES[argument.dtype]
+    if isinstance(argument, float):
+        return "fp32"
+    if argument is None or argument == 1:
+        constants[path] = argument
+        return "constexpr"
+    if argument % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= argument < 2**31 else "i64"
+
+
+def compiled(kernel: JITFunction, arguments: dict[str, Any], config: triton.Config, target: GPUTarget) -> Any:
+    arguments = {**arguments, **config.all_kwargs()}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        argument = arguments.pop(parameter.name)
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", argument
+        else:
+            signature[parameter.name] = specialised(argument, (i,), constants, attributes)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {name: option for name, option in arguments.items() if option is not None}
+    return triton.compile(source, target=target, options=options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    return {"registers": int(match[1]), "stack": int(match[2])}
+
+
+def report(every_config: bool) -> Iterator[dict[str, Any]]:
+    """Rows for all kernels: on sm_90 the configurations in order, on the other targets the first that spills least."""
+    for op, (call, dtype_names) in OPS.items():
+        for dtype_name in dtype_names:
+            for launched, arguments in recorded_launches(partial(call, DTYPES[dtype_name])):
+                kernel = launched.fn if isinstance(launched, Autotuner) else launched
+                configs = launched.configs if isinstance(launched, Autotuner) else [triton.Config({})]
+                row = {"op": op, "kernel": kernel.__name__, "dtype": dtype_name}
+                best, least_stack = configs[0], sys.maxsize
+                for config in configs:
+                    used = resources(compiled(kernel, arguments, config, TARGETS["sm_90"]).asm["cubin"])
+                    yield {**row, "target": "sm_90", "config": str(config), **used}
+                    if used["stack"] < least_stack:
+                        best, least_stack = config, used["stack"]
+                    if least_stack == 0 and not every_config:
+                        break
+                for name, target in list(TARGETS.items())[1:]:
+                    binary = compiled(kernel, arguments, best, target)
+                    used = resources(binary.asm["cubin"]) if target.backend == "cuda" else {}
+                    yield {**row, "target": name, "config": str(best), **used}
+
+
+def kernels_of_the_package() -> set[str]:
+    """The names of all kernels; the functions that kernels call are not named `..._kernel`."""
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    found = {name: item for module in modules for name, item in vars(module).items() if name.endswith("_kernel")}
+    return {name for name, item in found.items() if isinstance(item, Autotuner | JITFunction)}
+
+
+if __name__ == "__main__":
+    for line in report(every_config="--all" in sys.argv):
+        print(json.dumps(line), flush=True)
+    print(json.dumps({"kernels": sorted(kernels_of_the_package())}))
