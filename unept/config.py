@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import tyro
 
+from .data import SegmentationDataset, build_dataset
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -69,6 +71,12 @@ class DataConfig:
     """Which one; see `unept.data`."""
     root: Path | None = None
     """Its folder on disk. `shapes` is made in memory and has none."""
+    images: str = "images/{split}"
+    """Where `folder` has its images, under the root."""
+    labels: str = "labels/{split}"
+    """Where `folder` has its labels, under the root."""
+    classes_file: str = "classes.txt"
+    """Where `folder` has its class list, under the root."""
     crop_size: tuple[int, int] = (480, 480)
     """Height and width of a training sample, cropped or padded."""
     short_side: int | None = None
@@ -89,10 +97,13 @@ class DataConfig:
         _require(0 < self.scale[0] <= self.scale[1], f"scale {self.scale} is no range of positive numbers")
         _require(0 < self.category_cap <= 1, f"category_cap {self.category_cap} is not in (0, 1]")
         _require(self.workers >= 0, f"workers is {self.workers}; it must be 0 or more")
-        needs_root = self.dataset != "shapes"
-        _require(
-            not (self.root is not None and not needs_root), "dataset 'shapes' is made in memory: leave --root away"
-        )
+        in_memory = self.dataset == "shapes"
+        _require(not in_memory or self.root is None, "dataset 'shapes' is made in memory: leave --root away")
+
+    def build(self, split: str, root: Path | None = None) -> SegmentationDataset:
+        """The data set's `split`, from another root if one is given; see `unept.data.build_dataset` for errors."""
+        places = ("images", "labels", "classes_file") if self.dataset == "folder" else ()
+        return build_dataset(self.dataset, root or self.root, split, **{name: getattr(self, name) for name in places})
 
 
 @dataclass

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import cli, visual
 from .boundary import upsample_boundary
-from .data import SegmentationDataset, build_dataset, evaluation_loader
+from .data import SegmentationDataset, evaluation_loader
 from .inference import InferenceConfig, infer
 from .metrics import BoundaryFScore, ConfusionMatrix
 from .model import UNEPT, predicted_ids
@@ -200,7 +200,7 @@ def evaluate_run(options: EvaluateConfig) -> None:
     """
     device = cli.choose_device(options.device)
     trained, model = cli.load_run(options.run, device)
-    dataset = build_dataset(trained.data.dataset, options.root or trained.data.root, options.split)
+    dataset = trained.data.build(options.split, options.root)
     config = cli.as_trained(options.inference, trained)
     tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
     scores = evaluate_model(model, dataset, config, device, tolerance, progress=True, workers=options.workers)

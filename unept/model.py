@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, PyramidProjection
 from .boundary import DIRECTIONS, PixelHead, refinement_offset
+from .data.base import default_palette
 from .kernels import upsample_argmax
 from .spatial import LearnedQueries, SpatialBranch
 from .transformer import Decoder, Encoder
@@ -98,7 +99,7 @@ class UNEPT(
             raise ValueError(f"context_queries is {context_queries!r}; it must be 'spatial' or 'learned'")
         self.num_classes = num_classes
         self.classes = list(classes) if classes is not None else [f"class {k}" for k in range(num_classes)]
-        self.palette = [list(color) for color in palette] if palette is not None else default_palette(num_classes)
+        self.palette = [list(color) for color in palette or default_palette(num_classes)]
 
         self.backbone = Backbone(
             backbone,
@@ -179,17 +180,6 @@ def predicted_ids(output: UNEPTOutput, size: Sequence[int], *, refine: bool = Tr
     if refine and output.boundary is not None and output.direction is not None:
         offset = refinement_offset(output.boundary, output.direction, full, scale=refine_scale)
     return upsample_argmax(output.logits, full, offset)[:, : size[0], : size[1]]
-
-
-def default_palette(num_classes: int) -> list[list[int]]:
-    """Colours that differ from each other, for classes without their own: hues a golden angle apart."""
-    import colorsys
-
-    colors = []
-    for k in range(num_classes):
-        rgb = colorsys.hsv_to_rgb(k * 0.61803398875 % 1, 0.85 - 0.3 * (k // 7 % 2), 0.95 - 0.25 * (k // 5 % 3))
-        colors.append([round(255 * c) for c in rgb])
-    return colors
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> UNEPT:

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from . import cli, visual
 from .checkpoint import load_latest, save_checkpoint, save_model, write_atomically
 from .config import TrainConfig
-from .data import build_dataset
 from .data.loader import training_loader
 from .data.transforms import train_transform
 from .evaluate import draw_samples, evaluate_model, format_table, json_ready
@@ -106,8 +105,7 @@ class Trainer:
         cuda = self.device.type == "cuda"
         torch.manual_seed(config.seed)
         data = config.data
-        self.train_set = build_dataset(data.dataset, data.root, "train")
-        self.validation_set = build_dataset(data.dataset, data.root, "val")
+        self.train_set, self.validation_set = data.build("train"), data.build("val")
         for dataset in (self.train_set, self.validation_set):
             dataset.check(sample=20)
         self.model = UNEPT(
