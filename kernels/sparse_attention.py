@@ -549,9 +549,9 @@ def _backward_triton(
     reference_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     grad_out = grad_out.contiguous()
-    largest = grad_out.abs().amax().float()
+    largest = torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32)
     if reference is None:
-        largest = largest * scores.abs().amax().float()
+        largest = largest * torch.linalg.vector_norm(scores, float("inf"), dtype=torch.float32)
     grad_value = ScatterBuffer(value.shape if value_grad else (0, 0, 0, 0), bound=largest)
     grad_points, grad_scores = points.new_empty(points.shape), scores.new_empty(scores.shape)
     in_place = reference is None or scores.dtype == torch.float32

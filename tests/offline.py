@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 import triton
+import unept.kernels
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
-
-from unept import kernels
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -173,7 +172,8 @@ def report(every_config: bool) -> Iterator[dict[str, Any]]:
 
 def kernels_of_the_package() -> set[str]:
     """The names of all kernels; the functions that kernels call are not named `..._kernel`."""
-    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    names = [found.name for found in pkgutil.iter_modules(unept.kernels.__path__)]
+    modules = [importlib.import_module(f"unept.kernels.{name}") for name in names]
     found = {name: item for module in modules for name, item in vars(module).items() if name.endswith("_kernel")}
     return {name for name, item in found.items() if isinstance(item, Autotuner | JITFunction)}
 
