@@ -3,7 +3,8 @@
 from .backend import BACKENDS, requested_backend, use_backend
 from .bilinear_gather import bilinear_gather
 from .boundary_targets import boundary_targets
-from .upsample_cross_entropy import upsample_argmax, upsample_cross_entropy
+from .upsample_argmax import upsample_argmax
+from .upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
     "BACKENDS",
