@@ -295,7 +295,17 @@ def _forward_triton(features: Tensor, points: Tensor, padding: str) -> Tensor:
     grid = lambda meta: (B * triton.cdiv(P, meta["BLOCK_P"]), triton.cdiv(C, meta["BLOCK_C"]))
     with device_guard(features):
         gather_kernel[grid](
-            features, points, out, *features.stride(), *points.stride(), C, H, W, P, BORDER=padding == "border"
+            features,
+            points,
+            out,
+            *features.stride(),
+            *points.stride(),
+            C,
+            H,
+            W,
+            P,
+            BORDER=padding == "border",
+            enable_fp_fusion=True,
         )
     return out
 
@@ -333,6 +343,7 @@ def _backward_triton(
             NEEDS_FEATURES=needs_features,
             NEEDS_POINTS=needs_points,
             DETERMINISTIC=buffer.deterministic,
+            enable_fp_fusion=True,
         )
     return buffer.result(features.dtype), grad_points
 

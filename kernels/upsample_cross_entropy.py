@@ -1,12 +1,8 @@
-"""Cross-entropy and argmax of up-sampled logits, without up-sampled logits (the losses on Y and refined Y', Eq. 7).
+"""Cross-entropy of up-sampled logits, without up-sampled logits (the losses on Y and the refined Y' of Eq. 7).
 
-    s(p)     = clamp(p + offset(p), 0, (W - 1, H - 1))         position on the full-size map; offset is 0 without one
-    src(s)   = clamp((s + 1/2) * (w / W, h / H) - 1/2, 0, (w - 1, h - 1))       the same position on the logits' map
-    z[k, p]  = bilinear(logits[k], src(s(p)))
-    loss(p)  = class_weights[t] * (log sum_k exp z[k, p] - z[t, p]),  t = target(p);  0 where t = ignore_index
+    loss(p) = class_weights[t] * (log sum_k exp z[k, p] - z[t, p]),  t = target(p);  0 where t = ignore_index
 
-Without an offset z is `interpolate(logits, (H, W), mode="bilinear", align_corners=False)`; with an integer offset it
-is that map read at p + offset. z exists for a slab of rows (PyTorch) or a class of a tile of pixels (Triton) at a time.
+with z[k, p], the up-sampled logits read at p + offset(p), as `_upsample` defines them.
 
 Legend
     B batch, K classes, h x w the logits' map, H x W the labels' map; K, h, w, H, W are any positive numbers.
@@ -14,85 +10,36 @@ Legend
     target    (B, H, W), integers
     offset    (B, 2, H, W), (dx, dy) in pixels of the labels' map
     losses    (B, H, W)
-Kernels: a program is a tile of BLOCK_P pixels of one image; pixels are lanes, classes a loop, so that every sum has one
-order whatever the block size.
+Kernels: a program is a tile of BLOCK_P pixels of one image; pixels are lanes, classes a loop.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ._triton import ScatterBuffer, autotune_pool, device_guard, scatter_add, tl, triton
+from ._triton import ScatterBuffer, device_guard, scatter_add, tl, triton
+from ._upsample import (
+    PIXEL_CONFIGS,
+    channels_last_table,
+    check_maps,
+    compute_dtype,
+    corner_pointers,
+    corners,
+    corners_in_tile,
+    interpolate,
+    interpolate_in_tile,
+    offset_strides,
+    slabs,
+)
 from .backend import runs_on_triton
 from .checks import check_floating, check_integer, check_same_device, check_shape
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# Bytes of up-sampled logits that the PyTorch path holds at a time (one row of the image at the least): on a CPU they
-# should stay in the cache, on a GPU they should fill it.
-SLAB_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
-
-
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # PyTorch
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _slabs(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, slice]]:
-    """(image, rows of the labels' map), few enough rows for SLAB_BYTES."""
-    B, K = logits.shape[:2]
-    H, W = size
-    slab_bytes = SLAB_BYTES.get(logits.device.type, SLAB_BYTES["cuda"])
-    rows = max(1, slab_bytes // max(1, K * W * _compute_dtype(logits).itemsize))
-    for b in range(B):
-        for first in range(0, H, rows):
-            yield b, slice(first, min(first + rows, H))
-
-
-def _axis(position: Tensor, size: int, low_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower and upper corner (int64) on the logits' map and the fraction beyond the lower, of full-size positions."""
-    source = (position.clamp(0, size - 1) + 0.5) * (low_size / size) - 0.5
-    source = source.clamp(0, low_size - 1)
-    lower = source.floor()
-    fraction = source - lower
-    lower = lower.long()
-    return lower, (lower + 1).clamp(max=low_size - 1), fraction
-
-
-def _corners(
-    logits: Tensor, size: tuple[int, int], offset: Tensor | None, b: int, rows: slice
-) -> tuple[Tensor, Tensor]:
-    """Indices into the h*w low-size pixels and weights, (pixels, 4) each, for the rows of image b."""
-    h, w = logits.shape[2:]
-    H, W = size
-    make = {"dtype": _compute_dtype(logits), "device": logits.device}
-    y = torch.arange(rows.start, rows.stop, **make)[:, None]
-    x = torch.arange(W, **make)[None, :]
-    if offset is not None:
-        # A NaN means no offset; infinities are for the clamp.
-        shift = offset[b, :, rows].to(make["dtype"]).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
-        x, y = x + shift[0], y + shift[1]
-    x0, x1, fx = _axis(x, W, w)
-    y0, y1, fy = _axis(y, H, h)
-    index = torch.stack([y0 * w + x0, y0 * w + x1, y1 * w + x0, y1 * w + x1], -1)
-    weight = torch.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], -1)
-    return index.view(-1, 4), weight.view(-1, 4)
-
-
-def _table(logits: Tensor, b: int) -> Tensor:
-    """(h*w, K) logits of image b, a row for each pixel."""
-    return logits[b].permute(1, 2, 0).to(_compute_dtype(logits)).reshape(-1, logits.shape[1])
-
-
-def _interpolate(index: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-    """(K, pixels) up-sampled logits. Classes first: a softmax along a short last axis is 20 times slower on a CPU."""
-    return torch.nn.functional.embedding_bag(index, table, per_sample_weights=weight, mode="sum").t().contiguous()
 
 
 def _labels(
@@ -111,9 +58,9 @@ def _losses_torch(
     logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
 ) -> Tensor:
     K, size = logits.shape[1], target.shape[1:]
-    losses = torch.empty(target.shape, dtype=_compute_dtype(logits), device=logits.device)
-    for b, rows in _slabs(logits, size):
-        z = _interpolate(*_corners(logits, size, offset, b, rows), _table(logits, b))
+    losses = torch.empty(target.shape, dtype=compute_dtype(logits), device=logits.device)
+    for b, rows in slabs(logits, size):
+        z = interpolate(*corners(logits, size, offset, b, rows), channels_last_table(logits, b))
         label, weight = _labels(target[b, rows].flatten(), class_weights, K, ignore_index, z.dtype)
         loss = weight * (z.logsumexp(0) - z.gather(0, label[None])[0])
         losses[b, rows] = torch.where(weight == 0, 0, loss).view(-1, size[1])
@@ -130,10 +77,10 @@ def _backward_torch(
 ) -> Tensor:
     B, K, h, w = logits.shape
     size = target.shape[1:]
-    grad_logits = torch.zeros(B, K, h * w, dtype=_compute_dtype(logits), device=logits.device)
-    for b, rows in _slabs(logits, size):
-        index, corner_weight = _corners(logits, size, offset, b, rows)
-        grad = _interpolate(index, corner_weight, _table(logits, b)).softmax(0)
+    grad_logits = torch.zeros(B, K, h * w, dtype=compute_dtype(logits), device=logits.device)
+    for b, rows in slabs(logits, size):
+        index, corner_weight = corners(logits, size, offset, b, rows)
+        grad = interpolate(index, corner_weight, channels_last_table(logits, b)).softmax(0)
         label, weight = _labels(target[b, rows].flatten(), class_weights, K, ignore_index, grad.dtype)
         grad[label, torch.arange(len(label), device=label.device)] -= 1
         grad *= weight * grad_losses[b, rows].flatten()
@@ -143,64 +90,9 @@ def _backward_torch(
     return grad_logits.view(logits.shape).to(logits.dtype)
 
 
-def _argmax_torch(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Tensor:
-    best = torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
-    for b, rows in _slabs(logits, size):
-        z = _interpolate(*_corners(logits, size, offset, b, rows), _table(logits, b))
-        best[b, rows] = z.argmax(0).view(-1, size[1])
-    return best
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Triton
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _axis_in_tile(position, size, low_size, scale):
-    """As `_axis`, for [BLOCK_P] float32 positions; scale is low_size / size."""
-    source = (tl.minimum(tl.maximum(position, 0.0), size - 1.0) + 0.5) * scale - 0.5
-    source = tl.minimum(tl.maximum(source, 0.0), low_size - 1.0)
-    lower = source.to(tl.int32)
-    return lower, tl.minimum(lower + 1, low_size - 1), source - lower
-
-
-@triton.jit
-def _corners_in_tile(
-    offset_ptr, stride_b, stride_xy, stride_h, stride_w, b, y, x, live, H, W, h, w, scale_y, scale_x,
-    HAS_OFFSET: tl.constexpr,
-):  # fmt: skip
-    """As `_corners`: y0, y1, x0, x1 (int32) and the fractions fy, fx of the pixels (y, x), [BLOCK_P] each."""
-    position_y = y.to(tl.float32)
-    position_x = x.to(tl.float32)
-    if HAS_OFFSET:
-        pointers = offset_ptr + b * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-        shift_x = tl.load(pointers, mask=live, other=0).to(tl.float32)
-        shift_y = tl.load(pointers + stride_xy, mask=live, other=0).to(tl.float32)
-        position_x += tl.where(shift_x == shift_x, shift_x, 0.0)
-        position_y += tl.where(shift_y == shift_y, shift_y, 0.0)
-    y0, y1, fy = _axis_in_tile(position_y, H, h, scale_y)
-    x0, x1, fx = _axis_in_tile(position_x, W, w, scale_x)
-    return y0, y1, x0, x1, fy, fx
-
-
-@triton.jit
-def _corner_pointers(map_ptr, y0, y1, x0, x1, stride_h, stride_w):
-    """The four corners in one channel of one image, [BLOCK_P] each."""
-    row0 = map_ptr + y0.to(tl.int64) * stride_h
-    row1 = map_ptr + y1.to(tl.int64) * stride_h
-    column0 = x0.to(tl.int64) * stride_w
-    column1 = x1.to(tl.int64) * stride_w
-    return row0 + column0, row0 + column1, row1 + column0, row1 + column1
-
-
-@triton.jit
-def _interpolate_in_tile(p00, p01, p10, p11, fy, fx, mask):
-    z00 = tl.load(p00, mask=mask, other=0.0).to(tl.float32)
-    z01 = tl.load(p01, mask=mask, other=0.0).to(tl.float32)
-    z10 = tl.load(p10, mask=mask, other=0.0).to(tl.float32)
-    z11 = tl.load(p11, mask=mask, other=0.0).to(tl.float32)
-    return (1 - fy) * ((1 - fx) * z00 + fx * z01) + fy * ((1 - fx) * z10 + fx * z11)
 
 
 @triton.jit
@@ -211,7 +103,7 @@ def _log_sum_exp(p00, p01, p10, p11, fy, fx, mask, label, stride_k, K):
     total = tl.zeros(fy.shape, tl.float32)
     z_label = tl.zeros(fy.shape, tl.float32)
     for k in range(0, K):
-        z = _interpolate_in_tile(p00, p01, p10, p11, fy, fx, mask)
+        z = interpolate_in_tile(p00, p01, p10, p11, fy, fx, mask)
         z_label = tl.where(label == k, z, z_label)
         larger = tl.maximum(largest, z)
         total = total * tl.exp(largest - larger) + tl.exp(z - larger)
@@ -248,13 +140,6 @@ def _labels_in_tile(
     if HAS_WEIGHTS:
         weight = tl.load(weights_ptr + label * weights_stride, mask=counts & known, other=0.0).to(tl.float32)
     return label, counts, tl.where(counts & (known == 0), float("nan"), weight)
-
-
-PIXEL_CONFIGS = autotune_pool(
-    triton.Config({"BLOCK_P": 128}, num_warps=4),
-    triton.Config({"BLOCK_P": 256}, num_warps=4),
-    triton.Config({"BLOCK_P": 64}, num_warps=2),
-)
 
 
 @triton.autotune(configs=PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
@@ -299,11 +184,11 @@ def losses_kernel(
         target_ptr, target_stride_b, target_stride_h, target_stride_w, weights_ptr, weights_stride, b, y, x, live, K,
         ignore_index, HAS_WEIGHTS,
     )  # fmt: skip
-    y0, y1, x0, x1, fy, fx = _corners_in_tile(
+    y0, y1, x0, x1, fy, fx = corners_in_tile(
         offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, counts, H, W, h, w,
         scale_y, scale_x, HAS_OFFSET,
     )  # fmt: skip
-    p00, p01, p10, p11 = _corner_pointers(
+    p00, p01, p10, p11 = corner_pointers(
         logits_ptr + b * logits_stride_b, y0, y1, x0, x1, logits_stride_h, logits_stride_w
     )
     lse, z_label = _log_sum_exp(p00, p01, p10, p11, fy, fx, counts, label, logits_stride_k, K)
@@ -367,11 +252,11 @@ def losses_backward_kernel(
         target_ptr, target_stride_b, target_stride_h, target_stride_w, weights_ptr, weights_stride, b, y, x, live, K,
         ignore_index, HAS_WEIGHTS,
     )  # fmt: skip
-    y0, y1, x0, x1, fy, fx = _corners_in_tile(
+    y0, y1, x0, x1, fy, fx = corners_in_tile(
         offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, counts, H, W, h, w,
         scale_y, scale_x, HAS_OFFSET,
     )  # fmt: skip
-    p00, p01, p10, p11 = _corner_pointers(
+    p00, p01, p10, p11 = corner_pointers(
         logits_ptr + b * logits_stride_b, y0, y1, x0, x1, logits_stride_h, logits_stride_w
     )
     lse, _ = _log_sum_exp(p00, p01, p10, p11, fy, fx, counts, label, logits_stride_k, K)
@@ -379,9 +264,9 @@ def losses_backward_kernel(
     pointers = grad_losses_ptr + b * grad_losses_stride_b + y.to(tl.int64) * grad_losses_stride_h
     factor = tl.load(pointers + x.to(tl.int64) * grad_losses_stride_w, mask=counts, other=0.0).to(tl.float32) * weight
     adds = counts & (weight != 0)
-    g00, g01, g10, g11 = _corner_pointers(grad_logits_ptr + b * grad_logits_stride_b, y0, y1, x0, x1, w, 1)
+    g00, g01, g10, g11 = corner_pointers(grad_logits_ptr + b * grad_logits_stride_b, y0, y1, x0, x1, w, 1)
     for k in range(0, K):
-        z = _interpolate_in_tile(p00, p01, p10, p11, fy, fx, adds)
+        z = interpolate_in_tile(p00, p01, p10, p11, fy, fx, adds)
         grad = factor * (tl.exp(z - lse) - tl.where(label == k, 1.0, 0.0))
         scatter_add(g00, grad * (1 - fy) * (1 - fx), adds, scale_ptr, DETERMINISTIC)
         scatter_add(g01, grad * (1 - fy) * fx, adds, scale_ptr, DETERMINISTIC)
@@ -395,59 +280,6 @@ def losses_backward_kernel(
         g01 += grad_logits_stride_k
         g10 += grad_logits_stride_k
         g11 += grad_logits_stride_k
-
-
-@triton.autotune(configs=PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
-@triton.jit
-def argmax_kernel(
-    logits_ptr,  # (B, K, h, w)
-    offset_ptr,  # (B, 2, H, W) or unused
-    best_ptr,  # (B, H, W), contiguous int64
-    logits_stride_b,
-    logits_stride_k,
-    logits_stride_h,
-    logits_stride_w,
-    offset_stride_b,
-    offset_stride_xy,
-    offset_stride_h,
-    offset_stride_w,
-    K,
-    h,
-    w,
-    H,
-    W,
-    scale_y,  # h / H
-    scale_x,  # w / W
-    HAS_OFFSET: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """The classes of BLOCK_P pixels of one image, row by row."""
-    tiles = tl.cdiv(H * W, BLOCK_P)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    live = p < H * W
-    y0, y1, x0, x1, fy, fx = _corners_in_tile(
-        offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, p // W, p % W, live, H, W,
-        h, w, scale_y, scale_x, HAS_OFFSET,
-    )  # fmt: skip
-    p00, p01, p10, p11 = _corner_pointers(
-        logits_ptr + b * logits_stride_b, y0, y1, x0, x1, logits_stride_h, logits_stride_w
-    )
-    largest = tl.full((BLOCK_P,), float("-inf"), tl.float32)
-    best = tl.zeros((BLOCK_P,), tl.int64)
-    for k in range(0, K):
-        z = _interpolate_in_tile(p00, p01, p10, p11, fy, fx, live)
-        best = tl.where(z > largest, k, best)
-        largest = tl.maximum(largest, z)
-        p00 += logits_stride_k
-        p01 += logits_stride_k
-        p10 += logits_stride_k
-        p11 += logits_stride_k
-    tl.store(best_ptr + b * H * W + p, best, mask=live)
-
-
-def _offset_strides(offset: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if offset is None else offset.stride()
 
 
 def _losses_triton(
@@ -467,7 +299,7 @@ def _losses_triton(
             losses,
             *logits.stride(),
             *target.stride(),
-            *_offset_strides(offset),
+            *offset_strides(offset),
             0 if class_weights is None else class_weights.stride(0),
             ignore_index,
             K,
@@ -479,6 +311,7 @@ def _losses_triton(
             w / W,
             HAS_OFFSET=offset is not None,
             HAS_WEIGHTS=class_weights is not None,
+            enable_fp_fusion=True,
         )
     return losses
 
@@ -514,7 +347,7 @@ def _backward_triton(
             *grad_losses.stride(),
             *logits.stride(),
             *target.stride(),
-            *_offset_strides(offset),
+            *offset_strides(offset),
             0 if class_weights is None else class_weights.stride(0),
             K * h * w,
             h * w,
@@ -529,33 +362,9 @@ def _backward_triton(
             HAS_OFFSET=offset is not None,
             HAS_WEIGHTS=class_weights is not None,
             DETERMINISTIC=buffer.deterministic,
+            enable_fp_fusion=True,
         )
     return buffer.result(logits.dtype)
-
-
-def _argmax_triton(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Tensor:
-    (B, K, h, w), (H, W) = logits.shape, size
-    best = torch.empty((B, H, W), dtype=torch.int64, device=logits.device)
-    if best.numel() == 0:
-        return best
-    grid = lambda meta: (B * triton.cdiv(H * W, meta["BLOCK_P"]),)
-    with device_guard(logits):
-        argmax_kernel[grid](
-            logits,
-            offset,
-            best,
-            *logits.stride(),
-            *_offset_strides(offset),
-            K,
-            h,
-            w,
-            H,
-            W,
-            h / H,
-            w / W,
-            HAS_OFFSET=offset is not None,
-        )
-    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -588,7 +397,7 @@ def _upsample_cross_entropy(
 
 @_upsample_cross_entropy.register_fake
 def _(logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int) -> Tensor:
-    return logits.new_empty(target.shape, dtype=_compute_dtype(logits))
+    return logits.new_empty(target.shape, dtype=compute_dtype(logits))
 
 
 @torch.library.custom_op("unept::upsample_cross_entropy_backward", mutates_args=())
@@ -634,29 +443,6 @@ class UpsampleCrossEntropy(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-@torch.library.custom_op("unept::upsample_argmax", mutates_args=())
-def _upsample_argmax(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
-    run = _argmax_triton if runs_on_triton(logits) else _argmax_torch
-    return run(logits, (height, width), offset)
-
-
-@_upsample_argmax.register_fake
-def _(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
-    return logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
-
-
-def _check_maps(logits: Tensor, offset: Tensor | None, size: tuple[int, int]) -> None:
-    check_floating(logits=logits)
-    check_shape("logits", logits, ("B", "K", "h", "w"))
-    if 0 in logits.shape[1:]:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it needs at least one class and one pixel")
-    if offset is not None:
-        if offset.is_complex() or offset.dtype == torch.bool:
-            raise TypeError(f"offset has dtype {offset.dtype}; it must hold integers or floating-point numbers")
-        check_same_device(logits=logits, offset=offset)
-        check_shape("offset", offset, (logits.shape[0], 2, *size), "one (dx, dy) for each pixel of the output")
-
-
 def upsample_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -693,7 +479,7 @@ def upsample_cross_entropy(
     """
     check_shape("target", target, ("B", "H", "W"))
     check_integer(target=target)
-    _check_maps(logits, offset, (target.shape[1], target.shape[2]))
+    check_maps(logits, offset, (target.shape[1], target.shape[2]))
     check_shape("target", target, (logits.shape[0], "H", "W"), "as many label maps as there are images in logits")
     check_same_device(logits=logits, target=target)
     if class_weights is not None:
@@ -711,25 +497,3 @@ def upsample_cross_entropy(
     _, weight = _labels(target, class_weights, logits.shape[1], ignore_index, losses.dtype)
     total = weight.sum()
     return losses.sum() / torch.where(total == 0, 1, total)
-
-
-def upsample_argmax(logits: Tensor, size: tuple[int, int], offset: Tensor | None = None) -> Tensor:
-    """Class ids of logits that are up-sampled bilinearly to `size` on the way: the prediction, refined with an offset.
-
-    Equals `F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)`, but never holds (B, K, H, W).
-
-    Args:
-        logits: (B, K, h, w), float32, float16, bfloat16 or (torch backend) float64.
-        size: (H, W).
-        offset: (B, 2, H, W), as in `upsample_cross_entropy`.
-
-    Returns:
-        (B, H, W) int64; among equals the lowest id. No gradient.
-
-    Raises:
-        TypeError: a dtype doesn't fit.
-        ValueError: shapes or devices don't fit.
-    """
-    height, width = size
-    _check_maps(logits, offset, (height, width))
-    return _upsample_argmax(logits, height, width, offset)

@@ -27,7 +27,8 @@ def gather(dtype: torch.dtype) -> None:
 
 
 def _up_sampled(K: int, low_size: int, size: int, dtype: torch.dtype, with_options: bool) -> None:
-    from unept.kernels.upsample_cross_entropy import _argmax_triton, _backward_triton, _losses_triton
+    from unept.kernels.upsample_argmax import _argmax_triton
+    from unept.kernels.upsample_cross_entropy import _backward_triton, _losses_triton
 
     logits, target = _meta(2, K, low_size, low_size, dtype=dtype), _meta(2, size, size, dtype=torch.int64)
     # A gradient that sum() expanded.
