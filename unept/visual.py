@@ -67,7 +67,9 @@ def save_palette_png(ids: Tensor, palette: Palette, path: Path) -> None:
     if ids.numel() and (ids.min() < 0 or ids.max() > 255):
         raise ValueError(f"ids go from {int(ids.min())} to {int(ids.max())}; a palette PNG holds 0 to 255")
     picture = Image.fromarray(ids.to("cpu", torch.uint8).numpy())
-    picture.putpalette([channel for color in palette for channel in color])  # black from there on
+    colors = torch.zeros(256, 3, dtype=torch.uint8)  # all 256: for a shorter palette PIL writes fewer bits a pixel
+    colors[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
+    picture.putpalette(colors.numpy().tobytes())
     picture.save(path)
 
 
