@@ -5,7 +5,7 @@ from .bilinear_gather import bilinear_gather
 from .boundary_targets import boundary_targets
 from .sparse_attention import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
 from .upsample_argmax import upsample_argmax
-from .upsample_cross_entropy import upsample_argmax, upsample_cross_entropy
+from .upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
     "BACKENDS",
