@@ -1,9 +1,10 @@
 """Compile the Triton kernels for GPUs that are not there, at the paper's shapes: `python tests/offline.py [--all]`.
 
-Each entry of OPS calls an op's launchers on tensors without memory. The launches are recorded instead of run, and their
-kernels compiled for what they were called with. Prints one JSON row a compiled kernel: op, kernel, dtype, target,
-config, and on NVIDIA registers and stack (bytes a thread; a stack means that registers were spilled). On sm_90 it goes
-through the autotune pool up to the first configuration that doesn't spill, with `--all` to the end.
+Each entry of OPS in tests/offline_ops.py calls an op's launchers on tensors without memory. The launches are recorded
+instead of run, and their kernels compiled for what they were called with. Prints one JSON row a compiled kernel: op,
+kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a thread; a stack means that registers were
+spilled). On sm_90 it goes through the autotune pool up to the first configuration that doesn't spill, with `--all` to
+the end.
 
 Needs a process without TRITON_INTERPRET: the interpreter leaves nothing to compile.
 """
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import triton
 import unept.kernels
+from offline_ops import OPS
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -44,48 +46,6 @@ POINTER_TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-
-
-# --- what to compile --------------------------------------------------------------------------------------------------
-
-
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def sparse_sampling(dtype: torch.dtype) -> None:
-    """The encoder of the ResNet-50 variant at 480x480: B=2, L=3, N=16, M=8, D=32 and 60x60 pixels a level."""
-    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
-
-    shapes, length = [60, 60] * 3, 3 * 60 * 60
-    value = _meta(2, length, 8, 32, dtype=dtype)
-    projection = _meta(2, length, 8, 3 * 48, dtype=dtype)
-    points, scores = projection[..., :96].view(2, length, 8, 3, 16, 2), projection[..., 96:].view(2, length, 8, 3, 16)
-    reference = _meta(1, length, 2, dtype=torch.float32)
-    _forward_triton(value, shapes, points, scores, reference)
-    grad_out = _meta(2, length, 256, dtype=dtype)
-    _backward_triton(grad_out, value, shapes, points, scores, reference, value_grad=True, reference_grad=False)
-
-
-def ms_deform(dtype: torch.dtype) -> None:
-    """The same shapes under Deformable DETR's convention."""
-    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
-
-    shapes, length = [60, 60] * 3, 3 * 60 * 60
-    value, grad_out = _meta(2, length, 8, 32, dtype=dtype), _meta(2, length, 256, dtype=dtype)
-    points, scores = _meta(2, length, 8, 3, 16, 2, dtype=dtype), _meta(2, length, 8, 3, 16, dtype=dtype)
-    _forward_triton(value, shapes, points, scores, None)
-    _backward_triton(grad_out, value, shapes, points, scores, None, value_grad=True, reference_grad=False)
-
-
-# name: (its launches, the dtypes to compile for)
-OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
-    "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
-    "ms_deform": (ms_deform, ("fp32",)),
-}
-
-
-# --- how --------------------------------------------------------------------------------------------------------------
 
 
 def recorded_launches(call: Callable[[], None]) -> list[tuple[Any, dict[str, Any]]]:

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-import reference_dense
+import reference
 import torch
 from scipy.ndimage import distance_transform_edt
 from unept.kernels import boundary_targets, upsample_cross_entropy
@@ -36,13 +36,13 @@ def assert_matches_reference(labels, radius, num_directions=8):
     assert direction.dtype == torch.int64
     compared = 0
     for image, found, bins in zip(labels.cpu(), distance.cpu(), direction.cpu(), strict=True):
-        squared = reference_dense.squared_distance(image, radius)
+        squared = reference.squared_distance(image, radius)
         assert torch.equal(found, squared.double().sqrt().float())
 
         nowhere = (squared > radius**2) | (image == 255)
         assert torch.equal(bins == 255, nowhere)
         # Position in bins: 0.0 is the lower edge of bin 0, which is centred on -180 degrees.
-        angle = reference_dense.direction_angle(image, squared.double().sqrt())
+        angle = reference.direction_angle(image, squared.double().sqrt())
         position = (angle + math.pi) / (2 * math.pi) * num_directions + 0.5
         margin = (position - position.round()).abs() * (2 * math.pi / num_directions)
         clear = ~nowhere & (margin > 1e-4)  # not NaN: no gradient, no direction

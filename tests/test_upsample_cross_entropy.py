@@ -1,5 +1,5 @@
 import pytest
-import reference_dense
+import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
@@ -69,7 +69,7 @@ def on_cpu(arguments, dtype=None):
 def assert_matches_reference(arguments, reduction="none"):
     grad = torch.randn(arguments["target"].shape if reduction == "none" else ())
     got = run(upsample_cross_entropy, arguments, grad, reduction=reduction)
-    want = run(reference_dense.upsample_cross_entropy, on_cpu(arguments, torch.float64), grad, reduction=reduction)
+    want = run(reference.upsample_cross_entropy, on_cpu(arguments, torch.float64), grad, reduction=reduction)
     dtype = arguments["logits"].dtype
     assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert got[1].dtype == dtype
@@ -306,7 +306,7 @@ def test_argmax(backend, deterministic, dtype, offset):
     found = upsample_argmax(arguments["logits"], (10, 7), arguments["offset"])
     assert found.dtype == torch.int64
     cpu = on_cpu(arguments, torch.float64)
-    z = reference_dense.upsampled(cpu["logits"], (10, 7), cpu["offset"])
+    z = reference.upsampled(cpu["logits"], (10, 7), cpu["offset"])
     best = z.amax(-1)
     # Rounding may pick another class only where it is as good.
     chosen = z.gather(-1, found.cpu()[..., None])[..., 0]

@@ -1,4 +1,4 @@
-"""The dense ops' entries of `tests/offline.py`: their launches on tensors without memory, at the paper's shapes."""
+"""What tests/offline.py compiles: each op's launches on tensors without memory, at the paper's shapes."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,31 @@ from torch import Tensor
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def sparse_sampling(dtype: torch.dtype) -> None:
+    """The encoder of the ResNet-50 variant at 480x480: B=2, L=3, N=16, M=8, D=32 and 60x60 pixels a level."""
+    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
+
+    shapes, length = [60, 60] * 3, 3 * 60 * 60
+    value = _meta(2, length, 8, 32, dtype=dtype)
+    projection = _meta(2, length, 8, 3 * 48, dtype=dtype)
+    points, scores = projection[..., :96].view(2, length, 8, 3, 16, 2), projection[..., 96:].view(2, length, 8, 3, 16)
+    reference = _meta(1, length, 2, dtype=torch.float32)
+    _forward_triton(value, shapes, points, scores, reference)
+    grad_out = _meta(2, length, 256, dtype=dtype)
+    _backward_triton(grad_out, value, shapes, points, scores, reference, value_grad=True, reference_grad=False)
+
+
+def ms_deform(dtype: torch.dtype) -> None:
+    """The same shapes under Deformable DETR's convention."""
+    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
+
+    shapes, length = [60, 60] * 3, 3 * 60 * 60
+    value, grad_out = _meta(2, length, 8, 32, dtype=dtype), _meta(2, length, 256, dtype=dtype)
+    points, scores = _meta(2, length, 8, 3, 16, 2, dtype=dtype), _meta(2, length, 8, 3, 16, dtype=dtype)
+    _forward_triton(value, shapes, points, scores, None)
+    _backward_triton(grad_out, value, shapes, points, scores, None, value_grad=True, reference_grad=False)
 
 
 def _gather(size: int, dtype: torch.dtype, paddings: tuple[str, ...]) -> None:
@@ -71,8 +96,10 @@ def sizes_of_one(dtype: torch.dtype) -> None:
     _boundary_targets_triton(_meta(1, 1, 1, dtype=torch.uint8), 1.0, 1, 1)
 
 
-# name: (its launches, the dtypes to compile for), as in tests/offline.py
+# name: (its launches, the dtypes to compile for)
 OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
+    "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
+    "ms_deform": (ms_deform, ("fp32",)),
     "bilinear_gather": (gather, ("bf16", "fp32")),
     "upsample_cross_entropy": (up_sampled_loss, ("bf16", "fp32")),
     "boundary_targets": (boundary, ("fp32",)),
