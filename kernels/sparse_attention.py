@@ -153,7 +153,7 @@ def _backward_torch(
     batch, channels = value.shape[0], value.shape[-1]
     table = _value_table(value)
     grad_table = torch.zeros_like(table) if value_grad else None
-    grad_points, grad_scores = torch.empty_like(points), torch.empty_like(scores)
+    grad_points, grad_scores = points.new_empty(points.shape), scores.new_empty(scores.shape)
     grad_reference = table.new_zeros((batch, points.shape[1], 2)) if reference_grad else None
     for chunk in _query_chunks(points, elements_per_sample=4 * channels):
         weights = _attention_weights(value, scores[:, chunk], reference)
@@ -226,26 +226,6 @@ def _program_work(num_heads, num_queries, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _locate(x, y, ref_x, ref_y, width, height, usable, LOCATIONS: tl.constexpr):
-    """Pixel (x0, y0) at the upper left of each sample, and the fractions fx, fy past it.
-
-    x, y: as `points` holds them. Where not `usable`, or where nothing is read, x0 = y0 = -2: all corners are outside.
-    """
-    if LOCATIONS:
-        x = x * width - 0.5
-        y = y * height - 0.5
-    else:
-        x = (ref_x * width - 0.5) + x
-        y = (ref_y * height - 0.5) + y
-    inside = usable & (x > -1.0) & (x < width) & (y > -1.0) & (y < height)
-    x = tl.where(inside, x, -2.0)
-    y = tl.where(inside, y, -2.0)
-    left = tl.floor(x)
-    top = tl.floor(y)
-    return left.to(tl.int32), top.to(tl.int32), x - left, y - top
-
-
-@triton.jit
 def _corner(x, y, width, height, stride_s, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Offsets [BLOCK_N, BLOCK_Q, BLOCK_D] of the channels at pixels (x, y) from the level's first pixel; their mask."""
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -283,6 +263,63 @@ def _load_weights(pointers, mask, largest, inverse_total, LOCATIONS: tl.constexp
         return tl.exp(logits - largest) * inverse_total
 
 
+@triton.jit
+def _load_query(
+    reference_ptr,  # [1, BLOCK_Q]
+    reference_stride,  # from x to y
+    scores_ptr,  # [1, BLOCK_Q]
+    scores_strides,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    LOCATIONS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Reference x and y and the softmax's statistics, each [1, BLOCK_Q]; neutral numbers where there are none."""
+    if LOCATIONS:
+        return 0.0, 0.0, 0.0, 1.0
+    else:
+        ref_x = tl.load(reference_ptr).to(tl.float32)
+        ref_y = tl.load(reference_ptr + reference_stride).to(tl.float32)
+        largest, inverse_total = _softmax_statistics(
+            scores_ptr, scores_strides[3], scores_strides[4], L, N, BLOCK_Q, BLOCK_N
+        )
+        return ref_x, ref_y, largest, inverse_total
+
+
+@triton.jit
+def _load_samples(
+    points_ptr,  # [1, BLOCK_Q], at the level
+    points_strides,
+    n,  # [BLOCK_N, 1]
+    mask,
+    ref_x,
+    ref_y,
+    width,
+    height,
+    LOCATIONS: tl.constexpr,
+):
+    """Pixel (x0, y0) at the upper left of each sample and the fractions fx, fy past it, each [BLOCK_N, BLOCK_Q].
+
+    Where the mask is false, or where nothing is read, x0 = y0 = -2: all four corners are outside.
+    """
+    x_ptrs = points_ptr + n * points_strides[4]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(x_ptrs + points_strides[5], mask=mask, other=0.0).to(tl.float32)
+    if LOCATIONS:
+        x = x * width - 0.5
+        y = y * height - 0.5
+    else:
+        x = (ref_x * width - 0.5) + x
+        y = (ref_y * height - 0.5) + y
+    inside = mask & (x > -1.0) & (x < width) & (y > -1.0) & (y < height)
+    x = tl.where(inside, x, -2.0)
+    y = tl.where(inside, y, -2.0)
+    left = tl.floor(x)
+    top = tl.floor(y)
+    return left.to(tl.int32), top.to(tl.int32), x - left, y - top
+
+
 @triton.autotune(_FORWARD_POOL, key=["L", "N", "D", "LOCATIONS"], cache_results=True)
 @triton.jit
 def _forward_kernel(
@@ -311,15 +348,11 @@ def _forward_kernel(
     points_ptr += batch * points_strides[0] + head * points_strides[2] + query * points_strides[1]
     scores_ptr += batch * scores_strides[0] + head * scores_strides[2] + query * scores_strides[1]
     value_ptr += batch * value_strides[0] + head * value_strides[2]
-    ref_x, ref_y = 0.0, 0.0
-    largest, inverse_total = 0.0, 1.0
     if not LOCATIONS:
         reference_ptr += batch * reference_strides[0] + query * reference_strides[1]
-        ref_x = tl.load(reference_ptr).to(tl.float32)
-        ref_y = tl.load(reference_ptr + reference_strides[2]).to(tl.float32)
-        largest, inverse_total = _softmax_statistics(
-            scores_ptr, scores_strides[3], scores_strides[4], L, N, BLOCK_Q, BLOCK_N
-        )
+    ref_x, ref_y, largest, inverse_total = _load_query(
+        reference_ptr, reference_strides[2], scores_ptr, scores_strides, L, N, LOCATIONS, BLOCK_Q, BLOCK_N
+    )
 
     out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for level in tl.range(L):
@@ -327,10 +360,8 @@ def _forward_kernel(
         width = tl.load(shapes_ptr + 2 * level + 1)
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
-            x_ptrs = points_ptr + level * points_strides[3] + n * points_strides[4]
-            x = tl.load(x_ptrs, mask=n < N, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_Q]
-            y = tl.load(x_ptrs + points_strides[5], mask=n < N, other=0.0).to(tl.float32)
-            x0, y0, fx, fy = _locate(x, y, ref_x, ref_y, width, height, n < N, LOCATIONS)
+            level_ptr = points_ptr + level * points_strides[3]
+            x0, y0, fx, fy = _load_samples(level_ptr, points_strides, n, n < N, ref_x, ref_y, width, height, LOCATIONS)
             score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
             weight = _load_weights(score_ptrs, n < N, largest, inverse_total, LOCATIONS)
             samples = tl.zeros([BLOCK_N, BLOCK_Q, BLOCK_D], tl.float32)
@@ -405,15 +436,11 @@ def _backward_kernel(
     channel = tl.arange(0, BLOCK_D)[None, :]
     grad_out_ptrs = grad_out_ptr + rows[:, None] * D + channel
     grad_out = tl.load(grad_out_ptrs, mask=channel < D, other=0.0).to(tl.float32)[None, :, :]
-    ref_x, ref_y = 0.0, 0.0
-    largest, inverse_total = 0.0, 1.0
     if not LOCATIONS:
         reference_ptr += batch * reference_strides[0] + query * reference_strides[1]
-        ref_x = tl.load(reference_ptr).to(tl.float32)
-        ref_y = tl.load(reference_ptr + reference_strides[2]).to(tl.float32)
-        largest, inverse_total = _softmax_statistics(
-            scores_ptr, scores_strides[3], scores_strides[4], L, N, BLOCK_Q, BLOCK_N
-        )
+    ref_x, ref_y, largest, inverse_total = _load_query(
+        reference_ptr, reference_strides[2], scores_ptr, scores_strides, L, N, LOCATIONS, BLOCK_Q, BLOCK_N
+    )
 
     mean = tl.zeros([1, BLOCK_Q], tl.float32)  # of grad_weights, weighted
     grad_ref_x = tl.zeros([1, BLOCK_Q], tl.float32)
@@ -424,10 +451,8 @@ def _backward_kernel(
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             usable = (n < N) & counts[None, :]  # [BLOCK_N, BLOCK_Q]
-            x_ptrs = points_ptr + level * points_strides[3] + n * points_strides[4]
-            x = tl.load(x_ptrs, mask=usable, other=0.0).to(tl.float32)
-            y = tl.load(x_ptrs + points_strides[5], mask=usable, other=0.0).to(tl.float32)
-            x0, y0, fx, fy = _locate(x, y, ref_x, ref_y, width, height, usable, LOCATIONS)
+            level_ptr = points_ptr + level * points_strides[3]
+            x0, y0, fx, fy = _load_samples(level_ptr, points_strides, n, usable, ref_x, ref_y, width, height, LOCATIONS)
             score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
             weight = _load_weights(score_ptrs, usable, largest, inverse_total, LOCATIONS)
 
@@ -611,19 +636,20 @@ def _sparse_sampling_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of value, points, scores and reference; empty ones for value and reference where not wanted."""
     if grad_out.numel() == 0:
-        grads = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (value, points, scores)]
-        return grads[0], grads[1], grads[2], torch.zeros_like(value if reference is None else reference)
-    run = _backward_triton if runs_on_triton(value) else _backward_torch
-    grad_value, grad_points, grad_scores, grad_reference = run(
-        grad_out, value, shapes, points, scores, reference, value_grad, reference_grad
-    )
-    if grad_value is None:
-        grad_value = value.new_empty(0)
-    if reference is None or grad_reference is None:
-        return grad_value, grad_points, grad_scores, value.new_empty(0)
-    if reference.shape[0] != value.shape[0]:
-        grad_reference = grad_reference.sum(0, keepdim=True)
-    return grad_value, grad_points, grad_scores, grad_reference.to(reference.dtype)
+        grad_value, grad_points, grad_scores = (t.new_zeros(t.shape) for t in (value, points, scores))
+        grad_reference = None if reference is None else reference.new_zeros(reference.shape)
+    else:
+        run = _backward_triton if runs_on_triton(value) else _backward_torch
+        grad_value, grad_points, grad_scores, grad_reference = run(
+            grad_out, value, shapes, points, scores, reference, value_grad, reference_grad
+        )
+        if reference is not None and grad_reference is not None:
+            shared = reference.shape[0] != value.shape[0]
+            grad_reference = (grad_reference.sum(0, keepdim=True) if shared else grad_reference).to(reference.dtype)
+    # A custom op returns no None.
+    grad_value = grad_value if value_grad else value.new_empty(0)
+    grad_reference = grad_reference if reference_grad else value.new_empty(0)
+    return grad_value, grad_points, grad_scores, grad_reference
 
 
 @_sparse_sampling_backward.register_fake

@@ -286,13 +286,17 @@ def test_saves_its_inputs_and_nothing_else(backend, op):
 
 @pytest.mark.parametrize("op", [attention, deformable])
 def test_opcheck(backend, op):
-    case = make_case(batch=1, queries=3, heads=1, normalised=op is deformable).to(backend[1], torch.float32)
+    case = make_case(batch=2, queries=3, heads=2, normalised=op is deformable).to(backend[1], torch.float32)
     value, *others = (t.detach() for t in case.inputs.values())
-    others = [*others, None][:3]
+    value = value.transpose(1, 2).contiguous().transpose(1, 2)  # results must not take over the strides
+    others = [*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in others), None][:3]
     shapes = [size for shape in case.spatial_shapes for size in shape]
     torch.library.opcheck(torch.ops.unept.sparse_sampling, (value, shapes, *others))
     for value_grad, reference_grad in ((True, op is attention), (False, False)):
         arguments = (case.grad_out, value, shapes, *others, value_grad, reference_grad)
+        torch.library.opcheck(torch.ops.unept.sparse_sampling_backward, arguments)
+        no_queries = [t[:, :0] if t is not None else None for t in others]
+        arguments = (case.grad_out[:, :0], value, shapes, *no_queries, value_grad, reference_grad)
         torch.library.opcheck(torch.ops.unept.sparse_sampling_backward, arguments)
 
 
