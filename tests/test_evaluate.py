@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
@@ -22,10 +23,7 @@ TINY = ModelConfig(
 
 
 class Halves(SegmentationDataset):
-    """Images whose left part is class 0 and whose right part is class 1, one column ignored; class 2 never occurs.
-
-    The image's red channel is the wrong by how many pixels the edge moves in the prediction of `Shifted`.
-    """
+    """Left of x = 16 lies class 0, right of it class 1; the first column is ignored; class 2 never occurs."""
 
     classes = ("left", "right", "nowhere")
     palette = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
@@ -127,6 +125,24 @@ def test_one_forward_pass_an_image():
     assert model.calls == 3
 
 
+def _rank(rank: int, rendezvous: str, folder: str) -> None:
+    """One of two processes that evaluate together."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    model = Shifted()
+    scores = evaluate.evaluate_model(model, Halves(), InferenceConfig(), torch.device("cpu"), boundary_tolerance=4)
+    torch.save((model.calls, scores), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_work_and_agree(tmp_path):
+    alone = evaluate.evaluate_model(Shifted(), Halves(), InferenceConfig(), torch.device("cpu"), boundary_tolerance=4)
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    calls, scores = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
+    assert calls == (2, 1)
+    for key in ("mIoU", "pixAcc", "boundary_f", "mIoU_unrefined", "boundary_f_unrefined", "images", "share"):
+        assert scores[0][key] == scores[1][key] == alone[key]
+
+
 def test_table():
     scores = scores_of_shifted() | {"images_per_s": 12.34}
     table = evaluate.format_table(scores, Halves.classes).splitlines()
@@ -186,13 +202,10 @@ def test_other_class_count(tmp_path, command):
 
 
 def test_no_such_folder(tmp_path, command):
-    assert command(tmp_path / "nothing")[0] == 2
+    assert command(tmp_path / "nothing")[2].startswith(f"error: {tmp_path}/nothing does not exist")
     status, _, err = command(tmp_path)
     assert status == 2
-    assert (
-        err
-        == f"error: {tmp_path} is no run folder: give a folder that unept.train wrote, with config.json and model/\n"
-    )
+    assert err.startswith(f"error: {tmp_path} is no run folder: give a folder that unept.train wrote, with config.json")
 
 
 def test_run_without_a_model_yet(tmp_path, command):
