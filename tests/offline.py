@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
+from unept.kernels import sparse_attention
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -53,34 +54,42 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def sparse_sampling(dtype: torch.dtype) -> None:
-    """The encoder of the ResNet-50 variant at 480x480: B=2, L=3, N=16, M=8, D=32 and 60x60 pixels a level."""
-    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
-
+def _encoder(dtype: torch.dtype) -> tuple[Any, ...]:
+    """grad_out, value, shapes, points and scores of the ResNet-50 variant's encoder at 480x480, as its layers call it:
+    B=2, L=3, N=16, M=8, D=32, 60x60 pixels a level, points and scores views of one projection."""
     shapes, length = [60, 60] * 3, 3 * 60 * 60
-    value = _meta(2, length, 8, 32, dtype=dtype)
     projection = _meta(2, length, 8, 3 * 48, dtype=dtype)
     points, scores = projection[..., :96].view(2, length, 8, 3, 16, 2), projection[..., 96:].view(2, length, 8, 3, 16)
-    reference = _meta(1, length, 2, dtype=torch.float32)
-    _forward_triton(value, shapes, points, scores, reference)
-    grad_out = _meta(2, length, 256, dtype=dtype)
-    _backward_triton(grad_out, value, shapes, points, scores, reference, value_grad=True, reference_grad=False)
+    return _meta(2, length, 256, dtype=dtype), _meta(2, length, 8, 32, dtype=dtype), shapes, points, scores
+
+
+def sparse_sampling(dtype: torch.dtype) -> None:
+    grad_out, *inputs = _encoder(dtype)
+    reference = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32)
+    sparse_attention._forward_triton(*inputs, reference)
+    sparse_attention._backward_triton(grad_out, *inputs, reference, value_grad=True, reference_grad=False)
+
+
+def sparse_sampling_deterministic(dtype: torch.dtype) -> None:
+    """The backward in deterministic mode, with the gradient of the reference points."""
+    grad_out, *inputs = _encoder(dtype)
+    reference = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32)
+    torch.use_deterministic_algorithms(True)
+    sparse_attention._backward_triton(grad_out, *inputs, reference, value_grad=True, reference_grad=True)
+    torch.use_deterministic_algorithms(False)
 
 
 def ms_deform(dtype: torch.dtype) -> None:
     """The same shapes under Deformable DETR's convention."""
-    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
-
-    shapes, length = [60, 60] * 3, 3 * 60 * 60
-    value, grad_out = _meta(2, length, 8, 32, dtype=dtype), _meta(2, length, 256, dtype=dtype)
-    points, scores = _meta(2, length, 8, 3, 16, 2, dtype=dtype), _meta(2, length, 8, 3, 16, dtype=dtype)
-    _forward_triton(value, shapes, points, scores, None)
-    _backward_triton(grad_out, value, shapes, points, scores, None, value_grad=True, reference_grad=False)
+    grad_out, *inputs = _encoder(dtype)
+    sparse_attention._forward_triton(*inputs, None)
+    sparse_attention._backward_triton(grad_out, *inputs, None, value_grad=True, reference_grad=False)
 
 
 # name: (its launches, the dtypes to compile for)
 OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
     "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
+    "sparse_sampling_deterministic": (sparse_sampling_deterministic, ("fp32",)),
     "ms_deform": (ms_deform, ("fp32",)),
 }
 
@@ -155,7 +164,7 @@ def report(every_config: bool) -> Iterator[dict[str, Any]]:
             for launched, arguments in recorded_launches(partial(call, DTYPES[dtype_name])):
                 kernel = launched.fn if isinstance(launched, Autotuner) else launched
                 configs = launched.configs if isinstance(launched, Autotuner) else [triton.Config({})]
-                row = {"op": op, "kernel": kernel.__name__, "dtype": dtype_name}
+                row = {"op": op, "kernel": qualified_name(launched), "dtype": dtype_name}
                 best, least_stack = configs[0], sys.maxsize
                 for config in configs:
                     used = resources(compiled(kernel, arguments, config, TARGETS["sm_90"]).asm["cubin"])
@@ -170,12 +179,17 @@ def report(every_config: bool) -> Iterator[dict[str, Any]]:
                     yield {**row, "target": name, "config": str(best), **used}
 
 
+def qualified_name(launched: Any) -> str:
+    kernel = launched.fn if isinstance(launched, Autotuner) else launched
+    return f"{kernel.__module__}.{kernel.__name__}"
+
+
 def kernels_of_the_package() -> set[str]:
     """The names of all kernels; the functions that kernels call are not named `..._kernel`."""
     names = [found.name for found in pkgutil.iter_modules(unept.kernels.__path__)]
-    modules = [importlib.import_module(f"unept.kernels.{name}") for name in names]
-    found = {name: item for module in modules for name, item in vars(module).items() if name.endswith("_kernel")}
-    return {name for name, item in found.items() if isinstance(item, Autotuner | JITFunction)}
+    members = [item for name in names for item in vars(importlib.import_module(f"unept.kernels.{name}")).values()]
+    found = {qualified_name(item) for item in members if isinstance(item, Autotuner | JITFunction)}
+    return {name for name in found if name.endswith("_kernel")}
 
 
 if __name__ == "__main__":
