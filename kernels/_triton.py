@@ -1,9 +1,9 @@
 """Triton, or a stand-in where it is not installed, and what all kernels share.
 
-Deterministic scatter: floating-point atomics add in whatever order the programs finish, so their sum changes from run to
-run. Under `torch.use_deterministic_algorithms(True)` the kernels add integers instead, whose sum has no order: each
-contribution is multiplied by `2**38 / bound` and truncated to int64, where `bound` is at least the largest contribution.
-One element then holds up to 2**25 contributions without overflow, each exact to `bound * 2**-38`.
+Deterministic scatter: floating-point atomics add in whatever order the programs finish, so their sum changes from run
+to run. Under `torch.use_deterministic_algorithms(True)` the kernels add integers instead, whose sum has no order: each
+contribution is multiplied by `2**38 / bound` and truncated to int64; `bound` is at least the largest contribution. One
+element then holds up to 2**25 contributions without overflow, each exact to `bound * 2**-38`.
 """
 
 import contextlib

@@ -23,7 +23,7 @@ def _validated(name: str, source: str) -> str:
 _requested = _validated(os.environ.get("UNEPT_BACKEND", "auto"), "UNEPT_BACKEND")
 
 
-class use_backend:  # noqa: N801 - read as a function
+class use_backend:
     """Choose the backend of every op from now on, or inside a `with` block.
 
     Args:

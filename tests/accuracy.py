@@ -15,8 +15,8 @@ def _errors(actual: Tensor, reference: Tensor) -> tuple[float, float]:
 def assert_accurate(actual: Tensor, reference: Tensor, same_dtype: Tensor | None = None, name: str = "output") -> None:
     """Fail unless `actual` is as close to the float64 `reference` as its dtype allows.
 
-    float64 and float32 have fixed relative limits. float16 and bfloat16 may be at most twice as far from the reference as
-    `same_dtype`, the same computation by plain torch in that dtype, in max-abs and in RMS.
+    float64 and float32 have fixed relative limits. float16 and bfloat16 may be at most twice as far from the reference
+    as `same_dtype`, the same computation by plain torch in that dtype, in max-abs and in RMS.
     """
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)} is not {tuple(reference.shape)}"
     assert torch.isfinite(actual).all(), f"{name} holds NaN or infinity"

@@ -7,9 +7,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
-
-from unept.kernels import use_backend  # noqa: E402
+import pytest
+from unept.kernels import use_backend
 
 # (backend, device) pairs that every op is tested on.
 BACKENDS = [("torch", "cpu"), ("triton", "cpu")]

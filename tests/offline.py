@@ -1,9 +1,10 @@
 """Compile the Triton kernels for GPUs that are not there, at the paper's shapes: `python tests/offline.py [--all]`.
 
-Each entry of OPS calls an op's launchers on tensors without memory. The launches are recorded instead of run, and their
-kernels compiled for what they were called with. Prints one JSON row a compiled kernel: op, kernel, dtype, target,
-config, and on NVIDIA registers and stack (bytes a thread; a stack means that registers were spilled). On sm_90 it goes
-through the autotune pool up to the first configuration that doesn't spill, with `--all` to the end.
+Each entry of OPS in tests/offline_ops.py calls an op's launchers on tensors without memory. The launches are recorded
+instead of run, and their kernels compiled for what they were called with. Prints one JSON row a compiled kernel: op,
+kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a thread; a stack means that registers were
+spilled). On sm_90 it goes through the autotune pool up to the first configuration that doesn't spill, with `--all` to
+the end.
 
 Needs a process without TRITON_INTERPRET: the interpreter leaves nothing to compile.
 """
@@ -22,12 +23,12 @@ from typing import Any
 import torch
 import triton
 import unept.kernels
+from offline_ops import OPS
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
-from unept.kernels import sparse_attention
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -45,56 +46,6 @@ POINTER_TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-
-
-# --- what to compile --------------------------------------------------------------------------------------------------
-
-
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _encoder(dtype: torch.dtype) -> tuple[Any, ...]:
-    """grad_out, value, shapes, points and scores of the ResNet-50 variant's encoder at 480x480, as its layers call it:
-    B=2, L=3, N=16, M=8, D=32, 60x60 pixels a level, points and scores views of one projection."""
-    shapes, length = [60, 60] * 3, 3 * 60 * 60
-    projection = _meta(2, length, 8, 3 * 48, dtype=dtype)
-    points, scores = projection[..., :96].view(2, length, 8, 3, 16, 2), projection[..., 96:].view(2, length, 8, 3, 16)
-    return _meta(2, length, 256, dtype=dtype), _meta(2, length, 8, 32, dtype=dtype), shapes, points, scores
-
-
-def sparse_sampling(dtype: torch.dtype) -> None:
-    grad_out, *inputs = _encoder(dtype)
-    reference = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32)
-    sparse_attention._forward_triton(*inputs, reference)
-    sparse_attention._backward_triton(grad_out, *inputs, reference, value_grad=True, reference_grad=False)
-
-
-def sparse_sampling_deterministic(dtype: torch.dtype) -> None:
-    """The backward in deterministic mode, with the gradient of the reference points."""
-    grad_out, *inputs = _encoder(dtype)
-    reference = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32)
-    torch.use_deterministic_algorithms(True)
-    sparse_attention._backward_triton(grad_out, *inputs, reference, value_grad=True, reference_grad=True)
-    torch.use_deterministic_algorithms(False)
-
-
-def ms_deform(dtype: torch.dtype) -> None:
-    """The same shapes under Deformable DETR's convention."""
-    grad_out, *inputs = _encoder(dtype)
-    sparse_attention._forward_triton(*inputs, None)
-    sparse_attention._backward_triton(grad_out, *inputs, None, value_grad=True, reference_grad=False)
-
-
-# name: (its launches, the dtypes to compile for)
-OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
-    "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
-    "sparse_sampling_deterministic": (sparse_sampling_deterministic, ("fp32",)),
-    "ms_deform": (ms_deform, ("fp32",)),
-}
-
-
-# --- how --------------------------------------------------------------------------------------------------------------
 
 
 def recorded_launches(call: Callable[[], None]) -> list[tuple[Any, dict[str, Any]]]:

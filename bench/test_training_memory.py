@@ -1,0 +1,45 @@
+"""What one training step keeps for its backward: `pytest bench/test_training_memory.py --benchmark-only -s`."""
+
+import pytest
+import torch
+
+from unept.loss import UNEPTLoss
+from unept.model import UNEPT
+
+# GB that the released code keeps at batch 2, 480x480, 150 classes, float32, its full-resolution logits included.
+RELEASED_GB = {"resnet50": 5.42, "deit_base_distilled_patch16_384": 3.55}
+
+
+def kept_for_backward(step) -> int:
+    """Bytes of the distinct storages that autograd saves during `step`, parameters included only where copied."""
+    storages: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, torch.nn.Parameter):
+            # Holding the tensor keeps its address from being used again.
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(size for size, _ in storages.values())
+
+
+@pytest.mark.parametrize("amp", [True, False], ids=["bf16", "float32"])
+@pytest.mark.parametrize("backbone", sorted(RELEASED_GB))
+def test_training_memory(benchmark, backbone, amp):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, loss = UNEPT(150, backbone).to(device).train(), UNEPTLoss()
+    images = torch.randn(2, 3, 480, 480, device=device)
+    labels = torch.randint(0, 150, (2, 60, 60), device=device).repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            output = model(images)
+        return loss(output, labels)["loss"]
+
+    gigabytes = kept_for_backward(step) / 1e9
+    benchmark.extra_info.update(kept_gb=gigabytes, released_gb=RELEASED_GB[backbone], device=device)
+    print(f"\n{backbone} {'bf16' if amp else 'float32'} on {device}: {gigabytes:.2f} GB kept for the backward")
+    benchmark.pedantic(step, rounds=1, iterations=1)

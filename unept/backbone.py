@@ -1,0 +1,153 @@
+"""Backbones and pyramid features (Sec. 3.1.2, 4.2): any timm model that gives feature maps."""
+
+import difflib
+import inspect
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+def _probe(name: str) -> nn.Module:
+    """The plain timm model, to read which options it takes and which features it has."""
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}. timm.list_models() lists them all")
+    return timm.create_model(name, pretrained=False)
+
+
+def _accepts(model: nn.Module, option: str) -> bool:
+    constructors = [vars(base)["__init__"] for base in type(model).__mro__ if "__init__" in vars(base)]
+    return any(option in inspect.signature(constructor).parameters for constructor in constructors)
+
+
+def _pyramid_indices(reductions: list[int], num_levels: int, name: str) -> tuple[int, ...]:
+    """Which of a backbone's features make the pyramid.
+
+    Features of one resolution (a ViT's blocks): evenly spaced ones, the last included; 4, 8, 12 of DeiT-B's. Features
+    of falling resolution: the last ones, C3-C5 of a ResNet.
+    """
+    count = len(reductions)
+    if count < num_levels:
+        raise ValueError(f"{name} gives {count} feature maps, but num_levels is {num_levels}: lower num_levels")
+    if len(set(reductions)) == 1:
+        return tuple(count * (i + 1) // num_levels - 1 for i in range(num_levels))
+    return tuple(range(count - num_levels, count))
+
+
+def _check_weights(path: Path, probe: nn.Module, name: str) -> None:
+    """timm drops what does not fit without a word, so see first that the file belongs to the model."""
+    if not path.is_file():
+        raise FileNotFoundError(f"backbone_weights names {path}, which is no file")
+    stored = timm.models.load_state_dict(str(path), weights_only=True)
+    wanted = probe.state_dict()
+    body = [key for key in wanted if not key.startswith(("head", "fc.", "classifier"))]
+    found = [key for key in body if key in stored and stored[key].dim() == wanted[key].dim()]
+    if len(found) < 0.9 * len(body):
+        raise ValueError(
+            f"{path} holds {len(found)} of the {len(body)} tensors of {name}: give the weights of this timm model, "
+            "as saved by timm or downloaded from its hub page"
+        )
+
+
+class Backbone(nn.Module):
+    """Feature maps of a timm model, channels first, for images of any size.
+
+    Args:
+        name: of the timm model, with or without a tag (`resnet50`, `resnet50.a1_in1k`).
+        num_levels: L, how many feature maps to take (see `_pyramid_indices`).
+        output_stride: of dilated convolutional backbones; None means 8 for ResNets, as in the paper, and what the
+            backbone has for others.
+        pretrained: load timm's ImageNet weights from its hub.
+        weights: load them from this file instead (.safetensors, or a .pth of tensors).
+
+    Attributes:
+        channels, strides: of each feature map.
+        mean, std: per RGB channel, of images in [0, 1], that the weights were trained with.
+
+    Raises:
+        ValueError: unknown name, too few features, or a file of another model's weights.
+        FileNotFoundError: no such file.
+        ConnectionError: the hub can't be reached; the message names the alternatives.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_levels: int = 3,
+        output_stride: int | None = None,
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+    ):
+        super().__init__()
+        probe = _probe(name)
+        info = probe.feature_info
+        reductions = [item["reduction"] for item in (info if isinstance(info, list) else info.info)]
+        options: dict = {"out_indices": _pyramid_indices(reductions, num_levels, name)}
+        if output_stride is None and isinstance(probe, timm.models.ResNet):
+            output_stride = 8
+        if output_stride is not None:
+            options["output_stride"] = output_stride
+        if _accepts(probe, "dynamic_img_size"):  # ViTs: resize the position embedding to each image
+            options["dynamic_img_size"] = True
+        if _accepts(probe, "strict_img_size"):  # Swin: any size
+            options["strict_img_size"] = False
+        if weights is not None:
+            _check_weights(Path(weights), probe, name)
+            options["pretrained_cfg_overlay"] = {"file": str(weights)}
+        del probe
+        self.features = self._create(name, pretrained or weights is not None, options)
+        self.channels: list[int] = self.features.feature_info.channels()
+        self.strides: list[int] = self.features.feature_info.reduction()
+        self.channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
+        preprocessing = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+        self.mean: tuple[float, ...] = tuple(preprocessing.mean)
+        self.std: tuple[float, ...] = tuple(preprocessing.std)
+
+    @staticmethod
+    def _create(name: str, pretrained: bool, options: dict) -> nn.Module:
+        try:
+            return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+        except OSError as error:  # what urllib and huggingface_hub raise when there is no network
+            if not pretrained or "pretrained_cfg_overlay" in options:
+                raise
+            raise ConnectionError(
+                f"the ImageNet weights of {name} could not be downloaded ({error}). Give a local file with "
+                "backbone_weights=PATH (--backbone-weights PATH), or train from scratch with pretrained_backbone=False "
+                "(--no-pretrained-backbone)"
+            ) from error
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised images to L feature maps (B, C_l, H / stride_l, W / stride_l)."""
+        features = self.features(images)
+        if self.channels_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return features
+
+
+class PyramidProjection(nn.Module):
+    """A 1x1 convolution a level to d_model channels, flattened into one sequence (Sec. 3.1.2, X_ms).
+
+    Args:
+        channels: of each level.
+        d_model: of the transformer.
+    """
+
+    def __init__(self, channels: list[int], d_model: int):
+        super().__init__()
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, d_model, 1), nn.GroupNorm(min(32, d_model // 8), d_model)) for c in channels
+        )
+        for level in self.levels:
+            nn.init.xavier_uniform_(level[0].weight)
+            nn.init.zeros_(level[0].bias)
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """L maps (B, C_l, H_l, W_l) to tokens (B, S, d_model), S = sum of H_l * W_l, and the shapes [(H_l, W_l)]."""
+        maps = [level(feature) for level, feature in zip(self.levels, features, strict=True)]
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+        return tokens, [(m.shape[2], m.shape[3]) for m in maps]

@@ -1,0 +1,79 @@
+"""Checkpoints that a killed run, a full disk or a torn file can't lose: written beside, synced, then renamed."""
+
+import io
+import os
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .model import UNEPT
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; what was there before stays until the new one is safely on disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kept = f"; the one before is intact: {path.parent}" if any(path.parent.iterdir()) else ""
+        raise OSError(error.errno, f"{error.strerror} while writing {path}{kept}") from error
+    temporary.replace(path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step_*.pt"))
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+    """Save `state` (tensors and plain Python values) as the checkpoint of `step`, then delete all but the last `keep`.
+
+    Raises:
+        OSError: the disk is full or not writable; the checkpoints before are intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path = folder / f"step_{step:08d}.pt"
+    write_atomically(path, buffer.getvalue())
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The newest readable checkpoint, or None. A damaged one is named in a warning and the one before it is taken.
+
+    Raises:
+        ValueError: there are checkpoints, but none can be read.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            warnings.warn(f"{path} is damaged ({reason}): trying the checkpoint before it", stacklevel=2)
+    if found:
+        raise ValueError(f"none of the {len(found)} checkpoints in {folder} can be read: start again in another folder")
+    return None
+
+
+def save_model(model: UNEPT, folder: Path) -> None:
+    """`save_pretrained` into `folder`, replacing what is there only once the new files are complete."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,79 @@
+"""What the commands share: how they end, the device, and the run folder that `unept.train` writes."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import torch
+from safetensors import SafetensorError
+
+from .config import TrainConfig
+from .inference import InferenceConfig
+from .model import UNEPT, load_model
+
+Device = Literal["auto", "cuda", "cpu"]
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and exit: with what it returns (None is 0), or with 2 and one line where the input is at fault.
+
+    ValueError is how this package reports bad input, OSError how a disk or a network does, FloatingPointError a loss
+    that is no number any more; anything else is a bug, and its traceback is shown.
+    """
+    try:
+        status = main() or 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    raise SystemExit(status)
+
+
+def choose_device(name: Device) -> torch.device:
+    """The device that an option names; `auto` is CUDA where there is a device.
+
+    Raises:
+        ValueError: `cuda` is asked for and absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch finds no CUDA device here: use --device cpu, or leave it away")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
+    """Options and best model of a run folder, the model in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no such folder, not one of `unept.train`, or one without a model yet; the message says which.
+        ValueError: its config.json or its model can't be read by this version.
+    """
+    if not (folder / "config.json").is_file():
+        what = "is no run folder" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}: give a folder that unept.train wrote, with config.json and model/")
+    config = TrainConfig.from_json(folder / "config.json")
+    if not has_model(folder):
+        raise FileNotFoundError(
+            f"{folder} has no model/ yet: training writes it after its first evaluation, at step "
+            f"{min(config.eval_every, config.iterations)}; wait for it, or continue the run with --resume auto"
+        )
+    try:
+        return config, load_model(folder / "model", device)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / 'model/model.safetensors'} is damaged ({error}): restore it or train again"
+        ) from error
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a run folder holds a saved model."""
+    return all((folder / "model" / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
+def as_trained(inference: InferenceConfig, config: TrainConfig) -> InferenceConfig:
+    """Inference options with what was left open filled in from the run."""
+    return dataclasses.replace(
+        inference,
+        short_side=config.data.short_side if inference.short_side is None else inference.short_side,
+        refine_scale=config.refine_scale if inference.refine_scale is None else inference.refine_scale,
+    )

@@ -1,0 +1,203 @@
+"""Every option of a training run, as typed dataclasses; the command line is made from them."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from .data import SegmentationDataset, build_dataset
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class ModelConfig:
+    """The network (Sec. 4.2, Network structure)."""
+
+    backbone: str = "resnet50"
+    """Any timm model that gives feature maps."""
+    pretrained_backbone: bool = True
+    """Start from its ImageNet weights, downloaded from timm's hub."""
+    backbone_weights: Path | None = None
+    """Start from the weights in this file instead (.safetensors or .pth); nothing is downloaded."""
+    output_stride: int | None = None
+    """Of the backbone: 8, 16 or 32. None: 8 for ResNets, as in the paper, the backbone's own for others."""
+    d_model: int = 256
+    """Channels of the transformer."""
+    num_heads: int = 8
+    """Attention heads, M."""
+    num_points: int = 16
+    """Sampled points a head and level, N."""
+    num_levels: int = 3
+    """Feature maps taken from the backbone, L."""
+    num_encoder_layers: int = 2
+    """Encoder layers."""
+    num_decoder_layers: int = 2
+    """Decoder layers."""
+    ffn_dim: int = 2048
+    """Hidden channels of the feed-forward networks."""
+    dropout: float = 0.1
+    """In the transformer."""
+    context_queries: Literal["spatial", "learned"] = "spatial"
+    """The decoder's input: the spatial branch, or the learned table of the paper's baseline (no refinement)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.d_model % self.num_heads == 0, f"d_model {self.d_model} is no multiple of num_heads {self.num_heads}"
+        )
+        _require(self.d_model % 8 == 0, f"d_model {self.d_model} is no multiple of 8")
+        _require(0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)")
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `unept.model.UNEPT`."""
+        options = dataclasses.asdict(self)
+        if self.backbone_weights is not None:
+            options["backbone_weights"] = str(self.backbone_weights)
+            options["pretrained_backbone"] = False
+        return options
+
+
+@dataclass
+class DataConfig:
+    """The data set and its augmentation (Sec. 4.2, Training)."""
+
+    dataset: Literal["shapes", "camvid", "folder"] = "shapes"
+    """Which one; see `unept.data`."""
+    root: Path | None = None
+    """Its folder on disk. `shapes` is made in memory and has none."""
+    images: str = "images/{split}"
+    """Where `folder` has its images, under the root."""
+    labels: str = "labels/{split}"
+    """Where `folder` has its labels, under the root."""
+    classes_file: str = "classes.txt"
+    """Where `folder` has its class list, under the root."""
+    crop_size: tuple[int, int] = (480, 480)
+    """Height and width of a training sample, cropped or padded."""
+    short_side: int | None = None
+    """Images are resized to this short side before anything else. None: they keep their size."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Random scale of a training image, relative to the short side."""
+    category_cap: float = 0.75
+    """A crop is drawn again if one class fills more of it than this."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    photometric: bool = True
+    """Random brightness, contrast, saturation and hue."""
+    workers: int = 2
+    """Processes that load training data; 0 loads in the main process."""
+
+    def __post_init__(self) -> None:
+        _require(min(self.crop_size) >= 8, f"crop_size {self.crop_size} is under 8 pixels")
+        _require(0 < self.scale[0] <= self.scale[1], f"scale {self.scale} is no range of positive numbers")
+        _require(0 < self.category_cap <= 1, f"category_cap {self.category_cap} is not in (0, 1]")
+        _require(self.workers >= 0, f"workers is {self.workers}; it must be 0 or more")
+        in_memory = self.dataset == "shapes"
+        _require(not in_memory or self.root is None, "dataset 'shapes' is made in memory: leave --root away")
+
+    def build(self, split: str, root: Path | None = None) -> SegmentationDataset:
+        """The data set's `split`, from another root if one is given; see `unept.data.build_dataset` for errors."""
+        places = ("images", "labels", "classes_file") if self.dataset == "folder" else ()
+        return build_dataset(self.dataset, root or self.root, split, **{name: getattr(self, name) for name in places})
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    """The network."""
+    data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    """The data."""
+    out: Path | None = None
+    """Run folder. None: runs/PRESET, or runs/PRESET-2 and so on if that exists."""
+    resume: Literal["auto", "never"] = "never"
+    """auto: continue the run in the run folder from its last checkpoint, if there is one."""
+    iterations: int = 160_000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Images an optimiser step."""
+    accumulate: int = 1
+    """Split each batch into this many parts, one after another, to save memory."""
+    lr: float = 1e-4
+    """Learning rate of everything but the backbone."""
+    backbone_lr: float = 1e-5
+    """Learning rate of the backbone."""
+    weight_decay: float = 1e-4
+    """Of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    warmup: int = 0
+    """Steps over which the learning rates rise from zero; the paper has none."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero."""
+    loss_weights: tuple[float, float, float, float] = (1.0, 1.5, 3.0, 0.7)
+    """lambda_1..4 of Eq. 7: segmentation, refined segmentation, boundary, direction."""
+    seed: int = 0
+    """Of initialisation, data order and augmentation."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: CUDA where there is a device."""
+    amp: Literal["auto", "bf16", "off"] = "auto"
+    """Autocast to bfloat16. auto: on CUDA only."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of model and loss. auto: on CUDA only."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl; a NaN loss is noticed here too."""
+    eval_every: int = 4000
+    """Steps between evaluations on the validation set; the last step is always evaluated."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last two are kept."""
+    boundary_tolerance: int = 3
+    """Pixels within which a boundary counts as found, in the boundary F-score."""
+    refine_scale: int = 1
+    """Pixels that a boundary pixel's prediction is read inside of its segment, at inference."""
+    num_samples: int = 4
+    """Validation images drawn into samples/ at each evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(self.iterations > 0, f"iterations is {self.iterations}; it must be positive")
+        _require(
+            self.accumulate > 0 and self.batch_size % self.accumulate == 0,
+            f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}",
+        )
+        for name in ("log_every", "eval_every", "checkpoint_every"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+
+    def to_json(self) -> str:
+        """As text that `from_json` reads."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+
+    @staticmethod
+    def from_json(path: Path) -> "TrainConfig":
+        """Read config.json of a run folder.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: an option in it that this version does not have.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: {path.parent} is no run folder of unept.train")
+        stored = json.loads(path.read_text())
+        parts = {
+            "model": _from_dict(ModelConfig, stored.pop("model")),
+            "data": _from_dict(DataConfig, stored.pop("data")),
+        }
+        return _from_dict(TrainConfig, {**stored, **parts})
+
+
+def _from_dict(kind: type, stored: dict[str, Any]) -> Any:
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(stored) - set(known))
+    _require(not unknown, f"config.json has options that this version of unept does not know: {', '.join(unknown)}")
+    values = dict(stored)
+    for name, value in stored.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+        elif isinstance(value, str) and "Path" in str(known[name].type):
+            values[name] = Path(value)
+    return kind(**values)

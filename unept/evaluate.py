@@ -1,0 +1,221 @@
+"""`python -m unept.evaluate RUN`: how good a trained model is, as a table, JSON and a picture (Sec. 4)."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from . import cli, visual
+from .boundary import upsample_boundary
+from .data import SegmentationDataset, evaluation_loader
+from .inference import InferenceConfig, infer
+from .metrics import BoundaryFScore, ConfusionMatrix
+from .model import UNEPT, predicted_ids
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluate a trained model; writes evaluation.json and evaluation.png into its run folder."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder that unept.train wrote."""
+    split: Literal["val", "train", "test"] = "val"
+    """Which part of the data set."""
+    root: Path | None = None
+    """Folder of the data set. None: as in training."""
+    boundary_tolerance: int | None = None
+    """Pixels within which a boundary counts as found. None: as in training."""
+    inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
+    """Views and refinement."""
+    device: cli.Device = "auto"
+    """auto: CUDA where there is a device."""
+    workers: int = 2
+    """Processes that read the data; 0 reads in the main process."""
+
+
+class _Tally:
+    """Region and boundary scores of one kind of prediction."""
+
+    def __init__(self, dataset: SegmentationDataset, tolerance: float, device: torch.device):
+        counted = {"num_classes": len(dataset.classes), "ignore_index": dataset.ignore_index, "device": device}
+        self.regions = ConfusionMatrix(**counted)
+        self.boundaries = BoundaryFScore(tolerance=tolerance, **counted)
+
+    def update(self, ids: Tensor, labels: Tensor) -> None:
+        self.regions.update(ids, labels)
+        self.boundaries.update(ids, labels)
+
+    def all_reduce(self) -> None:
+        dist.all_reduce(self.regions.matrix)
+        dist.all_reduce(self.boundaries.counts)
+
+
+def evaluate_model(
+    model: UNEPT,
+    dataset: SegmentationDataset,
+    config: InferenceConfig,
+    device: torch.device,
+    boundary_tolerance: float,
+    progress: bool = False,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Scores with and without refinement, from one pass of the network over the data set.
+
+    Where a process group is initialised, each rank evaluates its share and all get the scores of the whole data set.
+
+    Args:
+        model: on `device`; left in the mode it is in.
+        dataset: images and their labels, of the same size.
+        config: views and refinement.
+        device: of the model.
+        boundary_tolerance: pixels within which a boundary counts as found.
+        progress: show a bar.
+        workers: processes that read the data; 0: this one.
+
+    Returns:
+        Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`, the same three
+        ending in `_unrefined`, `mean_accuracy`; lists by class `iou`, `accuracy`, `class_boundary_f` and `share` (of
+        the counted pixels); and `boundary_tolerance`, `images` (their number), `images_per_s` (reading and scoring
+        included).
+
+    Raises:
+        ValueError: the model and the data set have different numbers of classes, or the data set is empty.
+        DatasetError: a file of the data set breaks a rule.
+    """
+    _check(model, dataset)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    loader = evaluation_loader(dataset, rank, world_size, workers)
+    refined, unrefined = (_Tally(dataset, boundary_tolerance, device) for _ in range(2))
+    start = time.perf_counter()
+    for image, labels in tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False):
+        image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        output = infer(model, image, config)
+        size = labels.shape[1:]
+        ids = predicted_ids(output, size, refine=config.refine, refine_scale=config.refine_scale or 1)
+        refined.update(ids, labels)
+        unrefined.update(predicted_ids(output, size, refine=False), labels)
+    if world_size > 1:
+        refined.all_reduce()
+        unrefined.all_reduce()
+    regions, boundaries = refined.regions.scores(), refined.boundaries.scores()
+    truth = refined.regions.matrix.sum(1)
+    plain = unrefined.regions.scores()
+    return {
+        "mIoU": regions.mean_iou,
+        "pixAcc": regions.pixel_accuracy,
+        "boundary_f": boundaries.mean_f,
+        "mIoU_unrefined": plain.mean_iou,
+        "pixAcc_unrefined": plain.pixel_accuracy,
+        "boundary_f_unrefined": unrefined.boundaries.scores().mean_f,
+        "mean_accuracy": regions.mean_accuracy,
+        "iou": list(regions.iou),
+        "accuracy": list(regions.accuracy),
+        "class_boundary_f": list(boundaries.f),
+        "share": (truth / truth.sum()).tolist(),
+        "boundary_tolerance": boundary_tolerance,
+        "images": len(dataset),
+        "images_per_s": len(dataset) / (time.perf_counter() - start),
+    }
+
+
+def _check(model: UNEPT, dataset: SegmentationDataset) -> None:
+    if model.num_classes != len(dataset.classes):
+        raise ValueError(
+            f"the model predicts {model.num_classes} classes, but the data set has {len(dataset.classes)}: "
+            "evaluate it on data with the class list it was trained with, or train a model on this data"
+        )
+    if not len(dataset):
+        raise ValueError("the data set holds no image: check its root folder and the split")
+
+
+def draw_samples(
+    model: UNEPT, dataset: SegmentationDataset, count: int, config: InferenceConfig, device: torch.device, path: Path
+) -> None:
+    """Draw `count` images spread evenly over the data set and what the model makes of them (`visual.sample_panel`)."""
+    _check(model, dataset)
+    count = min(count, len(dataset))
+    samples = []
+    for i in (n * len(dataset) // count for n in range(count)):
+        image, truth = (tensor.as_subclass(Tensor) for tensor in dataset[i])
+        output = infer(model, image.to(device), config)
+        size = (truth.shape[0], truth.shape[1])
+        prediction = predicted_ids(output, size, refine=False)[0]
+        refined = boundary = None
+        if output.boundary is not None:
+            refined = predicted_ids(output, size, refine_scale=config.refine_scale or 1)[0]
+            padded = (size[0] + -size[0] % 8, size[1] + -size[1] % 8)
+            boundary = upsample_boundary(output.boundary, padded)[0, : size[0], : size[1]].sigmoid()
+        samples.append(visual.Sample(dataset.name(i), image, truth, prediction, refined, boundary))
+    visual.sample_panel(samples, dataset.classes, dataset.palette, path)
+
+
+def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
+    """What `evaluate_model` gives, as an aligned table of the classes, in percent, and a summary below it."""
+    width = max(len("class"), *(len(name) for name in classes))
+    header = f"{'class':{width}}  {'IoU':>6}  {'accuracy':>8}  {'boundary F':>10}  {'pixels':>6}"
+    columns = (scores["iou"], scores["accuracy"], scores["class_boundary_f"], scores["share"])
+    lines = [header, "-" * len(header)]
+    for name, iou, accuracy, boundary_f, share in zip(classes, *columns, strict=True):
+        numbers = f"{_percent(iou):>6}  {_percent(accuracy):>8}  {_percent(boundary_f):>10}  {_percent(share):>6}"
+        lines.append(f"{name:{width}}  {numbers}")
+    lines.append("-" * len(header))
+    lines.append(f"{'':{len('boundary F')}}  {'refined':>10}  {'unrefined':>10}")
+    for label, key in (("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f")):
+        values = f"{_percent(scores[key]):>10}  {_percent(scores[key + '_unrefined']):>10}"
+        lines.append(f"{label:{len('boundary F')}}  {values}")
+    lines.append(
+        f"All in percent; boundary F within {scores['boundary_tolerance']} px; {scores['images']} images, "
+        f"{scores['images_per_s']:.1f} images/s."
+    )
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.2f}"
+
+
+def json_ready(value: Any) -> Any:
+    """The same with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: json_ready(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def evaluate_run(options: EvaluateConfig) -> None:
+    """Evaluate the best model of a run folder; print the table, write evaluation.json and evaluation.png.
+
+    Raises:
+        FileNotFoundError, ValueError: see `unept.cli.load_run`, `unept.data.build_dataset` and `evaluate_model`.
+    """
+    device = cli.choose_device(options.device)
+    trained, model = cli.load_run(options.run, device)
+    dataset = trained.data.build(options.split, options.root)
+    config = cli.as_trained(options.inference, trained)
+    tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
+    scores = evaluate_model(model, dataset, config, device, tolerance, progress=True, workers=options.workers)
+    print(format_table(scores, dataset.classes))
+    record = {"split": options.split, "classes": list(dataset.classes), **scores, "inference": asdict(config)}
+    json_path, picture_path = options.run / "evaluation.json", options.run / "evaluation.png"
+    json_path.write_text(json.dumps(json_ready(record), indent=2) + "\n")
+    visual.class_bars(scores, dataset.classes, picture_path)
+    print(f"Written: {json_path} and {picture_path}")
+
+
+def main() -> None:
+    """The command line."""
+    cli.run(lambda: evaluate_run(tyro.cli(EvaluateConfig, prog="python -m unept.evaluate")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Inference: one view of an image, or many averaged at low resolution (Sec. 4.2, Inference).
+
+Letters: B images, H, W their size, K classes, C channels of a view's probabilities: K of the classes, 1 of the
+boundary, 8 of the directions (the K alone for a model without a spatial branch).
+
+An image is padded right and below to multiples of 8, as the network does. Every view is the padded image resized to
+multiples of 8, so that the network's maps at 1/8 cover the padded image exactly, whatever the scale. Averages are
+summed up on one canvas at 1/8 of the largest view; class scores are never held at full resolution.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .boundary import DIRECTIONS
+from .model import STRIDE, UNEPT, UNEPTOutput, predicted_ids
+
+PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
+
+# Which direction is seen in a mirrored image where direction k is seen in the original.
+MIRRORED = [DIRECTIONS.index((-dx, dy)) for dx, dy in DIRECTIONS]
+
+
+@dataclass
+class InferenceConfig:
+    """How class ids are predicted from an image."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """The image is seen at each of these scales, and the predictions are averaged. The paper's are
+    0.5 0.75 1 1.25 1.5 1.75."""
+    flip: bool = False
+    """See every scale mirrored as well."""
+    window: int | None = None
+    """Slide a square window of this many pixels, a multiple of 8, over views that are larger. None: whole images."""
+    window_stride: int | None = None
+    """Pixels from window to window, a multiple of 8. None: 2/3 of the window."""
+    window_batch: int = 4
+    """Windows that go through the network at once; fewer take less memory."""
+    refine: bool = True
+    """Read the prediction of boundary pixels inside of their segment (Sec. 3.2)."""
+    refine_scale: int | None = None
+    """How many pixels inside. None: as the run was trained, else 1."""
+    short_side: int | None = None
+    """Pixels that the image's short side has at scale 1. None: as the run was trained, else the image's own."""
+    amp: Literal["auto", "bf16", "off"] = "auto"
+    """Autocast to bfloat16. auto: on CUDA only."""
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"scales are {self.scales}; give at least one, all of them positive")
+        for name in ("window", "window_stride"):
+            pixels = getattr(self, name)
+            if pixels is not None and (pixels < STRIDE or pixels % STRIDE):
+                raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {STRIDE}")
+        if self.window_stride is not None and (self.window is None or self.window_stride > self.window):
+            raise ValueError(
+                f"window_stride is {self.window_stride} and window {self.window}; the window must be at least as large"
+            )
+        if self.window_batch < 1:
+            raise ValueError(f"window_batch is {self.window_batch}; it must be at least 1")
+        if self.refine_scale is not None and not 1 <= self.refine_scale <= 127:
+            raise ValueError(f"refine_scale is {self.refine_scale}; it must be between 1 and 127 pixels")
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"short_side is {self.short_side}; it must be at least 1")
+
+    @property
+    def stride(self) -> int:
+        """Pixels from window to window, a multiple of 8."""
+        if self.window_stride is not None:
+            return self.window_stride
+        return max(STRIDE, (self.window or 0) * 2 // 3 // STRIDE * STRIDE)
+
+
+def infer(model: UNEPT, images: Tensor, config: InferenceConfig) -> UNEPTOutput:
+    """The network's maps for images, averaged over all views.
+
+    The image itself as the only view gives what the network gives. Otherwise `logits` and `direction` hold averaged
+    probabilities and `boundary` the logit of the averaged probability, on a grid of 1/8 of the largest view. Either way
+    the maps cover the image padded right and below to multiples of 8, as `unept.model.predicted_ids` expects.
+
+    Args:
+        model: in any mode; it is evaluated in `eval()` and left as it was.
+        images: (B, 3, H, W) or (3, H, W), as `UNEPT.forward` takes them, on the model's device.
+        config: the views.
+
+    Returns:
+        Maps (B, K, h, w), (B, 1, h, w) and (B, 8, h, w); B is 1 for a single image.
+    """
+    if images.dim() == 3:
+        images = images[None]
+    with _evaluation(model), _autocast(images.device.type, config.amp):
+        if _is_plain(images, config):
+            return model(images)
+        padded = _padded(images if images.is_floating_point() else model.normalize(images))
+        sizes = _view_sizes(padded, min(images.shape[2:]), config)
+        canvas = max(sizes)
+        total = padded.new_zeros(())
+        for size in sizes:
+            maps = _view_probabilities(model, _resized(padded, size), config)
+            total = total + _resized(maps, (canvas[0] // STRIDE, canvas[1] // STRIDE))
+        return _as_output(total / len(sizes), model.num_classes)
+
+
+def predict_ids(model: UNEPT, images: Tensor, config: InferenceConfig) -> Tensor:
+    """Class ids (B, H, W) int64 of images (B, 3, H, W) or (3, H, W), refined as `config` says; see `infer`."""
+    output = infer(model, images, config)
+    return predicted_ids(output, images.shape[-2:], refine=config.refine, refine_scale=config.refine_scale or 1)
+
+
+@contextlib.contextmanager
+def _evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module has its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _autocast(device_type: str, amp: str) -> torch.autocast:
+    enabled = amp == "bf16" or (amp == "auto" and device_type == "cuda")
+    return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
+
+
+def _is_plain(images: Tensor, config: InferenceConfig) -> bool:
+    """Whether the only view is the image itself."""
+    height, width = images.shape[2:]
+    return (
+        config.scales == (1.0,)
+        and not config.flip
+        and config.short_side in (None, min(height, width))
+        and (config.window is None or max(height, width) <= config.window)
+    )
+
+
+def _padded(images: Tensor) -> Tensor:
+    """Normalised images, padded right and below with the mean colour (zero) to multiples of 8, as the network pads."""
+    return F.pad(images, (0, -images.shape[3] % STRIDE, 0, -images.shape[2] % STRIDE))
+
+
+def _view_sizes(padded: Tensor, short_side: int, config: InferenceConfig) -> list[tuple[int, int]]:
+    """(height, width) of the padded image at every scale, multiples of 8; `short_side` is the image's own."""
+    unit = (config.short_side or short_side) / short_side / STRIDE
+    height, width = padded.shape[2:]
+    return [
+        (max(1, int(height * unit * s + 0.5)) * STRIDE, max(1, int(width * unit * s + 0.5)) * STRIDE)
+        for s in config.scales
+    ]
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if maps.shape[2:] == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _view_probabilities(model: UNEPT, view: Tensor, config: InferenceConfig) -> Tensor:
+    """(B, C, h, w) float32 of a view (B, 3, 8 h, 8 w), the average of itself and its mirror image if `config` flips."""
+    maps = _probabilities(model, view, config)
+    if config.flip:
+        maps = (maps + _unmirrored(_probabilities(model, view.flip(-1), config), model.num_classes)) / 2
+    return maps
+
+
+def _unmirrored(maps: Tensor, num_classes: int) -> Tensor:
+    """What the maps (B, C, h, w) of a mirrored view say about the view: places and directions mirrored back."""
+    maps = maps.flip(-1)
+    direction = maps[:, num_classes + 1 :]
+    if direction.shape[1]:
+        direction.copy_(direction[:, MIRRORED])
+    return maps
+
+
+def _probabilities(model: UNEPT, view: Tensor, config: InferenceConfig) -> Tensor:
+    """(B, C, h, w) float32 of a view (B, 3, 8 h, 8 w), seen whole or through windows."""
+    height, width = view.shape[2:]
+    if config.window is None or max(height, width) <= config.window:
+        return _as_probabilities(model(view))
+    rows, columns = min(config.window, height), min(config.window, width)
+    corners = [
+        (b, y, x)
+        for b in range(len(view))
+        for y in window_starts(height, rows, config.stride)
+        for x in window_starts(width, columns, config.stride)
+    ]
+    channels = model.num_classes + (1 + len(DIRECTIONS) if model.refines else 0)
+    total = torch.zeros(len(view), channels, height // STRIDE, width // STRIDE, device=view.device)
+    count = torch.zeros_like(total[:, :1])
+    for start in range(0, len(corners), config.window_batch):
+        chosen = corners[start : start + config.window_batch]
+        crops = torch.stack([view[b, :, y : y + rows, x : x + columns] for b, y, x in chosen])
+        for (b, y, x), maps in zip(chosen, _as_probabilities(model(crops)), strict=True):
+            at_y, at_x = slice(y // STRIDE, (y + rows) // STRIDE), slice(x // STRIDE, (x + columns) // STRIDE)
+            total[b, :, at_y, at_x] += maps
+            count[b, :, at_y, at_x] += 1
+    return total / count
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """First pixels of windows that cover 0..length - 1 from end to end; the last is shifted inwards to fit."""
+    return [*range(0, length - window, stride), length - window]
+
+
+def _as_probabilities(output: UNEPTOutput) -> Tensor:
+    """(B, C, h, w) float32: one tensor of all the maps."""
+    maps = [output.logits.float().softmax(dim=1)]
+    if output.boundary is not None and output.direction is not None:
+        maps += [output.boundary.float().sigmoid(), output.direction.float().softmax(dim=1)]
+    return torch.cat(maps, dim=1)
+
+
+def _as_output(maps: Tensor, num_classes: int) -> UNEPTOutput:
+    """Averaged probabilities (B, C, h, w), the boundary as a logit again: its threshold is a probability of 0.5."""
+    if maps.shape[1] == num_classes:
+        return UNEPTOutput(maps, None, None)
+    classes, boundary, direction = maps.split([num_classes, 1, len(DIRECTIONS)], dim=1)
+    return UNEPTOutput(classes, boundary.logit(eps=1e-6), direction)

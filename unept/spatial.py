@@ -1,0 +1,45 @@
+"""The spatial branch that makes the context queries (Sec. 3.2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+    """Convolution without bias, batch normalisation, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class SpatialBranch(nn.Sequential):
+    """Three 3x3 convolutions of stride 2: images (B, 3, H, W) to image details (B, d_model, H / 8, W / 8).
+
+    The paper gives no widths. A narrow first one (d_model / 8, at half the image's resolution) keeps the whole DeiT
+    model within the operations that Table 7 reports.
+    """
+
+    def __init__(self, d_model: int = 256):
+        channels = (3, d_model // 8, d_model, d_model)
+        super().__init__(*(conv_bn_relu(channels[i], channels[i + 1], 3, stride=2) for i in range(3)))
+
+
+class LearnedQueries(nn.Module):
+    """The same context queries for every image, interpolated to its size (Table 5, baseline).
+
+    Args:
+        d_model: channels.
+        size: of the table, that of a 480x480 image at 1/8 by default.
+    """
+
+    def __init__(self, d_model: int = 256, size: tuple[int, int] = (60, 60)):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, d_model, *size) * 0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), of which only the size counts, to (B, d_model, H / 8, W / 8)."""
+        size = (images.shape[2] // 8, images.shape[3] // 8)
+        table = F.interpolate(self.table, size, mode="bilinear", align_corners=False)
+        return table.expand(images.shape[0], -1, -1, -1)
