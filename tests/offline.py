@@ -115,7 +115,7 @@ def report(every_config: bool) -> Iterator[dict[str, Any]]:
             for launched, arguments in recorded_launches(partial(call, DTYPES[dtype_name])):
                 kernel = launched.fn if isinstance(launched, Autotuner) else launched
                 configs = launched.configs if isinstance(launched, Autotuner) else [triton.Config({})]
-                row = {"op": op, "kernel": kernel.__name__, "dtype": dtype_name}
+                row = {"op": op, "kernel": qualified_name(launched), "dtype": dtype_name}
                 best, least_stack = configs[0], sys.maxsize
                 for config in configs:
                     used = resources(compiled(kernel, arguments, config, TARGETS["sm_90"]).asm["cubin"])
@@ -130,12 +130,17 @@ def report(every_config: bool) -> Iterator[dict[str, Any]]:
                     yield {**row, "target": name, "config": str(best), **used}
 
 
+def qualified_name(launched: Any) -> str:
+    kernel = launched.fn if isinstance(launched, Autotuner) else launched
+    return f"{kernel.__module__}.{kernel.__name__}"
+
+
 def kernels_of_the_package() -> set[str]:
     """The names of all kernels; the functions that kernels call are not named `..._kernel`."""
     names = [found.name for found in pkgutil.iter_modules(unept.kernels.__path__)]
-    modules = [importlib.import_module(f"unept.kernels.{name}") for name in names]
-    found = {name: item for module in modules for name, item in vars(module).items() if name.endswith("_kernel")}
-    return {name for name, item in found.items() if isinstance(item, Autotuner | JITFunction)}
+    members = [item for name in names for item in vars(importlib.import_module(f"unept.kernels.{name}")).values()]
+    found = {qualified_name(item) for item in members if isinstance(item, Autotuner | JITFunction)}
+    return {name for name in found if name.endswith("_kernel")}
 
 
 if __name__ == "__main__":

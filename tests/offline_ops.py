@@ -1,6 +1,7 @@
 """What tests/offline.py compiles: each op's launches on tensors without memory, at the paper's shapes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,29 +11,59 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def sparse_sampling(dtype: torch.dtype) -> None:
-    """The encoder of the ResNet-50 variant at 480x480: B=2, L=3, N=16, M=8, D=32 and 60x60 pixels a level."""
-    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
-
+def _encoder(dtype: torch.dtype) -> tuple[Any, ...]:
+    """grad_out, value, shapes, points and scores of the ResNet-50 variant's encoder at 480x480, as its layers call it:
+    B=2, L=3, N=16, M=8, D=32, 60x60 pixels a level, points and scores views of one projection."""
     shapes, length = [60, 60] * 3, 3 * 60 * 60
-    value = _meta(2, length, 8, 32, dtype=dtype)
     projection = _meta(2, length, 8, 3 * 48, dtype=dtype)
     points, scores = projection[..., :96].view(2, length, 8, 3, 16, 2), projection[..., 96:].view(2, length, 8, 3, 16)
-    reference = _meta(1, length, 2, dtype=torch.float32)
-    _forward_triton(value, shapes, points, scores, reference)
-    grad_out = _meta(2, length, 256, dtype=dtype)
-    _backward_triton(grad_out, value, shapes, points, scores, reference, value_grad=True, reference_grad=False)
+    return _meta(2, length, 256, dtype=dtype), _meta(2, length, 8, 32, dtype=dtype), shapes, points, scores
+
+
+def sparse_sampling(dtype: torch.dtype) -> None:
+    """The encoder's attention, forward and backward."""
+    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
+
+    grad_out, *inputs = _encoder(dtype)
+    reference = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32)
+    _forward_triton(*inputs, reference)
+    _backward_triton(grad_out, *inputs, reference, value_grad=True, reference_grad=False)
+
+
+def sparse_sampling_deterministic(dtype: torch.dtype) -> None:
+    """The backward that adds integers, with the gradient of the reference points."""
+    from unept.kernels.sparse_attention import _backward_triton
+
+    grad_out, *inputs = _encoder(dtype)
+    reference = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        _backward_triton(grad_out, *inputs, reference, value_grad=True, reference_grad=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def sparse_sampling_sizes_of_one(dtype: torch.dtype) -> None:
+    """One image, pixel, head, channel, query, level and point: arguments that are 1 become constants."""
+    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
+
+    value, grad_out, reference = (
+        _meta(1, 1, 1, 1, dtype=dtype),
+        _meta(1, 1, 1, dtype=dtype),
+        _meta(1, 1, 2, dtype=dtype),
+    )
+    inputs = value, [1, 1], _meta(1, 1, 1, 1, 1, 2, dtype=dtype), _meta(1, 1, 1, 1, 1, dtype=dtype), reference
+    _forward_triton(*inputs)
+    _backward_triton(grad_out, *inputs, value_grad=True, reference_grad=True)
 
 
 def ms_deform(dtype: torch.dtype) -> None:
-    """The same shapes under Deformable DETR's convention."""
+    """The encoder's shapes under Deformable DETR's convention."""
     from unept.kernels.sparse_attention import _backward_triton, _forward_triton
 
-    shapes, length = [60, 60] * 3, 3 * 60 * 60
-    value, grad_out = _meta(2, length, 8, 32, dtype=dtype), _meta(2, length, 256, dtype=dtype)
-    points, scores = _meta(2, length, 8, 3, 16, 2, dtype=dtype), _meta(2, length, 8, 3, 16, dtype=dtype)
-    _forward_triton(value, shapes, points, scores, None)
-    _backward_triton(grad_out, value, shapes, points, scores, None, value_grad=True, reference_grad=False)
+    grad_out, *inputs = _encoder(dtype)
+    _forward_triton(*inputs, None)
+    _backward_triton(grad_out, *inputs, None, value_grad=True, reference_grad=False)
 
 
 def _gather(size: int, dtype: torch.dtype, paddings: tuple[str, ...]) -> None:
@@ -99,6 +130,8 @@ def sizes_of_one(dtype: torch.dtype) -> None:
 # name: (its launches, the dtypes to compile for)
 OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
     "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
+    "sparse_sampling, deterministic": (sparse_sampling_deterministic, ("fp32",)),
+    "sparse_sampling, sizes of one": (sparse_sampling_sizes_of_one, ("fp32",)),
     "ms_deform": (ms_deform, ("fp32",)),
     "bilinear_gather": (gather, ("bf16", "fp32")),
     "upsample_cross_entropy": (up_sampled_loss, ("bf16", "fp32")),
