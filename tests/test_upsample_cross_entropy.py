@@ -33,8 +33,10 @@ def make_inputs(
         arguments["offset"] = torch.randint(-3, 4, (B, 2, *size), device=device)
     elif offset == "float":
         shift = 3 * torch.randn(B, 2, *size)
-        # Outside the map, as far as a float goes.
-        shift.view(-1)[:6] = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 100.0])
+        # The last pixels of the last image look outside the map, as far as a float goes, or nowhere.
+        shift.view(B, 2, -1)[-1:, :, -6:] = torch.tensor(
+            [float("inf"), -float("inf"), 3e38, -3e38, 100.0, float("nan")]
+        )
         arguments["offset"] = shift.to(device)
     return arguments
 
