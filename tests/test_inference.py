@@ -107,7 +107,7 @@ def full_resolution_average(model, images: Tensor, scales: tuple[float, ...], fl
     return tuple(torch.stack(maps).mean(0)[..., :height, :width] for maps in zip(*views, strict=True))
 
 
-@pytest.mark.parametrize("size", [(33, 47), (64, 48)])
+@pytest.mark.parametrize("size", [(33, 47), (40, 24)])
 @pytest.mark.parametrize("flip", [False, True])
 def test_averages_agree_with_full_resolution(unept, size, flip):
     images = random_images(2, *size)
