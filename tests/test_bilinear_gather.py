@@ -61,10 +61,10 @@ def assert_matches_reference(features, points, padding):
     if features.dtype in (torch.float16, torch.bfloat16):
         same = run(lambda f, p: grid_sample(f, p, padding), features.cpu(), points.cpu(), grad.cpu())
     names = ("output", "gradient of features", "gradient of points")
-    for name, actual, reference, rival in zip(names, got, want, same, strict=True):
+    for name, actual, wanted, rival in zip(names, got, want, same, strict=True):
         if name == "gradient of points" and actual.dtype != features.dtype:
             rival = None  # points stay in float32: its own limit holds
-        assert_accurate(actual, reference, rival, name)
+        assert_accurate(actual, wanted, rival, name)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
