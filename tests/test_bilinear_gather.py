@@ -1,4 +1,5 @@
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate

@@ -198,7 +198,9 @@ def test_command_line_wins_over_the_run(run_folder, command):
 
 
 def test_a_class_that_does_not_occur_is_null_in_json(tmp_path):
-    text = json.dumps(evaluate.json_ready({"iou": [0.5, float("nan")], "inference": {"scales": (1.0,)}}), allow_nan=False)
+    text = json.dumps(
+        evaluate.json_ready({"iou": [0.5, float("nan")], "inference": {"scales": (1.0,)}}), allow_nan=False
+    )
     assert json.loads(text) == {"iou": [0.5, None], "inference": {"scales": [1.0]}}
 
 
