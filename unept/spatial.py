@@ -17,12 +17,12 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: 
 class SpatialBranch(nn.Sequential):
     """Three 3x3 convolutions of stride 2: images (B, 3, H, W) to image details (B, d_model, H / 8, W / 8).
 
-    The paper gives no widths. A narrow first one (d_model / 8, at half the image's resolution) keeps the whole DeiT
-    model within the operations that Table 7 reports.
+    The paper gives no widths. A narrow first one (32, at half the image's resolution) keeps the whole DeiT model within
+    the operations that Table 7 reports.
     """
 
     def __init__(self, d_model: int = 256):
-        channels = (3, d_model // 8, d_model, d_model)
+        channels = (3, 32, d_model, d_model)
         super().__init__(*(conv_bn_relu(channels[i], channels[i + 1], 3, stride=2) for i in range(3)))
 
 
