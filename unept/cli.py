@@ -63,6 +63,11 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
         raise ValueError(
             f"{folder / 'model/model.safetensors'} is damaged ({error}): restore it or train again"
         ) from error
+    except RuntimeError as error:  # of load_state_dict
+        raise ValueError(
+            f"the weights in {folder / 'model'} don't fit the network that its config.json describes, as this version "
+            f"of unept builds it: use the version that saved them, or train again. {error}"
+        ) from error
 
 
 def has_model(folder: Path) -> bool:

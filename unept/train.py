@@ -142,6 +142,7 @@ class Trainer:
                 category_cap=config.data.category_cap,
                 flip=config.data.flip,
                 photometric=config.data.photometric,
+                fill=tuple(round(255 * mean) for mean in self.model.backbone.mean),
             ),
             batch_size=config.batch_size,
             seed=config.seed,

@@ -4,6 +4,7 @@ Each takes `(image, mask)`: a `tv_tensors.Image`, uint8 (3, H, W), and a `tv_ten
 same. Randomness comes from torch's global generator. Normalisation is the model's, by its backbone's mean and std.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def train_transform(
     category_cap: float = 0.75,
     flip: bool = True,
     photometric: bool = True,
-    fill: tuple[int, int, int] = MEAN_COLOUR,
+    fill: Sequence[int] = MEAN_COLOUR,
 ) -> v2.Compose:
     """Random scale, random crop, horizontal flip, photometric distortion, padding to the crop size.
 
@@ -136,7 +137,7 @@ class PhotometricDistortion(v2.RandomPhotometricDistort):
 class PadTo(v2.Transform):
     """Pad right and below to `size`: the image with colour `fill`, the mask with 255."""
 
-    def __init__(self, size: tuple[int, int], fill: tuple[int, int, int] = MEAN_COLOUR):
+    def __init__(self, size: tuple[int, int], fill: Sequence[int] = MEAN_COLOUR):
         super().__init__()
         self.size = size
         self.fill = fill
