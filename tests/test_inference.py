@@ -32,11 +32,11 @@ class FakeModel(nn.Module):
         self.outputs: list[weakref.ref] = []
         self.most_held = 0
 
-    def normalize(self, images: Tensor) -> Tensor:
+    def normalized(self, images: Tensor) -> Tensor:
         return images.float() / 64 - 2
 
     def maps(self, images: Tensor) -> UNEPTOutput:
-        images = images if images.is_floating_point() else self.normalize(images)
+        images = self.normalized(images)
         images = F.pad(images, (0, -images.shape[3] % 8, 0, -images.shape[2] % 8))
         colors = F.avg_pool2d(images, 8)
         x = torch.linspace(-1, 1, 8).expand(8, 8)
@@ -91,7 +91,7 @@ def test_refinement_changes_the_ids(unept):
 def full_resolution_average(model, images: Tensor, scales: tuple[float, ...], flip: bool) -> tuple[Tensor, ...]:
     """Probabilities (B, C, H, W) of classes, boundary and directions: each view up-sampled, then averaged."""
     height, width = images.shape[2:]
-    padded = F.pad(model.normalize(images), (0, -width % 8, 0, -height % 8))
+    padded = F.pad(model.normalized(images), (0, -width % 8, 0, -height % 8))
     full = padded.shape[2:]
     views = []
     for scale in scales:
@@ -133,7 +133,7 @@ def test_scales_of_one_grid_average_exactly(unept):
     images = random_images(1, 33, 47)
     output = infer(unept, images, InferenceConfig(scales=(1.0, 1.01), flip=True))
     with torch.inference_mode():
-        padded = F.pad(unept.normalize(images), (0, 1, 0, 7))
+        padded = F.pad(unept.normalized(images), (0, 1, 0, 7))
         plain, mirrored = unept(padded), unept(padded.flip(-1))
     torch.testing.assert_close(output.logits, (plain.logits.softmax(1) + mirrored.logits.softmax(1).flip(-1)) / 2)
     boundary = (plain.boundary.sigmoid() + mirrored.boundary.sigmoid().flip(-1)) / 2

@@ -83,6 +83,13 @@ def test_class_weights_change_the_segmentation_terms_only():
 def test_labels_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"give labels \(B, H, W\) of the size of the images"):
         UNEPTLoss()(random_output(), torch.zeros(2, 64, 64, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"give labels \(B, H, W\)"):
+        UNEPTLoss()(random_output(), torch.zeros(32, 48, dtype=torch.int64))
+
+
+def test_four_weights():
+    with pytest.raises(ValueError, match="the four lambdas"):
+        UNEPTLoss((1, 1.5))
 
 
 def test_learns_boundaries_and_directions():

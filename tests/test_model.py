@@ -90,13 +90,14 @@ def test_padding_does_not_move_the_prediction():
     image = torch.randn(1, 3, 61, 53)
     padded = torch.nn.functional.pad(image, (0, 11, 0, 3))
     assert torch.equal(model(image).logits, model(padded).logits[:, :, :8, :7])
-    assert torch.equal(model.predict(image), model.predict(padded)[:, :61, :53])
+    # Near its right and lower edges the map of the smaller image has no neighbour to interpolate with.
+    assert torch.equal(model.predict(image)[:, :56, :48], model.predict(padded)[:, :56, :48])
 
 
 def test_uint8_images_are_normalised_inside():
     model = tiny_model(backbone="tf_efficientnet_lite0").eval()
     image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    assert torch.allclose(model.normalize(image), image / 127.5 - 1, atol=1e-6)  # its mean and std are 0.5
+    assert torch.allclose(model.normalized(image), image / 127.5 - 1, atol=1e-6)  # its mean and std are 0.5
     torch.testing.assert_close(model(image).logits, model(image / 127.5 - 1).logits, rtol=1e-3, atol=1e-4)
 
 
@@ -105,7 +106,7 @@ def test_attention_is_equations_3_and_4():
     torch.manual_seed(1)
     heads, points, levels, dim = 2, 3, 2, 8
     shapes = [(4, 5), (2, 3)]
-    layer = SparseSamplingAttention(dim, heads, levels, points).double()
+    layer = SparseSamplingAttention(dim, heads, levels, points).double().requires_grad_(False)
     torch.nn.init.normal_(layer.sampling_weight, std=0.5)
     query, value = torch.randn(1, 26, dim).double(), torch.randn(1, 26, dim).double()
     reference = reference_grid(shapes, torch.device("cpu")).double()
@@ -196,12 +197,17 @@ def test_baseline_without_spatial_branch():
     assert model.predict(torch.randn(1, 3, 40, 56)).shape == (1, 40, 56)
 
 
-def test_compiled_model_and_loss_have_no_graph_break():
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
+def test_compiled_model_and_loss_have_no_graph_break(amp):
+    """What unept.train compiles: bytes in, under autocast on a GPU."""
     model, loss = tiny_model(output_stride=32, dropout=0.0), UNEPTLoss()
-    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    labels = torch.randint(0, 3, (2, 64, 64), dtype=torch.uint8)
 
     def step(images, labels):
-        return loss(model(images), labels)["loss"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            output = model(images)
+        return loss(output, labels)["loss"]
 
     expected = step(images, labels)
     expected.backward()
@@ -210,9 +216,32 @@ def test_compiled_model_and_loss_have_no_graph_break():
     torch._dynamo.reset()
     actual = torch.compile(step, fullgraph=True, backend="aot_eager")(images, labels)
     actual.backward()
-    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-2 if amp else 1e-5, atol=0)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5, msg=name)
+        error = (parameter.grad - gradients[name]).norm() / gradients[name].norm().clamp_min(1e-6)
+        assert error < (0.2 if amp else 1e-3), f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_model_in_another_dtype(dtype):
+    model = tiny_model(output_stride=32).eval()
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    expected = model(image).logits
+    actual = model.to(dtype)(image).logits
+    assert actual.dtype == dtype
+    assert (actual.float() - expected).norm() < 0.1 * expected.norm()
+    assert model.predict(image).shape == (1, 64, 64)
+
+
+def test_prediction_leaves_the_model_as_it_is():
+    """A model in training mode predicts as in evaluation mode, keeps its statistics and trains on."""
+    model = tiny_model(output_stride=32).train()
+    image = torch.randn(1, 3, 64, 64)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    ids = model.predict(image)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert model.training
+    assert torch.equal(ids, model.eval().predict(image))
 
 
 def test_saved_model_comes_back(tmp_path):
@@ -223,6 +252,15 @@ def test_saved_model_comes_back(tmp_path):
     assert torch.equal(model(image).logits, again.eval()(image).logits)
     assert again.classes == ["a", "b", "c"]
     assert again.palette == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
+def test_saved_model_with_missing_weights_is_refused(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder")}
+    save_file({name: tensor.clone() for name, tensor in kept.items()}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"encoder\.scale_encoding"):
+        UNEPT.from_pretrained(str(tmp_path / "model"))
 
 
 def test_saved_model_needs_no_backbone_weights(tmp_path):
@@ -245,6 +283,14 @@ def test_weights_of_another_model_are_refused(tmp_path):
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="tensors of tf_efficientnet_lite0"):
         tiny_model(backbone="tf_efficientnet_lite0", backbone_weights=str(tmp_path / "w.safetensors"))
+    (tmp_path / "garbage.safetensors").write_bytes(b"no weights")
+    (tmp_path / "garbage.pth").write_bytes(b"no weights")
+    for name in ("garbage.safetensors", "garbage.pth"):
+        with pytest.raises(ValueError, match=f"{name} can't be read as weights"):
+            tiny_model(backbone_weights=str(tmp_path / name))
+    save_file(timm.create_model("resnet50").state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="tensors of wide_resnet50_2"):
+        tiny_model(backbone="wide_resnet50_2", backbone_weights=str(tmp_path / "w.safetensors"))
     with pytest.raises(FileNotFoundError, match="which is no file"):
         tiny_model(backbone_weights=str(tmp_path / "missing.safetensors"))
 

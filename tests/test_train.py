@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from unept import checkpoint, train
 from unept.config import DataConfig, ModelConfig, TrainConfig
-from unept.data import build_dataset
+from unept.data import DatasetError, build_dataset
 from unept.model import load_model
 from unept.presets import PRESETS
 
@@ -113,13 +116,67 @@ def test_resume_after_sigkill_is_exact(finished, data, tmp_path):
     assert str(out / "samples") in again.stdout
 
 
-def test_finished_run_resumes_to_nothing(finished, data, tmp_path):
-    """Continuing a finished run evaluates nothing anew and loses nothing."""
+def test_finished_run_resumes_to_nothing(finished, data, capsys):
+    """The command on a finished run trains no further, loses nothing, and ends with the table as ever."""
     before = losses(finished[0])
-    trainer = train.Trainer(configuration(data, resume="auto"), finished[0])
-    trainer.train()
+    train.train(["folder", "--root", str(data), *OPTIONS, "--out", str(finished[0]), "--resume", "auto"])
     assert losses(finished[0]) == before
-    assert trainer.step == 12
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_resume_needs_no_pretrained_weights(data, tmp_path):
+    """The checkpoint has them all: the file that the run started from may be gone."""
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("resnet10t").state_dict(), weights)
+    config = configuration(data, iterations=1, checkpoint_every=1, num_samples=0)
+    config.model.backbone_weights = weights
+    train.Trainer(config, tmp_path / "run").train()
+    assert not list((tmp_path / "run" / "samples").iterdir())
+    weights.unlink()
+    again = train.Trainer(dataclasses.replace(config, resume="auto"), tmp_path / "run")
+    again.train()
+    assert again.step == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_image_in_the_middle_of_a_run_loses_nothing(data, tmp_path, workers):
+    """One clear error that names the file, and a checkpoint of every step before it; mended, the run goes on."""
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    config = configuration(root, iterations=6, checkpoint_every=100)
+    config.data.workers = workers
+    trainer = train.Trainer(config, tmp_path / "run")
+    victim = root / "images" / "train" / "3.png"
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])  # after the check at the start
+    with pytest.raises(DatasetError) as raised:
+        trainer.train()
+    assert str(raised.value).startswith(f"{victim} can't be read")
+    assert "Traceback" not in str(raised.value)
+    assert torch.load(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-1])["step"] == trainer.step < 6
+    victim.write_bytes(content)
+    again = train.Trainer(dataclasses.replace(config, resume="auto"), tmp_path / "run")
+    again.train()
+    assert again.step == 6
+
+
+def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    checkpoint.save_model(finished[1].model, folder)
+
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_model(finished[1].model, folder)
+    assert load_model(folder).num_classes == 8
+
+
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun"):
+        train.train([])
 
 
 def test_other_options_are_refused_on_resume(finished, data):
@@ -259,6 +316,8 @@ def test_help_explains_every_option(preset, capsys):
     [
         (TrainConfig, {"batch_size": 6, "accumulate": 4}, "no multiple of accumulate"),
         (TrainConfig, {"iterations": 0}, "must be positive"),
+        (TrainConfig, {"batch_size": 0}, "must be positive"),
+        (TrainConfig, {"num_samples": -1}, "0 or more"),
         (DataConfig, {"crop_size": (4, 64)}, "under 8 pixels"),
         (DataConfig, {"dataset": "shapes", "root": Path("x")}, "leave --root away"),
         (ModelConfig, {"dropout": 1.0}, r"not in \[0, 1\)"),
@@ -273,6 +332,12 @@ def test_bad_options(part, options, message):
 def test_config_of_another_version_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {}, "data": {}, "momentum": 0.9}))
     with pytest.raises(ValueError, match="does not know: momentum"):
+        TrainConfig.from_json(tmp_path / "config.json")
+
+
+def test_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"lr": ')
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
         TrainConfig.from_json(tmp_path / "config.json")
 
 

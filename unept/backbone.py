@@ -2,10 +2,12 @@
 
 import difflib
 import inspect
+import pickle
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 
@@ -42,10 +44,19 @@ def _check_weights(path: Path, probe: nn.Module, name: str) -> None:
     """timm drops what does not fit without a word, so see first that the file belongs to the model."""
     if not path.is_file():
         raise FileNotFoundError(f"backbone_weights names {path}, which is no file")
-    stored = timm.models.load_state_dict(str(path), weights_only=True)
+    try:
+        stored = timm.models.load_state_dict(str(path), weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} can't be read as weights ({error}): give a .safetensors or .pth file") from error
     wanted = probe.state_dict()
     body = [key for key in wanted if not key.startswith(("head", "fc.", "classifier"))]
-    found = [key for key in body if key in stored and stored[key].dim() == wanted[key].dim()]
+    # timm resizes what depends on the image's size; everything else must have its shape.
+    resized = ("pos_embed", "relative_position", "rel_pos")
+    found = [
+        key
+        for key in body
+        if key in stored and (stored[key].shape == wanted[key].shape or any(part in key for part in resized))
+    ]
     if len(found) < 0.9 * len(body):
         raise ValueError(
             f"{path} holds {len(found)} of the {len(body)} tensors of {name}: give the weights of this timm model, "
@@ -140,7 +151,7 @@ class PyramidProjection(nn.Module):
     def __init__(self, channels: list[int], d_model: int):
         super().__init__()
         self.levels = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, d_model, 1), nn.GroupNorm(min(32, d_model // 8), d_model)) for c in channels
+            nn.Sequential(nn.Conv2d(c, d_model, 1), nn.GroupNorm(d_model // 8, d_model)) for c in channels
         )
         for level in self.levels:
             nn.init.xavier_uniform_(level[0].weight)

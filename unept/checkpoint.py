@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .model import UNEPT
 
@@ -26,6 +27,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         kept = f"; the one before is intact: {path.parent}" if any(path.parent.iterdir()) else ""
         raise OSError(error.errno, f"{error.strerror} while writing {path}{kept}") from error
     temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in it last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -68,12 +79,18 @@ def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 def save_model(model: UNEPT, folder: Path) -> None:
-    """`save_pretrained` into `folder`, replacing what is there only once the new files are complete."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    """`save_pretrained` into `folder`; each file there is replaced only by a complete one.
+
+    Raises:
+        OSError: the disk is full or not writable; the model before is intact.
+    """
+    new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        model.save_pretrained(new)
+    except SafetensorError as error:  # how safetensors reports the disk
+        raise OSError(f"{folder} could not be written ({error}); the model before, if any, is intact") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(new.iterdir()):
+        write_atomically(folder / file.name, file.read_bytes())
+    shutil.rmtree(new)

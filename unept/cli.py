@@ -1,6 +1,7 @@
 """What the commands share: how they end, the device, and the run folder that `unept.train` writes."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     raise SystemExit(status)
+
+
+def refuse_several_processes() -> None:
+    """Raise ValueError under torchrun: several processes would each write the same run folder."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ValueError(
+            f"this process is one of {processes} (WORLD_SIZE), but training and evaluation on several GPUs are not "
+            "built yet: start it without torchrun"
+        )
 
 
 def choose_device(name: Device) -> torch.device:
@@ -79,6 +90,7 @@ def as_trained(inference: InferenceConfig, config: TrainConfig) -> InferenceConf
     """Inference options with what was left open filled in from the run."""
     return dataclasses.replace(
         inference,
+        amp=config.amp if inference.amp == "auto" else inference.amp,
         short_side=config.data.short_side if inference.short_side is None else inference.short_side,
         refine_scale=config.refine_scale if inference.refine_scale is None else inference.refine_scale,
     )

@@ -165,8 +165,10 @@ class TrainConfig:
             self.accumulate > 0 and self.batch_size % self.accumulate == 0,
             f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}",
         )
-        for name in ("log_every", "eval_every", "checkpoint_every"):
+        for name in ("batch_size", "log_every", "eval_every", "checkpoint_every", "refine_scale"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("warmup", "boundary_tolerance", "num_samples"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
 
     def to_json(self) -> str:
         """As text that `from_json` reads."""
@@ -178,16 +180,19 @@ class TrainConfig:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: an option in it that this version does not have.
+            ValueError: it is damaged, or has an option that this version does not have.
         """
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {path.parent} is no run folder of unept.train")
-        stored = json.loads(path.read_text())
-        parts = {
-            "model": _from_dict(ModelConfig, stored.pop("model")),
-            "data": _from_dict(DataConfig, stored.pop("data")),
-        }
+        try:
+            stored = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}): restore it, or train in another folder") from error
+        parts = {name: _from_dict(kind, stored.pop(name, {})) for name, kind in _PARTS.items()}
         return _from_dict(TrainConfig, {**stored, **parts})
+
+
+_PARTS = {"model": ModelConfig, "data": DataConfig}
 
 
 def _from_dict(kind: type, stored: dict[str, Any]) -> Any:

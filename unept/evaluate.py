@@ -55,8 +55,8 @@ class _Tally:
         self.boundaries.update(ids, labels)
 
     def all_reduce(self) -> None:
-        dist.all_reduce(self.regions.matrix)
-        dist.all_reduce(self.boundaries.counts)
+        self.regions.all_reduce()
+        self.boundaries.all_reduce()
 
 
 def evaluate_model(
@@ -133,6 +133,12 @@ def _check(model: UNEPT, dataset: SegmentationDataset) -> None:
             f"the model predicts {model.num_classes} classes, but the data set has {len(dataset.classes)}: "
             "evaluate it on data with the class list it was trained with, or train a model on this data"
         )
+    differ = [(a, b) for a, b in zip(model.classes, dataset.classes, strict=True) if a != b]
+    if differ and not all(name == f"class {k}" for k, name in enumerate(model.classes)):
+        raise ValueError(
+            f"the model's classes are not the data set's: its {differ[0][0]!r} stands where the data set has "
+            f"{differ[0][1]!r}. Give the class list that the model was trained with, in the same order"
+        )
     if not len(dataset):
         raise ValueError("the data set holds no image: check its root folder and the split")
 
@@ -198,6 +204,7 @@ def evaluate_run(options: EvaluateConfig) -> None:
     Raises:
         FileNotFoundError, ValueError: see `unept.cli.load_run`, `unept.data.build_dataset` and `evaluate_model`.
     """
+    cli.refuse_several_processes()
     device = cli.choose_device(options.device)
     trained, model = cli.load_run(options.run, device)
     dataset = trained.data.build(options.split, options.root)

@@ -8,9 +8,7 @@ multiples of 8, so that the network's maps at 1/8 cover the padded image exactly
 summed up on one canvas at 1/8 of the largest view; class scores are never held at full resolution.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .boundary import DIRECTIONS
-from .model import STRIDE, UNEPT, UNEPTOutput, predicted_ids
+from .model import STRIDE, UNEPT, UNEPTOutput, evaluation_mode, predicted_ids
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
 
@@ -94,10 +92,10 @@ def infer(model: UNEPT, images: Tensor, config: InferenceConfig) -> UNEPTOutput:
     """
     if images.dim() == 3:
         images = images[None]
-    with _evaluation(model), _autocast(images.device.type, config.amp):
+    with evaluation_mode(model), _autocast(images.device.type, config.amp):
         if _is_plain(images, config):
             return model(images)
-        padded = _padded(images if images.is_floating_point() else model.normalize(images))
+        padded = _padded(model.normalized(images))
         sizes = _view_sizes(padded, min(images.shape[2:]), config)
         canvas = max(sizes)
         total = padded.new_zeros(())
@@ -111,19 +109,6 @@ def predict_ids(model: UNEPT, images: Tensor, config: InferenceConfig) -> Tensor
     """Class ids (B, H, W) int64 of images (B, 3, H, W) or (3, H, W), refined as `config` says; see `infer`."""
     output = infer(model, images, config)
     return predicted_ids(output, images.shape[-2:], refine=config.refine, refine_scale=config.refine_scale or 1)
-
-
-@contextlib.contextmanager
-def _evaluation(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _autocast(device_type: str, amp: str) -> torch.autocast:

@@ -31,6 +31,8 @@ class UNEPTLoss(nn.Module):
         radius: int = 5,
     ):
         super().__init__()
+        if len(weights) != 4:
+            raise ValueError(f"weights are {weights}; give the four lambdas of Eq. 7")
         self.weights = tuple(weights)
         self.ignore_index = ignore_index
         self.radius = radius
@@ -45,8 +47,8 @@ class UNEPTLoss(nn.Module):
             labels: (B, H, W) integer, of the size of the images.
         """
         height, width = (STRIDE * n for n in output.logits.shape[2:])
-        pad = (0, width - labels.shape[2], 0, height - labels.shape[1])
-        if labels.dim() != 3 or not (0 <= pad[1] < STRIDE and 0 <= pad[3] < STRIDE):
+        pad = (0, width - labels.shape[-1], 0, height - labels.shape[-2]) if labels.dim() == 3 else (0, -1, 0, -1)
+        if not (0 <= pad[1] < STRIDE and 0 <= pad[3] < STRIDE):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, but the model saw images of about {height}x{width}: "
                 "give labels (B, H, W) of the size of the images"

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -78,6 +79,11 @@ class ConfusionMatrix:
         self._invalid += invalid
         cells = torch.where(counts, target * num_classes + prediction, num_classes**2)
         self.matrix += _bincount(cells, num_classes**2).view_as(self.matrix)
+
+    def all_reduce(self) -> None:
+        """Add up the counts of all processes of the default process group."""
+        dist.all_reduce(self.matrix)
+        dist.all_reduce(self._invalid)
 
     def scores(self) -> RegionScores:
         """Pixel accuracy, IoU and accuracy of each class, and their means.
@@ -161,6 +167,11 @@ class BoundaryFScore:
             matched = torch.where(self._near_same_class(boundary, other), boundary, num_classes)
             self.counts[:, column] += _bincount(boundary, num_classes)
             self.counts[:, column + 1] += _bincount(matched, num_classes)
+
+    def all_reduce(self) -> None:
+        """Add up the counts of all processes of the default process group."""
+        dist.all_reduce(self.counts)
+        dist.all_reduce(self._invalid)
 
     def scores(self) -> BoundaryScores:
         """F-score, precision and recall of each class, and the mean F-score of the classes that have a boundary.

@@ -1,7 +1,8 @@
 """The whole network (Fig. 2)."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,22 +126,29 @@ class UNEPT(
         for key in ("pretrained_backbone", "backbone_weights"):
             self._hub_mixin_config.pop(key, None)  # type: ignore[union-attr]
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """Images (..., 3, H, W) with values 0..255 to the mean and standard deviation that the backbone expects."""
-        return (images.to(self.mean.dtype) - self.mean) / self.std
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images (..., 3, H, W): uint8 ones with the mean and standard deviation that the backbone expects.
+
+        Floating-point images are taken as normalised already and come back as they are.
+
+        Raises:
+            TypeError: they are neither.
+        """
+        if images.dtype == torch.uint8:
+            return (images.to(self.mean.dtype) - self.mean) / self.std
+        if not images.is_floating_point():
+            raise TypeError(f"images have dtype {images.dtype}; give uint8 images, or normalised floating-point ones")
+        return images
 
     def forward(self, images: Tensor) -> UNEPTOutput:
         """Predict at 1/8 of the image.
 
         Args:
-            images: (B, 3, H, W), RGB, any H and W; uint8, or floating-point and normalised (`normalize`).
+            images: (B, 3, H, W), RGB, any H and W; uint8, or floating-point and normalised (`normalized`).
         """
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, 3, H, W)")
-        if images.dtype == torch.uint8:
-            images = self.normalize(images)
-        elif not images.is_floating_point():
-            raise TypeError(f"images have dtype {images.dtype}; give uint8 images, or normalised floating-point ones")
+        images = self.normalized(images)
         height, width = images.shape[2:]
         padded = F.pad(images, (0, -width % self.divisor, 0, -height % self.divisor))
 
@@ -154,9 +162,13 @@ class UNEPT(
         h, w = math.ceil(height / STRIDE), math.ceil(width / STRIDE)
         return UNEPTOutput(*(None if m is None else m[:, :, :h, :w] for m in (logits, boundary, direction)))
 
-    @torch.no_grad()
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **options):
+        """As the mixin does, but missing weights are an error, not random numbers."""
+        return super()._from_pretrained(strict=strict, **options)
+
     def predict(self, images: Tensor, *, refine: bool = True, refine_scale: int = 1) -> Tensor:
-        """Class ids of every pixel.
+        """Class ids of every pixel, in evaluation mode and without gradients; the mode is restored.
 
         Args:
             images: as `forward` takes them.
@@ -166,8 +178,22 @@ class UNEPT(
         Returns:
             (B, H, W) int64.
         """
-        output = self(images)
-        return predicted_ids(output, images.shape[2:], refine=refine, refine_scale=refine_scale)
+        with evaluation_mode(self):
+            output = self(images)
+            return predicted_ids(output, images.shape[2:], refine=refine, refine_scale=refine_scale)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module has its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def predicted_ids(output: UNEPTOutput, size: Sequence[int], *, refine: bool = True, refine_scale: int = 1) -> Tensor:

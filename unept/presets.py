@@ -20,15 +20,14 @@ def shapes() -> TrainConfig:
             dropout=0.0,
         ),
         data=DataConfig(dataset="shapes", crop_size=(128, 128), scale=(0.75, 1.5), photometric=False),
-        iterations=600,
+        iterations=360,
         batch_size=8,
-        lr=1e-3,
-        backbone_lr=1e-3,
+        lr=2e-3,
+        backbone_lr=2e-3,
         warmup=50,
         schedule="cosine",
-        eval_every=300,
-        checkpoint_every=100,
-        boundary_tolerance=1,
+        eval_every=180,
+        checkpoint_every=60,
     )
 
 

@@ -14,8 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import cli, visual
-from .checkpoint import load_latest, save_checkpoint, save_model, write_atomically
+from .checkpoint import checkpoints, load_latest, save_checkpoint, save_model, write_atomically
 from .config import TrainConfig
+from .data import DatasetError
 from .data.loader import training_loader
 from .data.transforms import train_transform
 from .evaluate import draw_samples, evaluate_model, format_table, json_ready
@@ -26,6 +27,7 @@ from .presets import PRESETS
 
 # Options that may differ between a run and its continuation: they don't change the result.
 FREE_TO_CHANGE = {"out", "resume", "device", "log_every", "eval_every", "checkpoint_every", "num_samples", "workers"}
+FREE_TO_CHANGE |= {"root", "pretrained_backbone", "backbone_weights"}  # data and weights may have moved
 
 
 def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
@@ -112,7 +114,7 @@ class Trainer:
             len(self.train_set.classes),
             classes=self.train_set.classes,
             palette=self.train_set.palette,
-            **config.model.options(),
+            **self._model_options(),
         ).to(self.device)
         self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
@@ -122,7 +124,7 @@ class Trainer:
         self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
         compiled = cuda if config.compile == "auto" else config.compile == "on"
         self.terms = torch.compile(self._terms) if compiled else self._terms
-        self.inference = InferenceConfig(short_side=data.short_side, refine_scale=config.refine_scale)
+        self.inference = InferenceConfig(short_side=data.short_side, refine_scale=config.refine_scale, amp=config.amp)
         self.step = 0
         self.best = -1.0
         self.scores: dict[str, Any] = {}
@@ -154,7 +156,11 @@ class Trainer:
         self.model.train()
         self.clock = time.perf_counter()
         while self.step < config.iterations:
-            images, labels = next(batches)
+            try:
+                images, labels = next(batches)
+            except DatasetError:
+                self._save()  # the run goes on from here once the file is mended
+                raise
             self.pending.append(self.optimize(images.to(self.device), labels.to(self.device)))
             self.step += 1
             bar.update()
@@ -167,7 +173,7 @@ class Trainer:
                 self._save()
         bar.close()
         self.writer.close()
-        return self.scores
+        return self.scores or self._score()  # a run that was finished already has not been evaluated by this process
 
     def _terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -224,17 +230,20 @@ class Trainer:
             if isinstance(value, (int, float)) and name != "step":
                 self.writer.add_scalar(name, value, line["step"])
 
+    def _score(self) -> dict[str, Any]:
+        tolerance, workers = self.config.boundary_tolerance, self.config.data.workers
+        return evaluate_model(self.model, self.validation_set, self.inference, self.device, tolerance, workers=workers)
+
     def _evaluate(self) -> None:
         if self.pending:
             self._flush()  # a diverged model must not become the best
-        self.scores = evaluate_model(
-            self.model, self.validation_set, self.inference, self.device, self.config.boundary_tolerance
-        )
+        self.scores = self._score()
         self._write({"step": self.step, **{k: v for k, v in self.scores.items() if isinstance(v, (int, float))}})
-        picture = self.out / "samples" / f"step_{self.step:08d}.png"
-        draw_samples(self.model, self.validation_set, self.config.num_samples, self.inference, self.device, picture)
+        if self.config.num_samples:
+            picture = self.out / "samples" / f"step_{self.step:08d}.png"
+            draw_samples(self.model, self.validation_set, self.config.num_samples, self.inference, self.device, picture)
         visual.curves(self.lines, self.out / "curves.png")
-        if self.scores["mIoU"] > self.best:
+        if self.best < 0 or self.scores["mIoU"] > self.best:
             self.best = self.scores["mIoU"]
             save_model(self.model, self.out / "model")
         self.model.train()
@@ -255,6 +264,13 @@ class Trainer:
             "best": self.best,
         }
         save_checkpoint(self.out / "checkpoints", self.step, state)
+
+    def _model_options(self) -> dict[str, Any]:
+        """Of `UNEPT`; a run that continues has its weights in the checkpoint and needs no others."""
+        options = self.config.model.options()
+        if self.config.resume == "auto" and checkpoints(self.out / "checkpoints"):
+            options.update(pretrained_backbone=False, backbone_weights=None)
+        return options
 
     def _open(self) -> None:
         """Make the run folder, or continue the run in it."""
@@ -316,6 +332,7 @@ def train(args: list[str] | None = None) -> None:
         ValueError, OSError: options, data or weights that can't be used; the message says what to do.
         FloatingPointError: the loss became NaN or infinite.
     """
+    cli.refuse_several_processes()
     preset, config = parse(args)
     out = run_folder(config, preset)
     trainer = Trainer(config, out)

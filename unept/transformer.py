@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         reference_points = reference_grid(shapes, x.device)
         sizes = [height * width for height, width in shapes]
         scale = torch.cat([e.expand(n, -1) for e, n in zip(self.scale_encoding, sizes, strict=True)])
-        encoding = sine_position_encoding(reference_points, x.shape[-1]) + scale
+        encoding = (sine_position_encoding(reference_points, x.shape[-1]) + scale).to(x.dtype)
         for layer in self.layers:
             x = layer(x, encoding, shapes, reference_points)
         return x
@@ -158,7 +158,7 @@ class Decoder(nn.Module):
         """Context queries (B, d_model, h, w) and X_enc (B, S, d_model) to (B, d_model, h, w), channels-last."""
         shape = (queries.shape[2], queries.shape[3])
         reference_points = reference_grid([shape], queries.device)
-        encoding = sine_position_encoding(reference_points, queries.shape[1])
+        encoding = sine_position_encoding(reference_points, queries.shape[1]).to(queries.dtype)
         c = queries.flatten(2).transpose(1, 2)
         for layer in self.layers:
             c = layer(c, encoding, shape, reference_points, memory, shapes)

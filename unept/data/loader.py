@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from .base import SegmentationDataset
+from .base import DatasetError, SegmentationDataset
 from .transforms import eval_transform
 
 Transform = Callable[[Any, Any], tuple[Tensor, Tensor]]
@@ -61,7 +61,8 @@ class TrainingSampler(Sampler):
 class TransformedDataset(Dataset):
     """`dataset` under `transform`; keys are `(index, sample_seed)`, values plain uint8 tensors (3, h, w) and (h, w).
 
-    The transform's random numbers follow from sample_seed; the global random state is left as it was.
+    The transform's random numbers follow from sample_seed; the global random state is left as it was. A DatasetError is
+    returned, not raised, for the loader to raise in its own process.
     """
 
     def __init__(self, dataset: SegmentationDataset, transform: Transform):
@@ -71,13 +72,31 @@ class TransformedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | DatasetError:
         index, sample_seed = key
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would seed every CUDA device as well.
             torch.default_generator.manual_seed(sample_seed)
-            image, mask = self.transform(*self.dataset[index])
+            try:
+                image, mask = self.transform(*self.dataset[index])
+            except DatasetError as error:
+                return error
         return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
+
+
+def _collate(items: list[Any]) -> Any:
+    """A batch, or the first error among the samples."""
+    return next((item for item in items if isinstance(item, DatasetError)), None) or default_collate(items)
+
+
+class _Loader(DataLoader):
+    """Raises errors of the data set here: torch would wrap them in the traceback of a worker process."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if isinstance(batch, DatasetError):
+                raise batch
+            yield batch
 
 
 def training_loader(
@@ -135,13 +154,14 @@ def evaluation_loader(
 
 
 def _loader(dataset: Dataset, sampler: Any, batch_size: int, workers: int, pin_memory: bool | None) -> DataLoader:
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         persistent_workers=workers > 0,
+        collate_fn=_collate,
         # Without a generator of its own, every iterator would draw its workers' base seed from the global one.
         generator=torch.Generator(),
     )
