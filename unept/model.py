@@ -150,7 +150,8 @@ class UNEPT(
             raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, 3, H, W)")
         images = self.normalized(images)
         height, width = images.shape[2:]
-        padded = F.pad(images, (0, -width % self.divisor, 0, -height % self.divisor))
+        full_height, full_width = (_ceil_div(n, self.divisor) * self.divisor for n in (height, width))
+        padded = F.pad(images, (0, full_width - width, 0, full_height - height))
 
         details = self.queries(padded)
         tokens, shapes = self.pyramid(self.backbone(padded))
@@ -159,7 +160,7 @@ class UNEPT(
         boundary = self.boundary_head(details) if self.boundary_head is not None else None
         direction = self.direction_head(details) if self.direction_head is not None else None
 
-        h, w = math.ceil(height / STRIDE), math.ceil(width / STRIDE)
+        h, w = _ceil_div(height, STRIDE), _ceil_div(width, STRIDE)
         return UNEPTOutput(*(None if m is None else m[:, :, :h, :w] for m in (logits, boundary, direction)))
 
     @classmethod
@@ -181,6 +182,10 @@ class UNEPT(
         with evaluation_mode(self):
             output = self(images)
             return predicted_ids(output, images.shape[2:], refine=refine, refine_scale=refine_scale)
+
+
+def _ceil_div(number: int, divisor: int) -> int:
+    return (number + divisor - 1) // divisor
 
 
 @contextlib.contextmanager
