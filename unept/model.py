@@ -166,7 +166,8 @@ class UNEPT(
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options):
         """As the mixin does, but missing weights are an error, not random numbers."""
-        return super()._from_pretrained(strict=strict, **options)
+        with contextlib.redirect_stdout(None):  # the mixin announces local folders
+            return super()._from_pretrained(strict=strict, **options)
 
     def predict(self, images: Tensor, *, refine: bool = True, refine_scale: int = 1) -> Tensor:
         """Class ids of every pixel, in evaluation mode and without gradients; the mode is restored.
