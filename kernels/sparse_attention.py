@@ -231,22 +231,28 @@ def _corner(x, y, width, height, stride_s, stride_d, D: tl.constexpr, BLOCK_D: t
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     channel = tl.arange(0, BLOCK_D)[None, None, :]
     row = (y * width + x).to(tl.int64) * stride_s
-    return row[:, :, None] + channel * stride_d, inside[:, :, None] & (channel < D)
+    return row[:, :, None] + channel.to(tl.int64) * stride_d, inside[:, :, None] & (channel < D)
+
+
+@triton.jit
+def _score_pointers(scores_ptr, scores_strides, level, n):
+    """The scores of the points n [BLOCK_N, 1]; scores_ptr [1, BLOCK_Q]. A stride of 32 bits times an index may not fit
+    into 32 bits."""
+    return scores_ptr + tl.cast(level, tl.int64) * scores_strides[3] + n.to(tl.int64) * scores_strides[4]
 
 
 @triton.jit
 def _softmax_statistics(
-    scores_ptrs, stride_l, stride_n, L: tl.constexpr, N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr
+    scores_ptr, scores_strides, L: tl.constexpr, N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Largest logit and 1 / (sum of exponentials), each [1, BLOCK_Q]; scores_ptrs [1, BLOCK_Q]."""
+    """Largest logit and 1 / (sum of exponentials), each [1, BLOCK_Q]; scores_ptr [1, BLOCK_Q]."""
     # Finite from the start: a level whose logits are all -inf must not turn the rest into NaN.
     largest = tl.full([1, BLOCK_Q], -3.0e38, tl.float32)
     total = tl.zeros([1, BLOCK_Q], tl.float32)
     for level in tl.range(L):
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
-            pointers = scores_ptrs + level * stride_l + n * stride_n
-            logits = tl.load(pointers, mask=n < N, other=float("-inf")).to(tl.float32)  # [BLOCK_N, BLOCK_Q]
+            logits = tl.load(_score_pointers(scores_ptr, scores_strides, level, n), mask=n < N, other=float("-inf")).to(tl.float32)  # [BLOCK_N, BLOCK_Q]
             new_largest = tl.maximum(largest, tl.max(logits, 0)[None, :])
             total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(logits - new_largest), 0)[None, :]
             largest = new_largest
@@ -281,9 +287,7 @@ def _load_query(
     else:
         ref_x = tl.load(reference_ptr).to(tl.float32)
         ref_y = tl.load(reference_ptr + reference_stride).to(tl.float32)
-        largest, inverse_total = _softmax_statistics(
-            scores_ptr, scores_strides[3], scores_strides[4], L, N, BLOCK_Q, BLOCK_N
-        )
+        largest, inverse_total = _softmax_statistics(scores_ptr, scores_strides, L, N, BLOCK_Q, BLOCK_N)
         return ref_x, ref_y, largest, inverse_total
 
 
@@ -303,7 +307,7 @@ def _load_samples(
 
     Where the mask is false, or where nothing is read, x0 = y0 = -2: all four corners are outside.
     """
-    x_ptrs = points_ptr + n * points_strides[4]
+    x_ptrs = points_ptr + n.to(tl.int64) * points_strides[4]
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(x_ptrs + points_strides[5], mask=mask, other=0.0).to(tl.float32)
     if LOCATIONS:
@@ -360,9 +364,9 @@ def _forward_kernel(
         width = tl.load(shapes_ptr + 2 * level + 1)
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
-            level_ptr = points_ptr + level * points_strides[3]
+            level_ptr = points_ptr + tl.cast(level, tl.int64) * points_strides[3]
             x0, y0, fx, fy = _load_samples(level_ptr, points_strides, n, n < N, ref_x, ref_y, width, height, LOCATIONS)
-            score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
+            score_ptrs = _score_pointers(scores_ptr, scores_strides, level, n)
             weight = _load_weights(score_ptrs, n < N, largest, inverse_total, LOCATIONS)
             samples = tl.zeros([BLOCK_N, BLOCK_Q, BLOCK_D], tl.float32)
             for dy in tl.static_range(2):
@@ -451,9 +455,9 @@ def _backward_kernel(
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             usable = (n < N) & counts[None, :]  # [BLOCK_N, BLOCK_Q]
-            level_ptr = points_ptr + level * points_strides[3]
+            level_ptr = points_ptr + tl.cast(level, tl.int64) * points_strides[3]
             x0, y0, fx, fy = _load_samples(level_ptr, points_strides, n, usable, ref_x, ref_y, width, height, LOCATIONS)
-            score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
+            score_ptrs = _score_pointers(scores_ptr, scores_strides, level, n)
             weight = _load_weights(score_ptrs, usable, largest, inverse_total, LOCATIONS)
 
             grad_weight = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
@@ -499,7 +503,7 @@ def _backward_kernel(
                 n = n0 + tl.arange(0, BLOCK_N)[:, None]
                 usable = (n < N) & counts[None, :]
                 column = level * N + n
-                score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
+                score_ptrs = _score_pointers(scores_ptr, scores_strides, level, n)
                 weight = _load_weights(score_ptrs, usable, largest, inverse_total, LOCATIONS)
                 grad_weight = tl.load(grad_weights_ptr + column, mask=usable, other=0.0)
                 grad_score = weight * (grad_weight - mean)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,6 +194,38 @@ def test_views_of_one_projection_and_other_strides(backend):
     strided = with_gradients(attention, Case(case.spatial_shapes, views, grad_out))
     for name, result in strided.items():
         torch.testing.assert_close(result, contiguous[name], msg=name)
+
+
+# Three steps of FAR pass 2**31 elements.
+FAR = 1_200_000_000
+
+
+def spread(tensor: Tensor, dimension: int, folder: Path) -> Tensor:
+    """A float16 copy whose stride along one dimension, of at most 3 entries, is FAR; on a CPU in a sparse file.
+
+    It starts in the middle of its storage, where a stride that wraps around finds zeros rather than no memory.
+    """
+    strides = torch.empty(tensor.shape[:dimension] + tensor.shape[dimension + 1 :]).stride()
+    strides = (*strides[:dimension], FAR, *strides[dimension:])
+    size = 2**31 + 2 * FAR + tensor.numel()
+    if tensor.is_cuda:
+        storage = torch.zeros(size, dtype=torch.float16, device=tensor.device)
+    else:
+        storage = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=torch.float16)
+    return storage.as_strided(tensor.shape, strides, 2**31).copy_(tensor.detach())
+
+
+@pytest.mark.parametrize(
+    ("name", "dimension"),
+    [("value", 3), ("offsets", 3), ("offsets", 4), ("logits", 3), ("logits", 4)],
+    ids=["channels", "offsets-levels", "offsets-points", "logits-levels", "logits-points"],
+)
+def test_strides_that_pass_32_bits_when_multiplied(backend, tmp_path, name, dimension):
+    case = make_case(batch=1, queries=2, heads=1, channels=3, levels=3).to(backend[1], torch.float16)
+    near = with_gradients(attention, case)
+    case.inputs[name] = spread(case.inputs[name], dimension, tmp_path).requires_grad_()
+    for result, found in with_gradients(attention, case).items():
+        torch.testing.assert_close(found, near[result], msg=result)
 
 
 def test_samples_outside_count_as_zero_and_have_no_gradient(backend):
