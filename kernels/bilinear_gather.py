@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._triton import ScatterBuffer, autotune_pool, device_guard, scatter_add, tl, triton
+from ._triton import ScatterBuffer, autotune_pool, autotuned, device_guard, scatter_add, size_class, tl, triton
 from .backend import runs_on_triton
 from .checks import check_floating, check_same_device, check_shape
 
@@ -152,8 +152,7 @@ GATHER_CONFIGS = autotune_pool(
 )
 
 
-@triton.autotune(configs=GATHER_CONFIGS, key=["C", "BORDER"])
-@triton.jit
+@autotuned(GATHER_CONFIGS, key=["C", "BORDER"])
 def gather_kernel(
     features_ptr,  # (B, C, H, W)
     points_ptr,  # (B, P, 2)
@@ -169,6 +168,7 @@ def gather_kernel(
     H,
     W,
     P,
+    size_class,
     BORDER: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -207,19 +207,18 @@ GATHER_BACKWARD_CONFIGS = autotune_pool(
 )
 
 
-@triton.autotune(
-    configs=GATHER_BACKWARD_CONFIGS,
+@autotuned(
+    GATHER_BACKWARD_CONFIGS,
     key=["C", "BORDER", "NEEDS_FEATURES", "NEEDS_POINTS"],
-    reset_to_zero=["grad_features_ptr"],
+    adds_into=["grad_features_ptr"],
 )
-@triton.jit
 def gather_backward_kernel(
     grad_out_ptr,  # (B, C, P)
     features_ptr,  # (B, C, H, W)
     points_ptr,  # (B, P, 2)
     grad_features_ptr,  # (B, C, H, W), contiguous, a ScatterBuffer
     grad_points_ptr,  # (B, P, 2), contiguous
-    scale_ptr,  # (): of the ScatterBuffer
+    scale_ptr,  # (): of the ScatterBuffer, or None
     grad_out_stride_b,
     grad_out_stride_c,
     grad_out_stride_p,
@@ -235,6 +234,7 @@ def gather_backward_kernel(
     H,
     W,
     P,
+    size_class,
     BORDER: tl.constexpr,
     NEEDS_FEATURES: tl.constexpr,
     NEEDS_POINTS: tl.constexpr,
@@ -304,6 +304,7 @@ def _forward_triton(features: Tensor, points: Tensor, padding: str) -> Tensor:
             H,
             W,
             P,
+            size_class=size_class(B * P),
             BORDER=padding == "border",
             enable_fp_fusion=True,
         )
@@ -320,7 +321,8 @@ def _backward_triton(
             torch.zeros(points.shape if needs_points else (0,), dtype=points.dtype, device=points.device),
         )
     # A corner's weight is at most 1.
-    buffer = ScatterBuffer(features.shape if needs_features else (0,), bound=grad_out.abs().amax())
+    bound = lambda: grad_out.abs().amax()
+    buffer = ScatterBuffer(features.shape if needs_features else (0,), features.device, bound)
     grad_points = points.new_empty(points.shape if needs_points else (0,))
     grid = lambda meta: (B * triton.cdiv(P, meta["BLOCK_P"]),)
     with device_guard(features):
@@ -339,6 +341,7 @@ def _backward_triton(
             H,
             W,
             P,
+            size_class=size_class(B * P),
             BORDER=padding == "border",
             NEEDS_FEATURES=needs_features,
             NEEDS_POINTS=needs_points,

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._triton import autotune_pool, device_guard, tl, triton
+from ._triton import autotune_pool, autotuned, device_guard, size_class, tl, triton
 from .backend import runs_on_triton
 from .checks import check_integer, check_shape
 
@@ -156,8 +156,7 @@ def _load_labels(labels_ptr, stride_h, stride_w, y, x, H, W, ignore_index):
     return tl.where(inside, tl.load(pointers, mask=inside, other=0).to(tl.int32), ignore_index)
 
 
-@triton.autotune(configs=PIXEL_CONFIGS, key=["REACH"])
-@triton.jit
+@autotuned(PIXEL_CONFIGS, key=["REACH"])
 def distance_kernel(
     labels_ptr,  # (B, H, W)
     distance_ptr,  # (B, H, W), contiguous float32
@@ -167,6 +166,7 @@ def distance_kernel(
     ignore_index,
     H,
     W,
+    size_class,
     SATURATION: tl.constexpr,
     REACH: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -196,8 +196,7 @@ def _neighbour(labels_ptr, distance_ptr, stride_h, stride_w, y, x, H, W, ignore_
     return tl.where(label == ignore_index, distance, near)
 
 
-@triton.autotune(configs=PIXEL_CONFIGS, key=["NUM_DIRECTIONS"])
-@triton.jit
+@autotuned(PIXEL_CONFIGS, key=["NUM_DIRECTIONS"])
 def direction_kernel(
     labels_ptr,  # (B, H, W)
     distance_ptr,  # (B, H, W), contiguous float32
@@ -210,6 +209,7 @@ def direction_kernel(
     H,
     W,
     radius,
+    size_class,
     NUM_DIRECTIONS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -265,6 +265,7 @@ def _boundary_targets_triton(
             ignore_index,
             H,
             W,
+            size_class=size_class(labels.numel()),
             SATURATION=saturation,
             REACH=math.isqrt(saturation - 1),
         )
@@ -278,6 +279,7 @@ def _boundary_targets_triton(
             H,
             W,
             radius,
+            size_class=size_class(labels.numel()),
             NUM_DIRECTIONS=num_directions,
         )
     return distance, direction

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._triton import ScatterBuffer, autotune_pool, device_guard, scatter_add, tl, triton
+from ._triton import ScatterBuffer, autotune_pool, autotuned, device_guard, scatter_add, size_class, tl, triton
 from .backend import runs_on_triton
 from .checks import check_floating, check_integer, check_same_device, check_shape
 
@@ -252,7 +252,8 @@ def _softmax_statistics(
     for level in tl.range(L):
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
-            logits = tl.load(_score_pointers(scores_ptr, scores_strides, level, n), mask=n < N, other=float("-inf")).to(tl.float32)  # [BLOCK_N, BLOCK_Q]
+            pointers = _score_pointers(scores_ptr, scores_strides, level, n)
+            logits = tl.load(pointers, mask=n < N, other=float("-inf")).to(tl.float32)  # [BLOCK_N, BLOCK_Q]
             new_largest = tl.maximum(largest, tl.max(logits, 0)[None, :])
             total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(logits - new_largest), 0)[None, :]
             largest = new_largest
@@ -324,8 +325,7 @@ def _load_samples(
     return left.to(tl.int32), top.to(tl.int32), x - left, y - top
 
 
-@triton.autotune(_FORWARD_POOL, key=["L", "N", "D", "LOCATIONS"], cache_results=True)
-@triton.jit
+@autotuned(_FORWARD_POOL, key=["L", "N", "D", "LOCATIONS"])
 def _forward_kernel(
     out_ptr,  # (B, Q, M, D), contiguous
     value_ptr,  # (B, S, M, D)
@@ -339,6 +339,7 @@ def _forward_kernel(
     shapes_ptr,  # (2 * L,) int32: H_0, W_0, H_1, ...
     num_heads,
     num_queries,
+    size_class,
     L: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -387,17 +388,11 @@ def _forward_kernel(
     tl.store(out_ptr + rows[:, None] * D + channel, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.autotune(
-    _BACKWARD_POOL,
-    key=["L", "N", "D", "LOCATIONS", "VALUE_GRAD"],
-    reset_to_zero=["grad_value_ptr"],
-    cache_results=True,
-)
-@triton.jit
+@autotuned(_BACKWARD_POOL, key=["L", "N", "D", "LOCATIONS", "VALUE_GRAD"], adds_into=["grad_value_ptr"])
 def _backward_kernel(
     grad_value_ptr,  # (B, S, M, D), the data of a ScatterBuffer
     grad_value_strides,
-    scale_ptr,  # its scale
+    scale_ptr,  # its scale, or None
     grad_points_ptr,  # (B, Q, M, L, N, 2), contiguous
     grad_weights_ptr,  # (B, Q, M, L, N), contiguous; float32 if scores are logits
     grad_scores_ptr,  # (B, Q, M, L, N), contiguous; may be grad_weights_ptr, and is if LOCATIONS
@@ -414,6 +409,7 @@ def _backward_kernel(
     shapes_ptr,
     num_heads,
     num_queries,
+    size_class,
     L: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -543,6 +539,7 @@ def _shared_arguments(
         "shapes_ptr": _shapes_on_device(tuple(shapes), value.device),
         "num_heads": heads,
         "num_queries": queries,
+        "size_class": size_class(batch * heads * queries),
         "L": levels,
         "N": num_points,
         "D": channels,
@@ -578,10 +575,14 @@ def _backward_triton(
     reference_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     grad_out = grad_out.contiguous()
-    largest = torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32)
-    if reference is None:
-        largest = largest * torch.linalg.vector_norm(scores, float("inf"), dtype=torch.float32)
-    grad_value = ScatterBuffer(value.shape if value_grad else (0, 0, 0, 0), bound=largest)
+
+    def largest_contribution() -> Tensor:
+        largest = torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32)
+        if reference is not None:
+            return largest  # a softmax's weights are at most 1
+        return largest * torch.linalg.vector_norm(scores, float("inf"), dtype=torch.float32)
+
+    grad_value = ScatterBuffer(value.shape if value_grad else (0, 0, 0, 0), value.device, largest_contribution)
     grad_points, grad_scores = points.new_empty(points.shape), scores.new_empty(scores.shape)
     in_place = reference is None or scores.dtype == torch.float32
     grad_weights = grad_scores if in_place else grad_scores.new_empty(scores.shape, dtype=torch.float32)

@@ -14,7 +14,7 @@ Legend
 import torch
 from torch import Tensor
 
-from ._triton import device_guard, tl, triton
+from ._triton import autotuned, device_guard, size_class, tl, triton
 from ._upsample import (
     PIXEL_CONFIGS,
     channels_last_table,
@@ -38,8 +38,7 @@ def _argmax_torch(logits: Tensor, size: tuple[int, int], offset: Tensor | None) 
     return best
 
 
-@triton.autotune(configs=PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
-@triton.jit
+@autotuned(PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
 def argmax_kernel(
     logits_ptr,  # (B, K, h, w)
     offset_ptr,  # (B, 2, H, W) or unused
@@ -59,6 +58,7 @@ def argmax_kernel(
     W,
     scale_y,  # h / H
     scale_x,  # w / W
+    size_class,
     HAS_OFFSET: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -107,6 +107,7 @@ def _argmax_triton(logits: Tensor, size: tuple[int, int], offset: Tensor | None)
             W,
             h / H,
             w / W,
+            size_class=size_class(B * H * W),
             HAS_OFFSET=offset is not None,
             enable_fp_fusion=True,
         )

@@ -8,14 +8,6 @@ from unept.kernels import bilinear_gather
 PADDINGS = ("zeros", "border")
 
 
-@pytest.fixture
-def deterministic():
-    """Deterministic algorithms; PyTorch then also fills every new buffer with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def make_inputs(dtype, device, shape=(2, 5, 7, 6), count=13, layout="contiguous"):
     """Features and points, which reach 2 pixels beyond the map on each side."""
     B, C, H, W = shape

@@ -11,14 +11,6 @@ from unept.kernels import boundary_targets, upsample_cross_entropy
 DIRECTIONS = [(-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1), (-1, 1)]
 
 
-@pytest.fixture
-def deterministic():
-    """Deterministic algorithms; PyTorch then also fills every new buffer with NaN or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def make_labels(device, shape=(2, 11, 13), classes=3, kind="blobs", dtype=torch.int64):
     if kind == "noise":
         labels = torch.randint(0, classes, shape)

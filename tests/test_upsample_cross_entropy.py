@@ -8,14 +8,6 @@ from unept.kernels import upsample_argmax, upsample_cross_entropy
 HALF = (torch.float16, torch.bfloat16)
 
 
-@pytest.fixture
-def deterministic():
-    """Deterministic algorithms; PyTorch then also fills every new buffer with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def make_inputs(
     device, dtype=torch.float32, shape=(2, 7, 3, 4), size=(9, 11), offset=None, weighted=False, ignored=0.2
 ):
