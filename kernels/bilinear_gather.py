@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ._triton import ScatterBuffer, autotune_pool, autotuned, device_guard, scatter_add, size_class, tl, triton
 from .backend import runs_on_triton
-from .checks import check_floating, check_same_device, check_shape
+from .checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
 
 PADDINGS = ("zeros", "border")
 
@@ -35,10 +35,6 @@ NOWHERE = -2.0
 # ---------------------------------------------------------------------------------------------------------------------
 # PyTorch
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _compute_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _axis(coordinate: Tensor, size: int, padding: str) -> tuple[Tensor, Tensor]:
@@ -56,7 +52,7 @@ def _axis(coordinate: Tensor, size: int, padding: str) -> tuple[Tensor, Tensor]:
 def _table(features: Tensor) -> Tensor:
     """(B*H*W + 1, C) channels-last rows; the last one is zero and stands for everything outside."""
     B, C, H, W = features.shape
-    table = features.new_empty((B * H * W + 1, C), dtype=_compute_dtype(features))
+    table = features.new_empty((B * H * W + 1, C), dtype=compute_dtype(features))
     table[-1] = 0
     table[:-1].view(B, H, W, C).copy_(features.permute(0, 2, 3, 1))
     return table
@@ -65,7 +61,7 @@ def _table(features: Tensor) -> Tensor:
 def _corners(features: Tensor, points: Tensor, padding: str) -> tuple[Tensor, Tensor, Tensor]:
     """Table rows (B*P, 4) of the corners 00, 01, 10, 11 (y first), and the fractions fx, fy (B*P,)."""
     B, _, H, W = features.shape
-    points = points.to(_compute_dtype(features))
+    points = points.to(compute_dtype(features))
     x, fx = _axis(points[..., 0], W, padding)
     y, fy = _axis(points[..., 1], H, padding)
     image = torch.arange(B, device=points.device)[:, None] * (H * W)
@@ -94,7 +90,7 @@ def _backward_torch(
 ) -> tuple[Tensor, Tensor]:
     B, C, H, W = features.shape
     rows, fx, fy = _corners(features, points, padding)
-    grad_rows = grad_out.transpose(1, 2).to(_compute_dtype(features)).reshape(len(rows), C)
+    grad_rows = grad_out.transpose(1, 2).to(compute_dtype(features)).reshape(len(rows), C)
     grad_features, grad_points = features.new_empty(0), points.new_empty(0)
     if needs_features:
         weights = _corner_weights(fx, fy)
@@ -425,7 +421,7 @@ def bilinear_gather(features: Tensor, points: Tensor, padding: str = "zeros") ->
 
     Raises:
         TypeError: features or points are not floating point.
-        ValueError: shapes or devices don't fit, or an unknown padding.
+        ValueError: shapes or devices don't fit, more than 2**30 pixels or points an image, or an unknown padding.
     """
     check_floating(features=features, points=points)
     check_same_device(features=features, points=points)
@@ -438,5 +434,7 @@ def bilinear_gather(features: Tensor, points: Tensor, padding: str = "zeros") ->
     if padding not in PADDINGS:
         raise ValueError(f"padding is {padding!r}; it must be one of {', '.join(map(repr, PADDINGS))}")
     sizes = points.shape[1:-1]
+    check_count("pixels in features", features.shape[2] * features.shape[3])
+    check_count("points", math.prod(sizes))
     gathered = BilinearGather.apply(features, points.reshape(B, math.prod(sizes), 2), padding)
     return gathered.reshape(B, features.shape[1], *sizes)

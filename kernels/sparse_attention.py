@@ -26,17 +26,12 @@ from torch.autograd.function import once_differentiable
 
 from ._triton import ScatterBuffer, autotune_pool, autotuned, device_guard, scatter_add, size_class, tl, triton
 from .backend import runs_on_triton
-from .checks import check_floating, check_integer, check_same_device, check_shape
+from .checks import check_count, check_floating, check_integer, check_same_device, check_shape, compute_dtype
 
 # --- torch backend ----------------------------------------------------------------------------------------------------
 
 # Elements of the largest temporary; queries are taken in chunks to stay below it.
 MAX_TEMPORARY = 1 << 22
-
-
-def _compute_dtype(value: Tensor) -> torch.dtype:
-    """Of coordinates and sums."""
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def _levels(shapes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
@@ -49,7 +44,7 @@ def _levels(shapes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
 
 def _value_table(value: Tensor) -> Tensor:
     """(B, S, M, D) -> (B * S * M + 1, D) in the compute dtype; the last row is the zero that lies outside the maps."""
-    return F.pad(value.to(_compute_dtype(value)).reshape(-1, value.shape[-1]), (0, 0, 0, 1))
+    return F.pad(value.to(compute_dtype(value)).reshape(-1, value.shape[-1]), (0, 0, 0, 1))
 
 
 def _corners(
@@ -67,7 +62,7 @@ def _corners(
         (x0 + 1, y0 + 1); and the fractions fx and fy (B, Q, M, N) by which the sample is past (x0, y0).
     """
     batch, length, heads, _ = value.shape
-    dtype = _compute_dtype(value)
+    dtype = compute_dtype(value)
     x, y = points.to(dtype).unbind(-1)
     if reference is None:
         x, y = x * width - 0.5, y * height - 0.5
@@ -106,7 +101,7 @@ def _corner_weights(weight: Tensor, fx: Tensor, fy: Tensor) -> Tensor:
 
 def _attention_weights(value: Tensor, scores: Tensor, reference: Tensor | None) -> Tensor:
     """(B, Q, M, L, N) in the compute dtype."""
-    weights = scores.to(_compute_dtype(value))
+    weights = scores.to(compute_dtype(value))
     return weights if reference is None else weights.flatten(-2).softmax(-1).view(weights.shape)
 
 
@@ -709,16 +704,22 @@ class _SparseSampling(torch.autograd.Function):
 
 def _flat_shapes(spatial_shapes: Sequence[Sequence[int]], value: Tensor) -> list[int]:
     """[(H_0, W_0), ...] -> [H_0, W_0, ...], checked against `value`."""
-    if isinstance(spatial_shapes, Tensor) or not all(isinstance(size, int) for pair in spatial_shapes for size in pair):
+    a_list = isinstance(spatial_shapes, Sequence)
+    pairs = a_list and all(isinstance(shape, Sequence) and len(shape) == 2 for shape in spatial_shapes)
+    shapes = [size for shape in spatial_shapes for size in shape] if pairs else []
+    if not (a_list and all(isinstance(size, int) for size in shapes)):
         raise TypeError(
             f"spatial_shapes is {spatial_shapes}; it must hold Python ints, so that no read of the device is needed: "
             "convert it once, outside the training loop, with spatial_shapes.tolist()"
         )
-    shapes = [size for shape in spatial_shapes for size in shape]
-    if not shapes or any(len(shape) != 2 for shape in spatial_shapes) or any(size < 1 for size in shapes):
-        raise ValueError(f"spatial_shapes is {spatial_shapes}; it must hold one (height, width), each >= 1, per level")
+    if not shapes or any(size < 1 for size in shapes):
+        raise ValueError(
+            f"spatial_shapes is {spatial_shapes}; it must hold one (height, width), each >= 1, per level: "
+            "[(height, width)] for a single one"
+        )
     check_shape("value", value, ("B", "S", "M", "D"))
     length = sum(height * width for height, width in spatial_shapes)
+    check_count("pixels in spatial_shapes", length)
     if value.shape[1] != length:
         raise ValueError(
             f"spatial_shapes {spatial_shapes} make S = {length} pixels, but value has {value.shape[1]} (shape "
@@ -733,6 +734,7 @@ def _check_samples(value: Tensor, levels: int, **named: Tensor) -> None:
     batch, _, heads, _ = value.shape
     check_shape(points_name, points, (batch, "Q", heads, levels, "N", 2), "B, M and L as in value and spatial_shapes")
     check_shape(scores_name, scores, tuple(points.shape[:-1]), f"as {points_name} without its last dimension")
+    check_count("queries", points.shape[1])
     if points.shape[4] == 0:
         raise ValueError(f"{points_name} has shape {tuple(points.shape)}; there must be at least one point a level")
 
@@ -760,7 +762,8 @@ def sparse_sampling_attention(
 
     Raises:
         TypeError: for tensors that hold no floats, and spatial_shapes that are no Python ints.
-        ValueError: for shapes that don't fit together and tensors on several devices.
+        ValueError: for shapes that don't fit together, more than 2**30 pixels or queries an image, and tensors on
+            several devices.
     """
     shapes = _flat_shapes(spatial_shapes, value)
     check_floating(value=value, offsets=offsets, logits=logits, reference_points=reference_points)
@@ -799,7 +802,7 @@ def ms_deform_attn(
 
     Raises:
         TypeError: for tensors that hold no floats, or spatial_shapes without integers.
-        ValueError: for shapes that don't fit together, tensors on several devices, and levels that are not consecutive.
+        ValueError: as `sparse_sampling_attention`, and for levels that are not consecutive.
     """
     starts = None if isinstance(level_start_index, Tensor) else level_start_index
     if isinstance(spatial_shapes, Tensor):

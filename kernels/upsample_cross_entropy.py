@@ -23,7 +23,6 @@ from ._upsample import (
     PIXEL_CONFIGS,
     channels_last_table,
     check_maps,
-    compute_dtype,
     corner_pointers,
     corners,
     corners_in_tile,
@@ -33,7 +32,7 @@ from ._upsample import (
     slabs,
 )
 from .backend import runs_on_triton
-from .checks import check_floating, check_integer, check_same_device, check_shape
+from .checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -474,8 +473,9 @@ def upsample_cross_entropy(
 
     Raises:
         TypeError: a dtype doesn't fit.
-        ValueError: shapes or devices don't fit, an unknown reduction, or, with tensors on a CPU, a target that is
-            neither a class nor ignored. On a GPU, where looking would stall it, such a pixel's loss is NaN.
+        ValueError: shapes or devices don't fit, an image of more than 2**30 pixels, an unknown reduction, or, with
+            tensors on a CPU, a target that is neither a class nor ignored. On a GPU, where looking would stall it, such
+            a pixel's loss is NaN.
     """
     check_shape("target", target, ("B", "H", "W"))
     check_integer(target=target)

@@ -371,12 +371,24 @@ WRONG = {
     "shapes-empty": ("spatial_shapes", lambda s: [], ValueError, "one .height, width."),
     "shapes-zero": ("spatial_shapes", lambda s: [(0, 7), (3, 4)], ValueError, "each >= 1"),
     "shapes-sum": ("spatial_shapes", lambda s: [(5, 8), (3, 4)], ValueError, "S = 52 pixels, but value has 47"),
+    "shapes-one-pair": (
+        "spatial_shapes",
+        lambda s: (3, 4),
+        ValueError,
+        r"is \(3, 4\); it must hold one .height, width.",
+    ),
+    "shapes-a-number": ("spatial_shapes", lambda s: 47, TypeError, "spatial_shapes is 47; it must hold"),
+    "shapes-triple": ("spatial_shapes", lambda s: [(5, 7, 1), (3, 4, 1)], ValueError, "one .height, width."),
+    "shapes-negative": ("spatial_shapes", lambda s: [(-5, 7), (3, 4)], ValueError, "each >= 1"),
     "levels": ("spatial_shapes", lambda s: [(47, 1)], ValueError, "offsets has shape"),
     "value-rank": ("value", lambda t: t.flatten(2), ValueError, "value has shape"),
     "value-integer": ("value", lambda t: t.long(), TypeError, r"value has dtype torch.int64.*value.float\(\)"),
     "offsets-integer": ("offsets", lambda t: t.long(), TypeError, "offsets has dtype"),
     "offsets-heads": ("offsets", lambda t: t[:, :, :1], ValueError, "offsets has shape"),
     "offsets-rank": ("offsets", lambda t: t[0], ValueError, "offsets has shape"),
+    "offsets-device": ("offsets", lambda t: t.to("meta"), ValueError, "on one device.*meta"),
+    "logits-device": ("logits", lambda t: t.to("meta"), ValueError, "on one device.*meta"),
+    "logits-integer": ("logits", lambda t: t.long(), TypeError, "logits has dtype"),
     "no-points": ("offsets", lambda t: t[:, :, :, :, :0], ValueError, "logits has shape"),
     "logits-points": ("logits", lambda t: t[..., :1], ValueError, "logits has shape.*offsets"),
     "reference-batch": ("reference_points", lambda t: t.repeat(3, 1, 1), ValueError, "reference_points has shape"),
@@ -404,5 +416,27 @@ def test_ms_deform_attn_names_wrong_arguments():
         ms_deform_attn(value, torch.tensor(shapes).float(), None, locations, weights)
     with pytest.raises(ValueError, match="attention_weights has shape"):
         ms_deform_attn(value, shapes, None, locations, weights[0])
+    for tensor, name in ((locations, "sampling_locations"), (weights, "attention_weights")):
+        arguments = {"sampling_locations": locations, "attention_weights": weights}
+        with pytest.raises(ValueError, match=f"on one device.*{name} on meta"):
+            ms_deform_attn(value, shapes, None, **{**arguments, name: tensor.to("meta")})
+        with pytest.raises(TypeError, match=f"{name} has dtype torch.int64"):
+            ms_deform_attn(value, shapes, None, **{**arguments, name: tensor.long()})
     with pytest.raises(ValueError, match="at least one point"):
         ms_deform_attn(value, shapes, None, locations[..., :0, :], weights[..., :0])
+
+
+def test_more_than_the_kernels_can_count():
+    """Expanded tensors have no memory behind them."""
+    many = 2**30 + 1
+    value, score = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"an image has 1073741825 queries; .* at most 2\*\*30"):
+        ms_deform_attn(
+            value,
+            [(1, 1)],
+            None,
+            torch.zeros(1, 1, 1, 1, 1, 2).expand(1, many, 1, 1, 1, 2),
+            score.expand(1, many, 1, 1, 1),
+        )
+    with pytest.raises(ValueError, match="1073741825 pixels in spatial_shapes"):
+        ms_deform_attn(value.expand(1, many, 1, 1), [(1, many)], None, score[..., None].expand(1, 1, 1, 1, 1, 2), score)
