@@ -319,7 +319,7 @@ def test_argmax_takes_the_first_nan(backend):
     logits[0, 1:3, 0, 0] = float("nan")
     logits[0, 4, 0, 1] = float("nan")
     want = F.interpolate(logits, (5, 4), mode="bilinear").argmax(1)
-    assert {1, 3, 4} <= set(want.unique().tolist())
+    assert {1, 4} <= set(want.unique().tolist())
     assert torch.equal(upsample_argmax(logits.to(backend[1]), (5, 4)).cpu(), want)
 
 
