@@ -286,8 +286,6 @@ def gather_backward_kernel(
 def _forward_triton(features: Tensor, points: Tensor, padding: str) -> Tensor:
     (B, C, H, W), P = features.shape, points.shape[1]
     out = features.new_empty(B, C, P)
-    if out.numel() == 0:
-        return out
     grid = lambda meta: (B * triton.cdiv(P, meta["BLOCK_P"]), triton.cdiv(C, meta["BLOCK_C"]))
     with device_guard(features):
         gather_kernel[grid](
@@ -354,6 +352,9 @@ def _backward_triton(
 
 @torch.library.custom_op("unept::bilinear_gather", mutates_args=())
 def _bilinear_gather(features: Tensor, points: Tensor, padding: str) -> Tensor:
+    shape = features.shape[0], features.shape[1], points.shape[1]
+    if 0 in shape:
+        return features.new_empty(shape)
     run = _forward_triton if runs_on_triton(features) else _forward_torch
     return run(features, points, padding)
 
