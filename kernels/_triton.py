@@ -7,6 +7,8 @@ element then holds up to 2**25 contributions without overflow, each exact to `bo
 """
 
 import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,33 @@ def autotune_pool(*configs: "triton.Config") -> list["triton.Config"]:
     return list(configs[:1] if INTERPRETED else configs)
 
 
+def size_class(lanes: int) -> int:
+    """Part of every autotune key, for `lanes`, the elements that run side by side: 0 what leaves a GPU mostly idle,
+    1 an image, 2 a batch of them. The choice is kept on disk: a tiny problem's must not decide for the real ones, nor
+    each size of image tune anew."""
+    return (lanes >= 1 << 14) + (lanes >= 1 << 18)
+
+
+def autotuned(
+    configs: Sequence["triton.Config"], key: Sequence[str], adds_into: Sequence[str] = ()
+) -> Callable[[Callable], Any]:
+    """Compile a kernel for each new `key` and `size_class`, an argument that it takes, with the fastest of `configs`.
+
+    Args:
+        configs: an `autotune_pool`.
+        key: names of the kernel's arguments.
+        adds_into: those that are a `ScatterBuffer`'s data, which every trial has to find at zero.
+    """
+
+    def decorate(kernel: Callable) -> Any:
+        # size_class is for the choice alone: not specialised, its values share one compiled kernel.
+        compiled = triton.jit(kernel, do_not_specialize=["size_class"])
+        key_names = [*key, "size_class"]
+        return triton.autotune(list(configs), key_names, reset_to_zero=list(adds_into), cache_results=True)(compiled)
+
+    return decorate
+
+
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's GPU the current one, where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
@@ -61,19 +90,24 @@ class ScatterBuffer:
 
     Args:
         shape: of the gradient.
-        bound: () float32 on the same device, at least the largest magnitude of one contribution.
+        device: of the gradient.
+        bound: computes, () on the device, at least the largest magnitude of one contribution. Called only when results
+            must repeat: it takes a pass over the incoming gradient.
     """
 
-    def __init__(self, shape: torch.Size | tuple[int, ...], bound: Tensor):
+    def __init__(self, shape: torch.Size | tuple[int, ...], device: torch.device, bound: Callable[[], Tensor]):
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         dtype = torch.int64 if self.deterministic else torch.float32
-        self.data = torch.zeros(shape, dtype=dtype, device=bound.device)
-        # A NaN or infinite bound makes scale and result NaN, as a floating-point sum would be.
-        self.bound = bound.to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny * FIXED_POINT_ONE)
-        self.scale = FIXED_POINT_ONE / self.bound
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.bound: Tensor | None = None
+        self.scale: Tensor | None = None
+        if self.deterministic:
+            # A NaN or infinite bound makes scale and result NaN, as a floating-point sum would be.
+            self.bound = bound().to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny * FIXED_POINT_ONE)
+            self.scale = FIXED_POINT_ONE / self.bound
 
     def result(self, dtype: torch.dtype) -> Tensor:
         """The accumulated gradient."""
-        if not self.deterministic:
+        if self.bound is None:
             return self.data.to(dtype)
         return (self.data.to(torch.float64) * (self.bound.to(torch.float64) / FIXED_POINT_ONE)).to(dtype)

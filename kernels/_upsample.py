@@ -22,16 +22,11 @@ import torch
 from torch import Tensor
 
 from ._triton import autotune_pool, tl, triton
-from .checks import check_floating, check_same_device, check_shape
+from .checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
 
 # Bytes of up-sampled logits that the PyTorch path holds at a time (one row of the image at the least): on a CPU they
 # should stay in the cache, on a GPU they should fill it.
 SLAB_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
-
-
-def compute_dtype(logits: Tensor) -> torch.dtype:
-    """What is accumulated in: float64 for float64, float32 for the others."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def check_maps(logits: Tensor, offset: Tensor | None, size: tuple[int, int]) -> None:
@@ -40,6 +35,8 @@ def check_maps(logits: Tensor, offset: Tensor | None, size: tuple[int, int]) -> 
     check_shape("logits", logits, ("B", "K", "h", "w"))
     if 0 in logits.shape[1:]:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it needs at least one class and one pixel")
+    check_count("pixels in logits", logits.shape[2] * logits.shape[3])
+    check_count("pixels in the output", size[0] * size[1])
     if offset is not None:
         if offset.is_complex() or offset.dtype == torch.bool:
             raise TypeError(f"offset has dtype {offset.dtype}; it must hold integers or floating-point numbers")

@@ -22,9 +22,9 @@ import math
 import torch
 from torch import Tensor
 
-from ._triton import ScatterBuffer, autotune_pool, device_guard, scatter_add, tl, triton
+from ._triton import ScatterBuffer, autotune_pool, autotuned, device_guard, scatter_add, size_class, tl, triton
 from .backend import runs_on_triton
-from .checks import check_floating, check_same_device, check_shape
+from .checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
 
 PADDINGS = ("zeros", "border")
 
@@ -35,10 +35,6 @@ NOWHERE = -2.0
 # ---------------------------------------------------------------------------------------------------------------------
 # PyTorch
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _compute_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _axis(coordinate: Tensor, size: int, padding: str) -> tuple[Tensor, Tensor]:
@@ -56,7 +52,7 @@ def _axis(coordinate: Tensor, size: int, padding: str) -> tuple[Tensor, Tensor]:
 def _table(features: Tensor) -> Tensor:
     """(B*H*W + 1, C) channels-last rows; the last one is zero and stands for everything outside."""
     B, C, H, W = features.shape
-    table = features.new_empty((B * H * W + 1, C), dtype=_compute_dtype(features))
+    table = features.new_empty((B * H * W + 1, C), dtype=compute_dtype(features))
     table[-1] = 0
     table[:-1].view(B, H, W, C).copy_(features.permute(0, 2, 3, 1))
     return table
@@ -65,7 +61,7 @@ def _table(features: Tensor) -> Tensor:
 def _corners(features: Tensor, points: Tensor, padding: str) -> tuple[Tensor, Tensor, Tensor]:
     """Table rows (B*P, 4) of the corners 00, 01, 10, 11 (y first), and the fractions fx, fy (B*P,)."""
     B, _, H, W = features.shape
-    points = points.to(_compute_dtype(features))
+    points = points.to(compute_dtype(features))
     x, fx = _axis(points[..., 0], W, padding)
     y, fy = _axis(points[..., 1], H, padding)
     image = torch.arange(B, device=points.device)[:, None] * (H * W)
@@ -94,7 +90,7 @@ def _backward_torch(
 ) -> tuple[Tensor, Tensor]:
     B, C, H, W = features.shape
     rows, fx, fy = _corners(features, points, padding)
-    grad_rows = grad_out.transpose(1, 2).to(_compute_dtype(features)).reshape(len(rows), C)
+    grad_rows = grad_out.transpose(1, 2).to(compute_dtype(features)).reshape(len(rows), C)
     grad_features, grad_points = features.new_empty(0), points.new_empty(0)
     if needs_features:
         weights = _corner_weights(fx, fy)
@@ -152,8 +148,7 @@ GATHER_CONFIGS = autotune_pool(
 )
 
 
-@triton.autotune(configs=GATHER_CONFIGS, key=["C", "BORDER"])
-@triton.jit
+@autotuned(GATHER_CONFIGS, key=["C", "BORDER"])
 def gather_kernel(
     features_ptr,  # (B, C, H, W)
     points_ptr,  # (B, P, 2)
@@ -169,6 +164,7 @@ def gather_kernel(
     H,
     W,
     P,
+    size_class,
     BORDER: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -207,19 +203,18 @@ GATHER_BACKWARD_CONFIGS = autotune_pool(
 )
 
 
-@triton.autotune(
-    configs=GATHER_BACKWARD_CONFIGS,
+@autotuned(
+    GATHER_BACKWARD_CONFIGS,
     key=["C", "BORDER", "NEEDS_FEATURES", "NEEDS_POINTS"],
-    reset_to_zero=["grad_features_ptr"],
+    adds_into=["grad_features_ptr"],
 )
-@triton.jit
 def gather_backward_kernel(
     grad_out_ptr,  # (B, C, P)
     features_ptr,  # (B, C, H, W)
     points_ptr,  # (B, P, 2)
     grad_features_ptr,  # (B, C, H, W), contiguous, a ScatterBuffer
     grad_points_ptr,  # (B, P, 2), contiguous
-    scale_ptr,  # (): of the ScatterBuffer
+    scale_ptr,  # (): of the ScatterBuffer, or None
     grad_out_stride_b,
     grad_out_stride_c,
     grad_out_stride_p,
@@ -235,6 +230,7 @@ def gather_backward_kernel(
     H,
     W,
     P,
+    size_class,
     BORDER: tl.constexpr,
     NEEDS_FEATURES: tl.constexpr,
     NEEDS_POINTS: tl.constexpr,
@@ -290,8 +286,6 @@ def gather_backward_kernel(
 def _forward_triton(features: Tensor, points: Tensor, padding: str) -> Tensor:
     (B, C, H, W), P = features.shape, points.shape[1]
     out = features.new_empty(B, C, P)
-    if out.numel() == 0:
-        return out
     grid = lambda meta: (B * triton.cdiv(P, meta["BLOCK_P"]), triton.cdiv(C, meta["BLOCK_C"]))
     with device_guard(features):
         gather_kernel[grid](
@@ -304,6 +298,7 @@ def _forward_triton(features: Tensor, points: Tensor, padding: str) -> Tensor:
             H,
             W,
             P,
+            size_class=size_class(B * P),
             BORDER=padding == "border",
             enable_fp_fusion=True,
         )
@@ -320,7 +315,8 @@ def _backward_triton(
             torch.zeros(points.shape if needs_points else (0,), dtype=points.dtype, device=points.device),
         )
     # A corner's weight is at most 1.
-    buffer = ScatterBuffer(features.shape if needs_features else (0,), bound=grad_out.abs().amax())
+    bound = lambda: grad_out.abs().amax()
+    buffer = ScatterBuffer(features.shape if needs_features else (0,), features.device, bound)
     grad_points = points.new_empty(points.shape if needs_points else (0,))
     grid = lambda meta: (B * triton.cdiv(P, meta["BLOCK_P"]),)
     with device_guard(features):
@@ -339,6 +335,7 @@ def _backward_triton(
             H,
             W,
             P,
+            size_class=size_class(B * P),
             BORDER=padding == "border",
             NEEDS_FEATURES=needs_features,
             NEEDS_POINTS=needs_points,
@@ -355,6 +352,9 @@ def _backward_triton(
 
 @torch.library.custom_op("unept::bilinear_gather", mutates_args=())
 def _bilinear_gather(features: Tensor, points: Tensor, padding: str) -> Tensor:
+    shape = features.shape[0], features.shape[1], points.shape[1]
+    if 0 in shape:
+        return features.new_empty(shape)
     run = _forward_triton if runs_on_triton(features) else _forward_torch
     return run(features, points, padding)
 
@@ -422,7 +422,7 @@ def bilinear_gather(features: Tensor, points: Tensor, padding: str = "zeros") ->
 
     Raises:
         TypeError: features or points are not floating point.
-        ValueError: shapes or devices don't fit, or an unknown padding.
+        ValueError: shapes or devices don't fit, more than 2**30 pixels or points an image, or an unknown padding.
     """
     check_floating(features=features, points=points)
     check_same_device(features=features, points=points)
@@ -435,5 +435,7 @@ def bilinear_gather(features: Tensor, points: Tensor, padding: str = "zeros") ->
     if padding not in PADDINGS:
         raise ValueError(f"padding is {padding!r}; it must be one of {', '.join(map(repr, PADDINGS))}")
     sizes = points.shape[1:-1]
+    check_count("pixels in features", features.shape[2] * features.shape[3])
+    check_count("points", math.prod(sizes))
     gathered = BilinearGather.apply(features, points.reshape(B, math.prod(sizes), 2), padding)
     return gathered.reshape(B, features.shape[1], *sizes)

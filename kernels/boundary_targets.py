@@ -22,11 +22,14 @@ import math
 import torch
 from torch import Tensor
 
-from ._triton import autotune_pool, device_guard, tl, triton
+from ._triton import autotune_pool, autotuned, device_guard, size_class, tl, triton
 from .backend import runs_on_triton
-from .checks import check_integer, check_shape
+from .checks import check_count, check_integer, check_shape
 
 NO_DIRECTION = 255
+
+# The Triton kernel looks at (2 radius + 7)^2 pixels around each: a larger radius would seem to hang.
+MAX_RADIUS = 32
 
 
 def _saturation(radius: float) -> int:
@@ -156,8 +159,7 @@ def _load_labels(labels_ptr, stride_h, stride_w, y, x, H, W, ignore_index):
     return tl.where(inside, tl.load(pointers, mask=inside, other=0).to(tl.int32), ignore_index)
 
 
-@triton.autotune(configs=PIXEL_CONFIGS, key=["REACH"])
-@triton.jit
+@autotuned(PIXEL_CONFIGS, key=["REACH"])
 def distance_kernel(
     labels_ptr,  # (B, H, W)
     distance_ptr,  # (B, H, W), contiguous float32
@@ -167,6 +169,7 @@ def distance_kernel(
     ignore_index,
     H,
     W,
+    size_class,
     SATURATION: tl.constexpr,
     REACH: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -196,8 +199,7 @@ def _neighbour(labels_ptr, distance_ptr, stride_h, stride_w, y, x, H, W, ignore_
     return tl.where(label == ignore_index, distance, near)
 
 
-@triton.autotune(configs=PIXEL_CONFIGS, key=["NUM_DIRECTIONS"])
-@triton.jit
+@autotuned(PIXEL_CONFIGS, key=["NUM_DIRECTIONS"])
 def direction_kernel(
     labels_ptr,  # (B, H, W)
     distance_ptr,  # (B, H, W), contiguous float32
@@ -210,6 +212,7 @@ def direction_kernel(
     H,
     W,
     radius,
+    size_class,
     NUM_DIRECTIONS: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -265,6 +268,7 @@ def _boundary_targets_triton(
             ignore_index,
             H,
             W,
+            size_class=size_class(labels.numel()),
             SATURATION=saturation,
             REACH=math.isqrt(saturation - 1),
         )
@@ -278,6 +282,7 @@ def _boundary_targets_triton(
             H,
             W,
             radius,
+            size_class=size_class(labels.numel()),
             NUM_DIRECTIONS=num_directions,
         )
     return distance, direction
@@ -306,7 +311,7 @@ def boundary_targets(
 
     Args:
         labels: (B, H, W), class ids that fit int32, of any integer dtype.
-        radius: of the boundary's neighbourhood, in pixels, above 0.
+        radius: of the boundary's neighbourhood, in pixels, above 0 and at most 32: the time grows with its square.
         num_directions: 1 to 255 bins of the full circle.
         ignore_index: the id of pixels that belong to no class.
 
@@ -321,12 +326,14 @@ def boundary_targets(
 
     Raises:
         TypeError: labels are not integers.
-        ValueError: labels are not (B, H, W), or radius or num_directions is out of range.
+        ValueError: labels are not (B, H, W) or have more than 2**30 pixels an image, or radius or num_directions is
+            out of range.
     """
     check_shape("labels", labels, ("B", "H", "W"), "add a batch axis with labels[None]" if labels.dim() == 2 else "")
     check_integer(labels=labels)
-    if not (0 < radius < 1000):
-        raise ValueError(f"radius is {radius}; it must be above 0 and below 1000 pixels")
+    check_count("pixels in labels", labels.shape[1] * labels.shape[2])
+    if not (0 < radius <= MAX_RADIUS):
+        raise ValueError(f"radius is {radius}; it must be above 0 and at most {MAX_RADIUS} pixels")
     if not (1 <= num_directions <= NO_DIRECTION):
         raise ValueError(f"num_directions is {num_directions}; it must be 1 to {NO_DIRECTION}")
     return _boundary_targets(labels, float(radius), num_directions, ignore_index)

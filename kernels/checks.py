@@ -5,6 +5,14 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+# Kernels count the pixels of one image in 32 bits; the last tile, and a row cut into equal steps, go past the end.
+MAX_PIXELS = 1 << 30
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What coordinates and sums have: float64 for float64, float32 for the others."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
 
 def check_floating(**tensors: Tensor) -> None:
     """Raise TypeError unless every tensor is float32, float16, bfloat16 or float64."""
@@ -29,6 +37,12 @@ def check_same_device(**tensors: Tensor) -> None:
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"all tensors must be on one device, but there are {listed}: move them with .to(device)")
+
+
+def check_count(what: str, count: int) -> None:
+    """Raise ValueError if one image has more pixels or points, named by `what`, than the kernels count."""
+    if count > MAX_PIXELS:
+        raise ValueError(f"an image has {count} {what}; there may be at most 2**30: cut it into parts")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...], remedy: str = "") -> None:

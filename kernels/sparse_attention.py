@@ -24,19 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._triton import ScatterBuffer, autotune_pool, device_guard, scatter_add, tl, triton
+from ._triton import ScatterBuffer, autotune_pool, autotuned, device_guard, scatter_add, size_class, tl, triton
 from .backend import runs_on_triton
-from .checks import check_floating, check_integer, check_same_device, check_shape
+from .checks import check_count, check_floating, check_integer, check_same_device, check_shape, compute_dtype
 
 # --- torch backend ----------------------------------------------------------------------------------------------------
 
 # Elements of the largest temporary; queries are taken in chunks to stay below it.
 MAX_TEMPORARY = 1 << 22
-
-
-def _compute_dtype(value: Tensor) -> torch.dtype:
-    """Of coordinates and sums."""
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def _levels(shapes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
@@ -49,7 +44,7 @@ def _levels(shapes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
 
 def _value_table(value: Tensor) -> Tensor:
     """(B, S, M, D) -> (B * S * M + 1, D) in the compute dtype; the last row is the zero that lies outside the maps."""
-    return F.pad(value.to(_compute_dtype(value)).reshape(-1, value.shape[-1]), (0, 0, 0, 1))
+    return F.pad(value.to(compute_dtype(value)).reshape(-1, value.shape[-1]), (0, 0, 0, 1))
 
 
 def _corners(
@@ -67,7 +62,7 @@ def _corners(
         (x0 + 1, y0 + 1); and the fractions fx and fy (B, Q, M, N) by which the sample is past (x0, y0).
     """
     batch, length, heads, _ = value.shape
-    dtype = _compute_dtype(value)
+    dtype = compute_dtype(value)
     x, y = points.to(dtype).unbind(-1)
     if reference is None:
         x, y = x * width - 0.5, y * height - 0.5
@@ -106,7 +101,7 @@ def _corner_weights(weight: Tensor, fx: Tensor, fy: Tensor) -> Tensor:
 
 def _attention_weights(value: Tensor, scores: Tensor, reference: Tensor | None) -> Tensor:
     """(B, Q, M, L, N) in the compute dtype."""
-    weights = scores.to(_compute_dtype(value))
+    weights = scores.to(compute_dtype(value))
     return weights if reference is None else weights.flatten(-2).softmax(-1).view(weights.shape)
 
 
@@ -231,21 +226,28 @@ def _corner(x, y, width, height, stride_s, stride_d, D: tl.constexpr, BLOCK_D: t
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     channel = tl.arange(0, BLOCK_D)[None, None, :]
     row = (y * width + x).to(tl.int64) * stride_s
-    return row[:, :, None] + channel * stride_d, inside[:, :, None] & (channel < D)
+    return row[:, :, None] + channel.to(tl.int64) * stride_d, inside[:, :, None] & (channel < D)
+
+
+@triton.jit
+def _score_pointers(scores_ptr, scores_strides, level, n):
+    """The scores of the points n [BLOCK_N, 1]; scores_ptr [1, BLOCK_Q]. A stride of 32 bits times an index may not fit
+    into 32 bits."""
+    return scores_ptr + tl.cast(level, tl.int64) * scores_strides[3] + n.to(tl.int64) * scores_strides[4]
 
 
 @triton.jit
 def _softmax_statistics(
-    scores_ptrs, stride_l, stride_n, L: tl.constexpr, N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr
+    scores_ptr, scores_strides, L: tl.constexpr, N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Largest logit and 1 / (sum of exponentials), each [1, BLOCK_Q]; scores_ptrs [1, BLOCK_Q]."""
+    """Largest logit and 1 / (sum of exponentials), each [1, BLOCK_Q]; scores_ptr [1, BLOCK_Q]."""
     # Finite from the start: a level whose logits are all -inf must not turn the rest into NaN.
     largest = tl.full([1, BLOCK_Q], -3.0e38, tl.float32)
     total = tl.zeros([1, BLOCK_Q], tl.float32)
     for level in tl.range(L):
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
-            pointers = scores_ptrs + level * stride_l + n * stride_n
+            pointers = _score_pointers(scores_ptr, scores_strides, level, n)
             logits = tl.load(pointers, mask=n < N, other=float("-inf")).to(tl.float32)  # [BLOCK_N, BLOCK_Q]
             new_largest = tl.maximum(largest, tl.max(logits, 0)[None, :])
             total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(logits - new_largest), 0)[None, :]
@@ -281,9 +283,7 @@ def _load_query(
     else:
         ref_x = tl.load(reference_ptr).to(tl.float32)
         ref_y = tl.load(reference_ptr + reference_stride).to(tl.float32)
-        largest, inverse_total = _softmax_statistics(
-            scores_ptr, scores_strides[3], scores_strides[4], L, N, BLOCK_Q, BLOCK_N
-        )
+        largest, inverse_total = _softmax_statistics(scores_ptr, scores_strides, L, N, BLOCK_Q, BLOCK_N)
         return ref_x, ref_y, largest, inverse_total
 
 
@@ -303,7 +303,7 @@ def _load_samples(
 
     Where the mask is false, or where nothing is read, x0 = y0 = -2: all four corners are outside.
     """
-    x_ptrs = points_ptr + n * points_strides[4]
+    x_ptrs = points_ptr + n.to(tl.int64) * points_strides[4]
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(x_ptrs + points_strides[5], mask=mask, other=0.0).to(tl.float32)
     if LOCATIONS:
@@ -320,8 +320,7 @@ def _load_samples(
     return left.to(tl.int32), top.to(tl.int32), x - left, y - top
 
 
-@triton.autotune(_FORWARD_POOL, key=["L", "N", "D", "LOCATIONS"], cache_results=True)
-@triton.jit
+@autotuned(_FORWARD_POOL, key=["L", "N", "D", "LOCATIONS"])
 def _forward_kernel(
     out_ptr,  # (B, Q, M, D), contiguous
     value_ptr,  # (B, S, M, D)
@@ -335,6 +334,7 @@ def _forward_kernel(
     shapes_ptr,  # (2 * L,) int32: H_0, W_0, H_1, ...
     num_heads,
     num_queries,
+    size_class,
     L: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -360,9 +360,9 @@ def _forward_kernel(
         width = tl.load(shapes_ptr + 2 * level + 1)
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
-            level_ptr = points_ptr + level * points_strides[3]
+            level_ptr = points_ptr + tl.cast(level, tl.int64) * points_strides[3]
             x0, y0, fx, fy = _load_samples(level_ptr, points_strides, n, n < N, ref_x, ref_y, width, height, LOCATIONS)
-            score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
+            score_ptrs = _score_pointers(scores_ptr, scores_strides, level, n)
             weight = _load_weights(score_ptrs, n < N, largest, inverse_total, LOCATIONS)
             samples = tl.zeros([BLOCK_N, BLOCK_Q, BLOCK_D], tl.float32)
             for dy in tl.static_range(2):
@@ -383,17 +383,11 @@ def _forward_kernel(
     tl.store(out_ptr + rows[:, None] * D + channel, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.autotune(
-    _BACKWARD_POOL,
-    key=["L", "N", "D", "LOCATIONS", "VALUE_GRAD"],
-    reset_to_zero=["grad_value_ptr"],
-    cache_results=True,
-)
-@triton.jit
+@autotuned(_BACKWARD_POOL, key=["L", "N", "D", "LOCATIONS", "VALUE_GRAD"], adds_into=["grad_value_ptr"])
 def _backward_kernel(
     grad_value_ptr,  # (B, S, M, D), the data of a ScatterBuffer
     grad_value_strides,
-    scale_ptr,  # its scale
+    scale_ptr,  # its scale, or None
     grad_points_ptr,  # (B, Q, M, L, N, 2), contiguous
     grad_weights_ptr,  # (B, Q, M, L, N), contiguous; float32 if scores are logits
     grad_scores_ptr,  # (B, Q, M, L, N), contiguous; may be grad_weights_ptr, and is if LOCATIONS
@@ -410,6 +404,7 @@ def _backward_kernel(
     shapes_ptr,
     num_heads,
     num_queries,
+    size_class,
     L: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -451,9 +446,9 @@ def _backward_kernel(
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             usable = (n < N) & counts[None, :]  # [BLOCK_N, BLOCK_Q]
-            level_ptr = points_ptr + level * points_strides[3]
+            level_ptr = points_ptr + tl.cast(level, tl.int64) * points_strides[3]
             x0, y0, fx, fy = _load_samples(level_ptr, points_strides, n, usable, ref_x, ref_y, width, height, LOCATIONS)
-            score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
+            score_ptrs = _score_pointers(scores_ptr, scores_strides, level, n)
             weight = _load_weights(score_ptrs, usable, largest, inverse_total, LOCATIONS)
 
             grad_weight = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
@@ -499,7 +494,7 @@ def _backward_kernel(
                 n = n0 + tl.arange(0, BLOCK_N)[:, None]
                 usable = (n < N) & counts[None, :]
                 column = level * N + n
-                score_ptrs = scores_ptr + level * scores_strides[3] + n * scores_strides[4]
+                score_ptrs = _score_pointers(scores_ptr, scores_strides, level, n)
                 weight = _load_weights(score_ptrs, usable, largest, inverse_total, LOCATIONS)
                 grad_weight = tl.load(grad_weights_ptr + column, mask=usable, other=0.0)
                 grad_score = weight * (grad_weight - mean)
@@ -539,6 +534,7 @@ def _shared_arguments(
         "shapes_ptr": _shapes_on_device(tuple(shapes), value.device),
         "num_heads": heads,
         "num_queries": queries,
+        "size_class": size_class(batch * heads * queries),
         "L": levels,
         "N": num_points,
         "D": channels,
@@ -574,10 +570,14 @@ def _backward_triton(
     reference_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     grad_out = grad_out.contiguous()
-    largest = torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32)
-    if reference is None:
-        largest = largest * torch.linalg.vector_norm(scores, float("inf"), dtype=torch.float32)
-    grad_value = ScatterBuffer(value.shape if value_grad else (0, 0, 0, 0), bound=largest)
+
+    def largest_contribution() -> Tensor:
+        largest = torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32)
+        if reference is not None:
+            return largest  # a softmax's weights are at most 1
+        return largest * torch.linalg.vector_norm(scores, float("inf"), dtype=torch.float32)
+
+    grad_value = ScatterBuffer(value.shape if value_grad else (0, 0, 0, 0), value.device, largest_contribution)
     grad_points, grad_scores = points.new_empty(points.shape), scores.new_empty(scores.shape)
     in_place = reference is None or scores.dtype == torch.float32
     grad_weights = grad_scores if in_place else grad_scores.new_empty(scores.shape, dtype=torch.float32)
@@ -704,16 +704,22 @@ class _SparseSampling(torch.autograd.Function):
 
 def _flat_shapes(spatial_shapes: Sequence[Sequence[int]], value: Tensor) -> list[int]:
     """[(H_0, W_0), ...] -> [H_0, W_0, ...], checked against `value`."""
-    if isinstance(spatial_shapes, Tensor) or not all(isinstance(size, int) for pair in spatial_shapes for size in pair):
+    a_list = isinstance(spatial_shapes, Sequence)
+    pairs = a_list and all(isinstance(shape, Sequence) and len(shape) == 2 for shape in spatial_shapes)
+    shapes = [size for shape in spatial_shapes for size in shape] if pairs else []
+    if not (a_list and all(isinstance(size, int) for size in shapes)):
         raise TypeError(
             f"spatial_shapes is {spatial_shapes}; it must hold Python ints, so that no read of the device is needed: "
             "convert it once, outside the training loop, with spatial_shapes.tolist()"
         )
-    shapes = [size for shape in spatial_shapes for size in shape]
-    if not shapes or any(len(shape) != 2 for shape in spatial_shapes) or any(size < 1 for size in shapes):
-        raise ValueError(f"spatial_shapes is {spatial_shapes}; it must hold one (height, width), each >= 1, per level")
+    if not shapes or any(size < 1 for size in shapes):
+        raise ValueError(
+            f"spatial_shapes is {spatial_shapes}; it must hold one (height, width), each >= 1, per level: "
+            "[(height, width)] for a single one"
+        )
     check_shape("value", value, ("B", "S", "M", "D"))
     length = sum(height * width for height, width in spatial_shapes)
+    check_count("pixels in spatial_shapes", length)
     if value.shape[1] != length:
         raise ValueError(
             f"spatial_shapes {spatial_shapes} make S = {length} pixels, but value has {value.shape[1]} (shape "
@@ -728,6 +734,7 @@ def _check_samples(value: Tensor, levels: int, **named: Tensor) -> None:
     batch, _, heads, _ = value.shape
     check_shape(points_name, points, (batch, "Q", heads, levels, "N", 2), "B, M and L as in value and spatial_shapes")
     check_shape(scores_name, scores, tuple(points.shape[:-1]), f"as {points_name} without its last dimension")
+    check_count("queries", points.shape[1])
     if points.shape[4] == 0:
         raise ValueError(f"{points_name} has shape {tuple(points.shape)}; there must be at least one point a level")
 
@@ -755,7 +762,8 @@ def sparse_sampling_attention(
 
     Raises:
         TypeError: for tensors that hold no floats, and spatial_shapes that are no Python ints.
-        ValueError: for shapes that don't fit together and tensors on several devices.
+        ValueError: for shapes that don't fit together, more than 2**30 pixels or queries an image, and tensors on
+            several devices.
     """
     shapes = _flat_shapes(spatial_shapes, value)
     check_floating(value=value, offsets=offsets, logits=logits, reference_points=reference_points)
@@ -794,7 +802,7 @@ def ms_deform_attn(
 
     Raises:
         TypeError: for tensors that hold no floats, or spatial_shapes without integers.
-        ValueError: for shapes that don't fit together, tensors on several devices, and levels that are not consecutive.
+        ValueError: as `sparse_sampling_attention`, and for levels that are not consecutive.
     """
     starts = None if isinstance(level_start_index, Tensor) else level_start_index
     if isinstance(spatial_shapes, Tensor):

@@ -11,10 +11,12 @@ Legend
     best      (B, H, W) int64
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ._triton import device_guard, tl, triton
+from ._triton import autotuned, device_guard, size_class, tl, triton
 from ._upsample import (
     PIXEL_CONFIGS,
     channels_last_table,
@@ -38,8 +40,7 @@ def _argmax_torch(logits: Tensor, size: tuple[int, int], offset: Tensor | None) 
     return best
 
 
-@triton.autotune(configs=PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
-@triton.jit
+@autotuned(PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
 def argmax_kernel(
     logits_ptr,  # (B, K, h, w)
     offset_ptr,  # (B, 2, H, W) or unused
@@ -59,6 +60,7 @@ def argmax_kernel(
     W,
     scale_y,  # h / H
     scale_x,  # w / W
+    size_class,
     HAS_OFFSET: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -78,8 +80,10 @@ def argmax_kernel(
     best = tl.zeros((BLOCK_P,), tl.int64)
     for k in range(0, K):
         z = interpolate_in_tile(p00, p01, p10, p11, fy, fx, live)
-        best = tl.where(z > largest, k, best)
-        largest = tl.maximum(largest, z)
+        # The first NaN wins and stays, as in PyTorch.
+        better = (z > largest) | ((z != z) & (largest == largest))
+        best = tl.where(better, k, best)
+        largest = tl.where(better, z, largest)
         p00 += logits_stride_k
         p01 += logits_stride_k
         p10 += logits_stride_k
@@ -107,6 +111,7 @@ def _argmax_triton(logits: Tensor, size: tuple[int, int], offset: Tensor | None)
             W,
             h / H,
             w / W,
+            size_class=size_class(B * H * W),
             HAS_OFFSET=offset is not None,
             enable_fp_fusion=True,
         )
@@ -131,16 +136,18 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int], offset: Tensor | None
 
     Args:
         logits: (B, K, h, w), float32, float16, bfloat16 or (torch backend) float64.
-        size: (H, W).
+        size: (H, W), ints.
         offset: (B, 2, H, W), as in `upsample_cross_entropy`.
 
     Returns:
-        (B, H, W) int64; among equals the lowest id. No gradient.
+        (B, H, W) int64; among equals the lowest id, and a NaN is the largest. No gradient.
 
     Raises:
         TypeError: a dtype doesn't fit.
-        ValueError: shapes or devices don't fit.
+        ValueError: shapes or devices don't fit, size is no pair of sizes, or an image of more than 2**30 pixels.
     """
+    if not (isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) and n >= 0 for n in size)):
+        raise ValueError(f"size is {size!r}; it must be (height, width), two ints >= 0, such as labels.shape[-2:]")
     height, width = size
     check_maps(logits, offset, (height, width))
     return _upsample_argmax(logits, height, width, offset)

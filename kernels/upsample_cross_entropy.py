@@ -18,12 +18,11 @@ import math
 import torch
 from torch import Tensor
 
-from ._triton import ScatterBuffer, device_guard, scatter_add, tl, triton
+from ._triton import ScatterBuffer, autotuned, device_guard, scatter_add, size_class, tl, triton
 from ._upsample import (
     PIXEL_CONFIGS,
     channels_last_table,
     check_maps,
-    compute_dtype,
     corner_pointers,
     corners,
     corners_in_tile,
@@ -33,7 +32,7 @@ from ._upsample import (
     slabs,
 )
 from .backend import runs_on_triton
-from .checks import check_floating, check_integer, check_same_device, check_shape
+from .checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -142,8 +141,7 @@ def _labels_in_tile(
     return label, counts, tl.where(counts & (known == 0), float("nan"), weight)
 
 
-@triton.autotune(configs=PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
-@triton.jit
+@autotuned(PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
 def losses_kernel(
     logits_ptr,  # (B, K, h, w)
     target_ptr,  # (B, H, W)
@@ -170,6 +168,7 @@ def losses_kernel(
     W,
     scale_y,  # h / H
     scale_x,  # w / W
+    size_class,
     HAS_OFFSET: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -196,8 +195,7 @@ def losses_kernel(
     tl.store(losses_ptr + b * H * W + p, loss, mask=live)
 
 
-@triton.autotune(configs=PIXEL_CONFIGS, key=["K", "HAS_OFFSET"], reset_to_zero=["grad_logits_ptr"])
-@triton.jit
+@autotuned(PIXEL_CONFIGS, key=["K", "HAS_OFFSET"], adds_into=["grad_logits_ptr"])
 def losses_backward_kernel(
     grad_losses_ptr,  # (B, H, W)
     logits_ptr,  # (B, K, h, w)
@@ -205,7 +203,7 @@ def losses_backward_kernel(
     offset_ptr,  # (B, 2, H, W) or unused
     weights_ptr,  # (K,) or unused
     grad_logits_ptr,  # (B, K, h, w), contiguous, a ScatterBuffer
-    scale_ptr,  # (): of the ScatterBuffer
+    scale_ptr,  # (): of the ScatterBuffer, or None
     grad_losses_stride_b,
     grad_losses_stride_h,
     grad_losses_stride_w,
@@ -231,6 +229,7 @@ def losses_backward_kernel(
     W,
     scale_y,  # h / H
     scale_x,  # w / W
+    size_class,
     HAS_OFFSET: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
@@ -309,6 +308,7 @@ def _losses_triton(
             W,
             h / H,
             w / W,
+            size_class=size_class(B * H * W),
             HAS_OFFSET=offset is not None,
             HAS_WEIGHTS=class_weights is not None,
             enable_fp_fusion=True,
@@ -328,10 +328,8 @@ def _backward_triton(
     if grad_losses.numel() == 0:
         return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     # |softmax - onehot| and a corner's weight are at most 1.
-    bound = grad_losses.abs().amax()
-    if class_weights is not None:
-        bound = bound * class_weights.abs().amax()
-    buffer = ScatterBuffer(logits.shape, bound)
+    largest_weight = lambda: 1 if class_weights is None else class_weights.abs().amax()
+    buffer = ScatterBuffer(logits.shape, logits.device, bound=lambda: grad_losses.abs().amax() * largest_weight())
     step = -(-W // w)
     lanes = H * step * -(-W // step)
     grid = lambda meta: (B * triton.cdiv(lanes, meta["BLOCK_P"]),)
@@ -359,6 +357,7 @@ def _backward_triton(
             W,
             h / H,
             w / W,
+            size_class=size_class(B * H * W),
             HAS_OFFSET=offset is not None,
             HAS_WEIGHTS=class_weights is not None,
             DETERMINISTIC=buffer.deterministic,
@@ -474,8 +473,9 @@ def upsample_cross_entropy(
 
     Raises:
         TypeError: a dtype doesn't fit.
-        ValueError: shapes or devices don't fit, an unknown reduction, or, with tensors on a CPU, a target that is
-            neither a class nor ignored. On a GPU, where looking would stall it, such a pixel's loss is NaN.
+        ValueError: shapes or devices don't fit, an image of more than 2**30 pixels, an unknown reduction, or, with
+            tensors on a CPU, a target that is neither a class nor ignored. On a GPU, where looking would stall it, such
+            a pixel's loss is NaN.
     """
     check_shape("target", target, ("B", "H", "W"))
     check_integer(target=target)

@@ -1,10 +1,10 @@
 """Compile the Triton kernels for GPUs that are not there, at the paper's shapes: `python tests/offline.py [--all]`.
 
 Each entry of OPS in tests/offline_ops.py calls an op's launchers on tensors without memory. The launches are recorded
-instead of run, and their kernels compiled for what they were called with. Prints one JSON row a compiled kernel: op,
-kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a thread; a stack means that registers were
-spilled). On sm_90 it goes through the autotune pool up to the first configuration that doesn't spill, with `--all` to
-the end.
+instead of run, and their kernels compiled for what they were called with. Prints one JSON row a launch, about its
+autotuning, and one a compiled kernel: op, kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a
+thread; a stack means that registers were spilled). On sm_90 it goes through the autotune pool up to the first
+configuration that doesn't spill, with `--all` to the end.
 
 Needs a process without TRITON_INTERPRET: the interpreter leaves nothing to compile.
 """
@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
+from unept.kernels._triton import ScatterBuffer
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -48,20 +49,28 @@ POINTER_TYPES = {
 }
 
 
-def recorded_launches(call: Callable[[], None]) -> list[tuple[Any, dict[str, Any]]]:
-    """The kernels that `call` launches and their arguments by name; nothing runs."""
+def recorded_launches(call: Callable[[], None]) -> tuple[list[tuple[Any, dict[str, Any]]], list[ScatterBuffer]]:
+    """The kernels that `call` launches and their arguments by name, and the buffers for adding into; nothing runs."""
     launches: list[tuple[Any, dict[str, Any]]] = []
+    buffers: list[ScatterBuffer] = []
+
+    def make(self: ScatterBuffer, *args: Any, **kwargs: Any) -> None:
+        buffers.append(self)
+        make_buffer(self, *args, **kwargs)
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append((self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}))
 
     originals = Autotuner.run, JITFunction.run
+    make_buffer = ScatterBuffer.__init__
     Autotuner.run = JITFunction.run = record
+    ScatterBuffer.__init__ = make
     try:
         call()
     finally:
         Autotuner.run, JITFunction.run = originals
-    return launches
+        ScatterBuffer.__init__ = make_buffer
+    return launches, buffers
 
 
 def specialised(argument: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
@@ -112,10 +121,12 @@ def report(every_config: bool) -> Iterator[dict[str, Any]]:
     """Rows for all kernels: on sm_90 the configurations in order, on the other targets the first that spills least."""
     for op, (call, dtype_names) in OPS.items():
         for dtype_name in dtype_names:
-            for launched, arguments in recorded_launches(partial(call, DTYPES[dtype_name])):
+            launches, buffers = recorded_launches(partial(call, DTYPES[dtype_name]))
+            for launched, arguments in launches:
                 kernel = launched.fn if isinstance(launched, Autotuner) else launched
                 configs = launched.configs if isinstance(launched, Autotuner) else [triton.Config({})]
                 row = {"op": op, "kernel": qualified_name(launched), "dtype": dtype_name}
+                yield {**row, **autotuning(launched, arguments, buffers)}
                 best, least_stack = configs[0], sys.maxsize
                 for config in configs:
                     used = resources(compiled(kernel, arguments, config, TARGETS["sm_90"]).asm["cubin"])
@@ -128,6 +139,16 @@ def report(every_config: bool) -> Iterator[dict[str, Any]]:
                     binary = compiled(kernel, arguments, best, target)
                     used = resources(binary.asm["cubin"]) if target.backend == "cuda" else {}
                     yield {**row, "target": name, "config": str(best), **used}
+
+
+def autotuning(launched: Any, arguments: dict[str, Any], buffers: list[ScatterBuffer]) -> dict[str, list[str]]:
+    """The names of the arguments that are added into, that each trial finds at zero, and that a choice holds for."""
+    data = {id(buffer.data) for buffer in buffers}
+    return {
+        "added_into": [name for name, argument in arguments.items() if id(argument) in data],
+        "reset_to_zero": getattr(launched, "reset_to_zero", []),
+        "key": getattr(launched, "keys", []),
+    }
 
 
 def qualified_name(launched: Any) -> str:

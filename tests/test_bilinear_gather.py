@@ -8,14 +8,6 @@ from unept.kernels import bilinear_gather
 PADDINGS = ("zeros", "border")
 
 
-@pytest.fixture
-def deterministic():
-    """Deterministic algorithms; PyTorch then also fills every new buffer with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def make_inputs(dtype, device, shape=(2, 5, 7, 6), count=13, layout="contiguous"):
     """Features and points, which reach 2 pixels beyond the map on each side."""
     B, C, H, W = shape
@@ -222,6 +214,8 @@ def test_compiles_without_a_graph_break(backend):
         ({"points": torch.zeros(1, 5, 3)}, ValueError, r"points has shape \(1, 5, 3\); it must be \(1, ..., 2\)"),
         ({"points": torch.zeros(1, 5, 2).long()}, TypeError, "points has dtype torch.int64"),
         ({"points": torch.zeros(1, 5, 2, device="meta")}, ValueError, "features on cpu, points on meta"),
+        ({"features": torch.zeros(1, 1, 1, 1).expand(1, 1, 2**15, 2**16)}, ValueError, "2147483648 pixels in features"),
+        ({"points": torch.zeros(1, 1, 1, 2).expand(1, 2**15, 2**16, 2)}, ValueError, "2147483648 points; .*at most"),
         ({"padding": "reflect"}, ValueError, "padding is 'reflect'; it must be one of 'zeros', 'border'"),
     ],
 )

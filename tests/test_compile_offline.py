@@ -23,7 +23,7 @@ def report():
 @pytest.mark.parametrize("target", offline.TARGETS)
 @pytest.mark.parametrize("op", offline.OPS)
 def test_compiles(report, op, target):
-    compiled = {row["dtype"] for row in report if row.get("op") == op and row["target"] == target}
+    compiled = {row["dtype"] for row in report if row.get("op") == op and row.get("target") == target}
     assert compiled == set(offline.OPS[op][1])
 
 
@@ -31,7 +31,7 @@ def test_compiles(report, op, target):
 def test_a_configuration_keeps_everything_in_registers_on_sm_90(report, op):
     stacks: dict[tuple[str, str], list[int]] = {}
     for row in report:
-        if row.get("op") == op and row["target"] == "sm_90":
+        if row.get("op") == op and row.get("target") == "sm_90":
             print(row)
             stacks.setdefault((row["kernel"], row["dtype"]), []).append(row["stack"])
     assert stacks
@@ -40,3 +40,12 @@ def test_a_configuration_keeps_everything_in_registers_on_sm_90(report, op):
 
 def test_no_kernel_is_left_out(report):
     assert {row["kernel"] for row in report[:-1]} == set(report[-1]["kernels"])
+
+
+def test_autotuning_starts_from_zero_and_tells_sizes_apart(report):
+    launches = [row for row in report if "key" in row]
+    adding = {row["kernel"].split(".")[-1] for row in launches if row["added_into"]}
+    assert adding == {"_backward_kernel", "gather_backward_kernel", "losses_backward_kernel"}
+    for row in launches:
+        assert row["reset_to_zero"] == row["added_into"], row
+        assert "size_class" in row["key"], row

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from unept.kernels import (
     sparse_sampling_attention,
     use_backend,
 )
-from unept.kernels._triton import INTERPRETED
+from unept.kernels._triton import INTERPRETED, ScatterBuffer
 
 SHAPES = [(5, 7), (3, 4), (1, 6)]
 
@@ -195,6 +196,38 @@ def test_views_of_one_projection_and_other_strides(backend):
         torch.testing.assert_close(result, contiguous[name], msg=name)
 
 
+# Three steps of FAR pass 2**31 elements.
+FAR = 1_200_000_000
+
+
+def spread(tensor: Tensor, dimension: int, folder: Path) -> Tensor:
+    """A float16 copy whose stride along one dimension, of at most 3 entries, is FAR; on a CPU in a sparse file.
+
+    It starts in the middle of its storage, where a stride that wraps around finds zeros rather than no memory.
+    """
+    strides = torch.empty(tensor.shape[:dimension] + tensor.shape[dimension + 1 :]).stride()
+    strides = (*strides[:dimension], FAR, *strides[dimension:])
+    size = 2**31 + 2 * FAR + tensor.numel()
+    if tensor.is_cuda:
+        storage = torch.zeros(size, dtype=torch.float16, device=tensor.device)
+    else:
+        storage = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=torch.float16)
+    return storage.as_strided(tensor.shape, strides, 2**31).copy_(tensor.detach())
+
+
+@pytest.mark.parametrize(
+    ("name", "dimension"),
+    [("value", 3), ("offsets", 3), ("offsets", 4), ("logits", 3), ("logits", 4)],
+    ids=["channels", "offsets-levels", "offsets-points", "logits-levels", "logits-points"],
+)
+def test_strides_that_pass_32_bits_when_multiplied(backend, tmp_path, name, dimension):
+    case = make_case(batch=1, queries=2, heads=1, channels=3, levels=3).to(backend[1], torch.float16)
+    near = with_gradients(attention, case)
+    case.inputs[name] = spread(case.inputs[name], dimension, tmp_path).requires_grad_()
+    for result, found in with_gradients(attention, case).items():
+        torch.testing.assert_close(found, near[result], msg=result)
+
+
 def test_samples_outside_count_as_zero_and_have_no_gradient(backend):
     case = make_case(batch=1, queries=9, heads=1, num_points=2).to(backend[1], torch.float32)
     odd = [float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 2.0**31, -(2.0**63), 8.5, -8.5]
@@ -251,28 +284,33 @@ def test_unwritten_memory_does_not_leak(backend, monkeypatch):
 # --- promises ---------------------------------------------------------------------------------------------------------
 
 
-def test_deterministic_mode_repeats_to_the_bit(backend):
-    # Many queries at one spot, so that every pixel's gradient is a sum over many programs.
-    case = make_case(batch=1, queries=150, heads=1, levels=1)
-    torch.use_deterministic_algorithms(True)
-    try:
-        case = case.to(backend[1], torch.float32)
-        first, second = with_gradients(attention, case), with_gradients(attention, case)
-        check(attention, case)
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_deterministic_mode_repeats_to_the_bit(backend, deterministic):
+    # Many queries on few pixels, so that every pixel's gradient is a sum over many programs.
+    case = make_case(batch=1, queries=150, heads=1, levels=1).to(backend[1], torch.float32)
+    first, second = with_gradients(attention, case), with_gradients(attention, case)
+    check(attention, case)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_deterministic_bound_covers_weights_above_one(backend):
+def test_deterministic_gradient_does_not_depend_on_the_order_of_adds(backend, deterministic):
+    case = make_case(batch=1, queries=150, heads=1, levels=1).to(backend[1], torch.float32)
+    order = torch.randperm(150, device=backend[1]) if backend[0] == "triton" else torch.arange(150)
+    value, *others = case.inputs.items()
+    shuffled = dict([value, *((name, tensor[:, order]) for name, tensor in others)])
+    other = Case(case.spatial_shapes, shuffled, case.grad_out[:, order])
+    first, second = (with_gradients(attention, c)["value"] for c in (case, other))
+    assert torch.equal(first, second)
+
+
+def test_only_deterministic_mode_looks_for_the_largest_contribution():
+    ScatterBuffer((3,), torch.device("cpu"), bound=lambda: pytest.fail("a pass over the gradient for nothing"))
+
+
+def test_deterministic_bound_covers_weights_above_one(backend, deterministic):
     case = make_case(batch=1, queries=40, heads=1, normalised=True).to(backend[1], torch.float32)
     with torch.no_grad():
         case.inputs["attention_weights"] *= 1e9
-    torch.use_deterministic_algorithms(True)
-    try:
-        check(deformable, case)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    check(deformable, case)
 
 
 @pytest.mark.parametrize("op", [attention, deformable])
@@ -333,12 +371,24 @@ WRONG = {
     "shapes-empty": ("spatial_shapes", lambda s: [], ValueError, "one .height, width."),
     "shapes-zero": ("spatial_shapes", lambda s: [(0, 7), (3, 4)], ValueError, "each >= 1"),
     "shapes-sum": ("spatial_shapes", lambda s: [(5, 8), (3, 4)], ValueError, "S = 52 pixels, but value has 47"),
+    "shapes-one-pair": (
+        "spatial_shapes",
+        lambda s: (3, 4),
+        ValueError,
+        r"is \(3, 4\); it must hold one .height, width.",
+    ),
+    "shapes-a-number": ("spatial_shapes", lambda s: 47, TypeError, "spatial_shapes is 47; it must hold"),
+    "shapes-triple": ("spatial_shapes", lambda s: [(5, 7, 1), (3, 4, 1)], ValueError, "one .height, width."),
+    "shapes-negative": ("spatial_shapes", lambda s: [(-5, 7), (3, 4)], ValueError, "each >= 1"),
     "levels": ("spatial_shapes", lambda s: [(47, 1)], ValueError, "offsets has shape"),
     "value-rank": ("value", lambda t: t.flatten(2), ValueError, "value has shape"),
     "value-integer": ("value", lambda t: t.long(), TypeError, r"value has dtype torch.int64.*value.float\(\)"),
     "offsets-integer": ("offsets", lambda t: t.long(), TypeError, "offsets has dtype"),
     "offsets-heads": ("offsets", lambda t: t[:, :, :1], ValueError, "offsets has shape"),
     "offsets-rank": ("offsets", lambda t: t[0], ValueError, "offsets has shape"),
+    "offsets-device": ("offsets", lambda t: t.to("meta"), ValueError, "on one device.*meta"),
+    "logits-device": ("logits", lambda t: t.to("meta"), ValueError, "on one device.*meta"),
+    "logits-integer": ("logits", lambda t: t.long(), TypeError, "logits has dtype"),
     "no-points": ("offsets", lambda t: t[:, :, :, :, :0], ValueError, "logits has shape"),
     "logits-points": ("logits", lambda t: t[..., :1], ValueError, "logits has shape.*offsets"),
     "reference-batch": ("reference_points", lambda t: t.repeat(3, 1, 1), ValueError, "reference_points has shape"),
@@ -366,5 +416,27 @@ def test_ms_deform_attn_names_wrong_arguments():
         ms_deform_attn(value, torch.tensor(shapes).float(), None, locations, weights)
     with pytest.raises(ValueError, match="attention_weights has shape"):
         ms_deform_attn(value, shapes, None, locations, weights[0])
+    for tensor, name in ((locations, "sampling_locations"), (weights, "attention_weights")):
+        arguments = {"sampling_locations": locations, "attention_weights": weights}
+        with pytest.raises(ValueError, match=f"on one device.*{name} on meta"):
+            ms_deform_attn(value, shapes, None, **{**arguments, name: tensor.to("meta")})
+        with pytest.raises(TypeError, match=f"{name} has dtype torch.int64"):
+            ms_deform_attn(value, shapes, None, **{**arguments, name: tensor.long()})
     with pytest.raises(ValueError, match="at least one point"):
         ms_deform_attn(value, shapes, None, locations[..., :0, :], weights[..., :0])
+
+
+def test_more_than_the_kernels_can_count():
+    """Expanded tensors have no memory behind them."""
+    many = 2**30 + 1
+    value, score = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"an image has 1073741825 queries; .* at most 2\*\*30"):
+        ms_deform_attn(
+            value,
+            [(1, 1)],
+            None,
+            torch.zeros(1, 1, 1, 1, 1, 2).expand(1, many, 1, 1, 1, 2),
+            score.expand(1, many, 1, 1, 1),
+        )
+    with pytest.raises(ValueError, match="1073741825 pixels in spatial_shapes"):
+        ms_deform_attn(value.expand(1, many, 1, 1), [(1, many)], None, score[..., None].expand(1, 1, 1, 1, 1, 2), score)

@@ -8,14 +8,6 @@ from unept.kernels import upsample_argmax, upsample_cross_entropy
 HALF = (torch.float16, torch.bfloat16)
 
 
-@pytest.fixture
-def deterministic():
-    """Deterministic algorithms; PyTorch then also fills every new buffer with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def make_inputs(
     device, dtype=torch.float32, shape=(2, 7, 3, 4), size=(9, 11), offset=None, weighted=False, ignored=0.2
 ):
@@ -322,6 +314,15 @@ def test_argmax_takes_the_lowest_of_equals(backend):
     assert (upsample_argmax(logits, (7, 9)) == 1).all()
 
 
+def test_argmax_takes_the_first_nan(backend):
+    logits = torch.randn(1, 6, 2, 2)
+    logits[0, 1:3, 0, 0] = float("nan")
+    logits[0, 4, 0, 1] = float("nan")
+    want = F.interpolate(logits, (5, 4), mode="bilinear").argmax(1)
+    assert {1, 4} <= set(want.unique().tolist())
+    assert torch.equal(upsample_argmax(logits.to(backend[1]), (5, 4)).cpu(), want)
+
+
 def test_argmax_of_nothing(backend):
     assert upsample_argmax(torch.zeros(0, 3, 2, 2, device=backend[1]), (4, 5)).shape == (0, 4, 5)
     assert upsample_argmax(torch.zeros(2, 3, 2, 2, device=backend[1]), (0, 5)).shape == (2, 0, 5)
@@ -346,6 +347,10 @@ LOGITS, TARGET = torch.zeros(2, 3, 2, 2), torch.zeros(2, 4, 5, dtype=torch.long)
             r"offset has shape \(2, 2, 5, 4\); it must be \(2, 2, 4, 5\)",
         ),
         ({"offset": torch.zeros(2, 2, 4, 5).bool()}, TypeError, "offset has dtype torch.bool"),
+        ({"offset": torch.zeros(2, 2, 4, 5, device="meta")}, ValueError, "logits on cpu, offset on meta"),
+        ({"logits": LOGITS[:, :, :1, :1].expand(2, 3, 2**15, 2**16)}, ValueError, "2147483648 pixels in logits"),
+        ({"target": TARGET[:, :1, :1].expand(2, 2**15, 2**16)}, ValueError, "2147483648 pixels in the output"),
+        ({"class_weights": torch.ones(3, device="meta")}, ValueError, "logits on cpu, class_weights on meta"),
         ({"class_weights": torch.ones(4)}, ValueError, r"class_weights has shape \(4,\); it must be \(3\)"),
         ({"class_weights": torch.ones(3).long()}, TypeError, "class_weights has dtype torch.int64"),
         ({"reduction": "median"}, ValueError, "reduction is 'median'; it must be one of 'mean', 'sum', 'none'"),
@@ -354,3 +359,27 @@ LOGITS, TARGET = torch.zeros(2, 3, 2, 2), torch.zeros(2, 4, 5, dtype=torch.long)
 def test_wrong_arguments(change, error, message):
     with pytest.raises(error, match=message):
         upsample_cross_entropy(**{"logits": LOGITS, "target": TARGET, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": LOGITS.int()}, TypeError, r"logits has dtype torch.int32.*logits.float\(\)"),
+        ({"logits": LOGITS[0]}, ValueError, r"logits has shape \(3, 2, 2\); it must be \(B, K, h, w\)"),
+        ({"size": 8}, ValueError, r"size is 8; it must be \(height, width\)"),
+        ({"size": (4, 5, 6)}, ValueError, r"size is \(4, 5, 6\)"),
+        ({"size": (-1, 4)}, ValueError, r"size is \(-1, 4\); .* two ints >= 0"),
+        ({"size": (4.0, 5.0)}, ValueError, r"size is \(4.0, 5.0\)"),
+        ({"size": (2**15, 2**16)}, ValueError, "2147483648 pixels in the output"),
+        (
+            {"offset": torch.zeros(2, 2, 5, 4)},
+            ValueError,
+            r"offset has shape \(2, 2, 5, 4\); it must be \(2, 2, 4, 5\)",
+        ),
+        ({"offset": torch.zeros(2, 2, 4, 5).bool()}, TypeError, "offset has dtype torch.bool"),
+        ({"offset": torch.zeros(2, 2, 4, 5, device="meta")}, ValueError, "logits on cpu, offset on meta"),
+    ],
+)
+def test_wrong_arguments_of_argmax(change, error, message):
+    with pytest.raises(error, match=message):
+        upsample_argmax(**{"logits": LOGITS, "size": (4, 5), **change})
