@@ -18,7 +18,7 @@ from unept.kernels import (
     sparse_sampling_attention,
     use_backend,
 )
-from unept.kernels._triton import INTERPRETED, ScatterBuffer
+from unept.kernels._triton import INTERPRETED, ScatterBuffer, size_class
 
 SHAPES = [(5, 7), (3, 4), (1, 6)]
 
@@ -304,6 +304,13 @@ def test_deterministic_gradient_does_not_depend_on_the_order_of_adds(backend, de
 
 def test_only_deterministic_mode_looks_for_the_largest_contribution():
     ScatterBuffer((3,), torch.device("cpu"), bound=lambda: pytest.fail("a pass over the gradient for nothing"))
+
+
+def test_tuning_of_a_tiny_problem_does_not_decide_for_real_ones():
+    heads, queries = 8, 3 * 60 * 60
+    tiny, image, batch = size_class(heads * 5), size_class(heads * queries), size_class(16 * heads * queries)
+    assert len({tiny, image, batch}) == 3
+    assert size_class(heads * 3 * 64 * 48) == image, "another size of image would tune anew"
 
 
 def test_deterministic_bound_covers_weights_above_one(backend, deterministic):
