@@ -54,6 +54,7 @@ class Shifted(nn.Module):
     """Predicts the edge at x = 20 and that all is boundary, whose refinement reads 1 pixel to the left."""
 
     num_classes = 3
+    classes = list(Halves.classes)
     refines = True
 
     def __init__(self):
@@ -210,6 +211,13 @@ def test_other_class_count(tmp_path, command):
     assert status == 2
     assert err.startswith("error: the model predicts 5 classes, but the data set has 8:")
     assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_classes_in_another_order():
+    model = Shifted()
+    model.classes = ["right", "left", "nowhere"]
+    with pytest.raises(ValueError, match="its 'right' stands where the data set has 'left'"):
+        evaluate.evaluate_model(model, Halves(), InferenceConfig(), torch.device("cpu"), boundary_tolerance=3)
 
 
 def test_no_such_folder(tmp_path, command):

@@ -33,7 +33,7 @@ class FakeModel(nn.Module):
         self.most_held = 0
 
     def normalized(self, images: Tensor) -> Tensor:
-        return images.float() / 64 - 2
+        return images if images.is_floating_point() else images.float() / 64 - 2
 
     def maps(self, images: Tensor) -> UNEPTOutput:
         images = self.normalized(images)

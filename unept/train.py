@@ -1,5 +1,6 @@
 """Train a model (Sec. 4.2, Training): `python -m unept.train [PRESET] [--options]`."""
 
+import inspect
 import json
 import math
 import sys
@@ -35,7 +36,7 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
     args = list(sys.argv[1:] if args is None else args)
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         args.insert(0, "shapes")
-    presets = {name: ((preset.__doc__ or "").strip(), preset()) for name, preset in PRESETS.items()}
+    presets = {name: (inspect.getdoc(preset) or "", preset()) for name, preset in PRESETS.items()}
     config = tyro.extras.overridable_config_cli(presets, prog="python -m unept.train", args=args)
     return args[0], config
 

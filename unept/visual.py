@@ -147,7 +147,7 @@ def class_bars(scores: Mapping[str, Any], classes: Sequence[str], path: Path) ->
     axis.set(xlim=(0, 1.08), ylim=(-0.6, len(ranked) - 0.4), xlabel="IoU")
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="lower right", fontsize=9)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=9, frameon=False)
     figure.savefig(path)
 
 

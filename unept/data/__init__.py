@@ -52,5 +52,5 @@ def build_dataset(
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
     if root is None and name != "shapes":
-        raise ValueError(f"the dataset {name!r} reads files: give root, the folder that holds them")
+        raise ValueError(f"the dataset {name!r} reads files: give root (--root), the folder that holds them")
     return DATASETS[name](root=root, split=split, **options)
