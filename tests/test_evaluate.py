@@ -54,7 +54,7 @@ class Shifted(nn.Module):
     """Predicts the edge at x = 20 and that all is boundary, whose refinement reads 1 pixel to the left."""
 
     num_classes = 3
-    classes = list(Halves.classes)
+    classes = Halves.classes
     refines = True
 
     def __init__(self):
