@@ -13,7 +13,7 @@ from unept.backbone import Backbone
 from unept.boundary import DIRECTIONS, refinement_offset
 from unept.loss import UNEPTLoss
 from unept.model import UNEPT
-from unept.transformer import reference_grid, sine_position_encoding
+from unept.transformer import DecoderLayer, EncoderLayer, reference_grid, sine_position_encoding
 
 TINY = {"d_model": 32, "num_heads": 4, "num_points": 2, "ffn_dim": 32}
 
@@ -154,6 +154,22 @@ def test_position_encoding_tells_positions_apart():
     # y first, then x: the first half of the channels is the same along a row.
     rows = encoding.view(30, 40, 64)
     assert torch.equal(rows[:, :1, :32].expand(-1, 40, -1), rows[:, :, :32])
+
+
+def test_encodings_go_to_the_queries_only():
+    """While the sampling ignores the query (as at first), an encoding that reached the values would show."""
+    shapes = [(3, 4)]
+    points = reference_grid(shapes, torch.device("cpu"))
+    x, memory = torch.randn(2, 12, 32), torch.randn(2, 12, 32)
+    zeros, encoding = torch.zeros(1, 12, 32), torch.randn(1, 12, 32)
+    encoder, decoder = EncoderLayer(32, 4, 1, 2, 32, 0.0), DecoderLayer(32, 4, 1, 2, 32, 0.0)
+    assert torch.equal(encoder(x, zeros, shapes, points), encoder(x, encoding, shapes, points))
+    without, with_encoding = (decoder(x, e, shapes[0], points, memory, shapes) for e in (zeros, encoding))
+    assert torch.equal(without, with_encoding)
+    for attention in (encoder.self_attention, decoder.self_attention, decoder.cross_attention):
+        torch.nn.init.normal_(attention.sampling_weight)
+    assert not torch.equal(encoder(x, zeros, shapes, points), encoder(x, encoding, shapes, points))
+    assert not torch.equal(without, decoder(x, encoding, shapes[0], points, memory, shapes))
 
 
 def test_refinement_moves_boundary_pixels_one_step_inward():
