@@ -19,7 +19,7 @@ from .boundary import upsample_boundary
 from .data import SegmentationDataset, evaluation_loader
 from .inference import InferenceConfig, infer
 from .metrics import BoundaryFScore, ConfusionMatrix
-from .model import UNEPT, predicted_ids
+from .model import UNEPT, padded_size, predicted_ids
 
 
 @dataclass
@@ -158,8 +158,7 @@ def draw_samples(
         refined = boundary = None
         if output.boundary is not None:
             refined = predicted_ids(output, size, refine_scale=config.refine_scale or 1)[0]
-            padded = (size[0] + -size[0] % 8, size[1] + -size[1] % 8)
-            boundary = upsample_boundary(output.boundary, padded)[0, : size[0], : size[1]].sigmoid()
+            boundary = upsample_boundary(output.boundary, padded_size(size))[0, : size[0], : size[1]].sigmoid()
         samples.append(visual.Sample(dataset.name(i), image, truth, prediction, refined, boundary))
     visual.sample_panel(samples, dataset.classes, dataset.palette, path)
 

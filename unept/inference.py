@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .boundary import DIRECTIONS
-from .model import STRIDE, UNEPT, UNEPTOutput, evaluation_mode, predicted_ids
+from .model import STRIDE, UNEPT, UNEPTOutput, evaluation_mode, padded_size, predicted_ids
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
 
@@ -129,7 +129,8 @@ def _is_plain(images: Tensor, config: InferenceConfig) -> bool:
 
 def _padded(images: Tensor) -> Tensor:
     """Normalised images, padded right and below with the mean colour (zero) to multiples of 8, as the network pads."""
-    return F.pad(images, (0, -images.shape[3] % STRIDE, 0, -images.shape[2] % STRIDE))
+    height, width = padded_size(images.shape[2:])
+    return F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
 
 
 def _view_sizes(padded: Tensor, short_side: int, config: InferenceConfig) -> list[tuple[int, int]]:

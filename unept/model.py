@@ -150,7 +150,7 @@ class UNEPT(
             raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, 3, H, W)")
         images = self.normalized(images)
         height, width = images.shape[2:]
-        full_height, full_width = (_ceil_div(n, self.divisor) * self.divisor for n in (height, width))
+        full_height, full_width = padded_size((height, width), self.divisor)
         padded = F.pad(images, (0, full_width - width, 0, full_height - height))
 
         details = self.queries(padded)
@@ -160,7 +160,7 @@ class UNEPT(
         boundary = self.boundary_head(details) if self.boundary_head is not None else None
         direction = self.direction_head(details) if self.direction_head is not None else None
 
-        h, w = _ceil_div(height, STRIDE), _ceil_div(width, STRIDE)
+        h, w = (n // STRIDE for n in padded_size((height, width)))
         return UNEPTOutput(*(None if m is None else m[:, :, :h, :w] for m in (logits, boundary, direction)))
 
     @classmethod
@@ -185,8 +185,10 @@ class UNEPT(
             return predicted_ids(output, images.shape[2:], refine=refine, refine_scale=refine_scale)
 
 
-def _ceil_div(number: int, divisor: int) -> int:
-    return (number + divisor - 1) // divisor
+def padded_size(size: Sequence[int], divisor: int = STRIDE) -> tuple[int, int]:
+    """(H, W) padded right and below to the next multiples of `divisor`; by default what the predicted maps cover."""
+    height, width = ((n + divisor - 1) // divisor * divisor for n in size)
+    return height, width
 
 
 @contextlib.contextmanager
@@ -207,7 +209,7 @@ def predicted_ids(output: UNEPTOutput, size: Sequence[int], *, refine: bool = Tr
 
     The maps of `output` may have any resolution; they cover the image padded right and below to multiples of 8.
     """
-    full = (size[0] + -size[0] % STRIDE, size[1] + -size[1] % STRIDE)
+    full = padded_size(size)
     offset = None
     if refine and output.boundary is not None and output.direction is not None:
         offset = refinement_offset(output.boundary, output.direction, full, scale=refine_scale)
