@@ -22,30 +22,30 @@ def _encoder(dtype: torch.dtype) -> tuple[Any, ...]:
 
 def sparse_sampling(dtype: torch.dtype) -> None:
     """The encoder's attention, forward and backward."""
-    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
+    from unept.kernels._sparse_attention_triton import backward, forward
 
     grad_out, *inputs = _encoder(dtype)
     reference = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32)
-    _forward_triton(*inputs, reference)
-    _backward_triton(grad_out, *inputs, reference, value_grad=True, reference_grad=False)
+    forward(*inputs, reference)
+    backward(grad_out, *inputs, reference, value_grad=True, reference_grad=False)
 
 
 def sparse_sampling_deterministic(dtype: torch.dtype) -> None:
     """The backward that adds integers, with the gradient of the reference points."""
-    from unept.kernels.sparse_attention import _backward_triton
+    from unept.kernels._sparse_attention_triton import backward
 
     grad_out, *inputs = _encoder(dtype)
     reference = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
-        _backward_triton(grad_out, *inputs, reference, value_grad=True, reference_grad=True)
+        backward(grad_out, *inputs, reference, value_grad=True, reference_grad=True)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def sparse_sampling_sizes_of_one(dtype: torch.dtype) -> None:
     """One image, pixel, head, channel, query, level and point: arguments that are 1 become constants."""
-    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
+    from unept.kernels._sparse_attention_triton import backward, forward
 
     value, grad_out, reference = (
         _meta(1, 1, 1, 1, dtype=dtype),
@@ -53,17 +53,17 @@ def sparse_sampling_sizes_of_one(dtype: torch.dtype) -> None:
         _meta(1, 1, 2, dtype=dtype),
     )
     inputs = value, [1, 1], _meta(1, 1, 1, 1, 1, 2, dtype=dtype), _meta(1, 1, 1, 1, 1, dtype=dtype), reference
-    _forward_triton(*inputs)
-    _backward_triton(grad_out, *inputs, value_grad=True, reference_grad=True)
+    forward(*inputs)
+    backward(grad_out, *inputs, value_grad=True, reference_grad=True)
 
 
 def ms_deform(dtype: torch.dtype) -> None:
     """The encoder's shapes under Deformable DETR's convention."""
-    from unept.kernels.sparse_attention import _backward_triton, _forward_triton
+    from unept.kernels._sparse_attention_triton import backward, forward
 
     grad_out, *inputs = _encoder(dtype)
-    _forward_triton(*inputs, None)
-    _backward_triton(grad_out, *inputs, None, value_grad=True, reference_grad=False)
+    forward(*inputs, None)
+    backward(grad_out, *inputs, None, value_grad=True, reference_grad=False)
 
 
 def _gather(size: int, dtype: torch.dtype, paddings: tuple[str, ...]) -> None:

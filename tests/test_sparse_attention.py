@@ -12,9 +12,9 @@ from accuracy import assert_accurate
 from torch import Tensor
 from unept.kernels import (
     MSDeformAttnFunction,
+    _sparse_attention_torch,
     ms_deform_attn,
     requested_backend,
-    sparse_attention,
     sparse_sampling_attention,
     use_backend,
 )
@@ -159,7 +159,7 @@ def test_gradcheck(normalised):
 
 
 def test_torch_backend_in_chunks(monkeypatch):
-    monkeypatch.setattr(sparse_attention, "MAX_TEMPORARY", 1)
+    monkeypatch.setattr(_sparse_attention_torch, "MAX_TEMPORARY", 1)
     with use_backend("torch"):
         check(attention, make_case().to("cpu", torch.float64))
 
