@@ -7,7 +7,11 @@ element then holds up to 2**25 contributions without overflow, each exact to `bo
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,12 +39,42 @@ except ModuleNotFoundError:
     HAS_TRITON = INTERPRETED = False
 
 
+# UNEPT_AUTOTUNE=0 takes the first of each pool of configurations, without looking which is fastest.
+TUNES = os.environ.get("UNEPT_AUTOTUNE", "1") != "0"
+
 FIXED_POINT_ONE = 2.0**38
+
+_choices: dict[tuple[Any, ...], str] = {}
 
 
 def autotune_pool(*configs: "triton.Config") -> list["triton.Config"]:
-    """The configurations to try. The interpreter has no clock to choose by: it gets the first."""
-    return list(configs[:1] if INTERPRETED else configs)
+    """The configurations to try, the best guess first. The interpreter has no clock to choose by: it gets the first."""
+    return list(configs if TUNES and not INTERPRETED else configs[:1])
+
+
+def fastest(name: str, candidates: Mapping[str, Callable[[], Any]], key: tuple[Any, ...]) -> Callable[[], Any]:
+    """The candidate that runs fastest, timed once for each `key` and device and kept in Triton's cache on disk.
+
+    Where nothing can be timed (in the interpreter, without tuning, while a CUDA graph is captured) it is the first.
+    """
+    key = (name, *key)
+    if key not in _choices and (INTERPRETED or not TUNES or torch.cuda.is_current_stream_capturing()):
+        return next(iter(candidates.values()))
+    if key not in _choices:
+        device = torch.cuda.get_device_properties(torch.cuda.current_device())
+        identity = repr((key, device.name, triton.__version__, torch.__version__, list(candidates)))
+        cache = triton.runtime.cache.get_cache_manager(hashlib.sha256(identity.encode()).hexdigest())
+        path = cache.get_file(f"{name}.json")
+        if path is None:
+            time_of = {
+                candidate: triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+                for candidate, run in candidates.items()
+            }
+            cache.put(json.dumps({"times": time_of}), f"{name}.json", binary=False)
+        else:
+            time_of = json.loads(Path(path).read_text())["times"]
+        _choices[key] = min(time_of, key=time_of.__getitem__)
+    return candidates[_choices[key]]
 
 
 def size_class(lanes: int) -> int:
@@ -62,8 +96,9 @@ def autotuned(
     """
 
     def decorate(kernel: Callable) -> Any:
-        # size_class is for the choice alone: not specialised, its values share one compiled kernel.
-        compiled = triton.jit(kernel, do_not_specialize=["size_class"])
+        # size_class is for the choice alone: not specialised, its values share one compiled kernel. So does any number
+        # of levels, of which 1 would become a constant.
+        compiled = triton.jit(kernel, do_not_specialize=["size_class", "num_levels"])
         key_names = [*key, "size_class"]
         return triton.autotune(list(configs), key_names, reset_to_zero=list(adds_into), cache_results=True)(compiled)
 

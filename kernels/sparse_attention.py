@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _sparse_attention_torch, _sparse_attention_triton
+from . import _sparse_attention_torch, _sparse_attention_triton, _sparse_attention_triton_backward
 from ._sparse_attention_torch import levels
 from .backend import runs_on_triton
 from .checks import check_count, check_floating, check_integer, check_same_device, check_shape
@@ -61,7 +61,7 @@ def _sparse_sampling_backward(
         grad_value, grad_points, grad_scores = (t.new_zeros(t.shape) for t in (value, points, scores))
         grad_reference = None if reference is None else reference.new_zeros(reference.shape)
     else:
-        run = (_sparse_attention_triton if runs_on_triton(value) else _sparse_attention_torch).backward
+        run = (_sparse_attention_triton_backward if runs_on_triton(value) else _sparse_attention_torch).backward
         grad_value, grad_points, grad_scores, grad_reference = run(
             grad_out, value, shapes, points, scores, reference, value_grad, reference_grad
         )

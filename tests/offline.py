@@ -1,16 +1,25 @@
-"""Compile the Triton kernels for GPUs that are not there, at the paper's shapes: `python tests/offline.py [--all]`.
+"""Compile the Triton kernels for GPUs that are not there, at the paper's shapes: `python tests/offline.py [--record]`.
 
 Each entry of OPS in tests/offline_ops.py calls an op's launchers on tensors without memory. The launches are recorded
-instead of run, and their kernels compiled for what they were called with. Prints one JSON row a launch, about its
-autotuning, and one a compiled kernel: op, kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a
-thread; a stack means that registers were spilled). On sm_90 it goes through the autotune pool up to the first
-configuration that doesn't spill, with `--all` to the end.
+instead of run, and their kernels compiled for what they were called with: on sm_90 with every configuration of their
+autotune pool, on the other targets with the first. Prints one JSON row a launch, about its autotuning, and one a
+compiled kernel: op, kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a thread; a stack means
+that registers were spilled); on sm_90 also what the machine code does:
+
+    instructions    of the hot loop, a warp, divided by the elements (samples, records, pixels) that the warp handles in
+                    a turn: what the kernel costs the GPU's schedulers
+    opcodes         how often the hot loop reads, writes and adds to memory, by instruction
+
+The hot loop is the innermost one with the most instructions, the whole kernel if it has no loop. `--record` writes the
+instruction counts to tests/instructions.json, from which tests/test_compile_offline.py allows no more than 10 % up.
 
 Needs a process without TRITON_INTERPRET: the interpreter leaves nothing to compile.
 """
 
+import collections
 import importlib
 import json
+import math
 import pkgutil
 import re
 import subprocess
@@ -18,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +102,9 @@ def specialised(argument: Any, path: tuple[int, ...], constants: dict, attribute
 
 def compiled(kernel: JITFunction, arguments: dict[str, Any], config: triton.Config, target: GPUTarget) -> Any:
     arguments = {**arguments, **config.all_kwargs()}
+    if target.backend == "hip":
+        # The launchers look for the GPU that is here; AMD's have no such mode.
+        arguments = {name: "ieee" if argument == "tf32x3" else argument for name, argument in arguments.items()}
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -106,39 +119,77 @@ def compiled(kernel: JITFunction, arguments: dict[str, Any], config: triton.Conf
     return triton.compile(source, target=target, options=options)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
+def disassembled(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    usage = disassembled(cubin, "-res-usage")
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match, usage
     return {"registers": int(match[1]), "stack": int(match[2])}
 
 
-def report(every_config: bool) -> Iterator[dict[str, Any]]:
-    """Rows for all kernels: on sm_90 the configurations in order, on the other targets the first that spills least."""
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*);", re.M)
+
+
+def hot_loop(machine_code: str) -> list[str]:
+    """The opcodes of the innermost loop that has the most of them; all opcodes if there is no loop."""
+    lines = [(int(address, 16), opcode, rest) for address, opcode, rest in INSTRUCTION.findall(machine_code)]
+    at = {address: i for i, (address, _, _) in enumerate(lines)}
+    loops = []
+    for i, (address, opcode, rest) in enumerate(lines):
+        target = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
+        # The last branch of a kernel jumps to itself.
+        if target and int(target[1], 16) < address:
+            loops.append((at[int(target[1], 16)], i))
+    innermost = [loop for loop in loops if not any(loop != o and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
+    start, end = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, len(lines) - 1))
+    return [opcode for _, opcode, _ in lines[start : end + 1] if opcode != "NOP"]
+
+
+MEMORY = re.compile(r"LD|ST|RED|ATOM|BAR|SHFL")
+
+
+def work(cubin: bytes, config: triton.Config) -> dict[str, Any]:
+    machine_code = disassembled(cubin, "-sass")
+    opcodes = hot_loop(machine_code)
+    elements = math.prod(config.kwargs.values()) / config.num_warps
+    return {
+        "instructions": round(len(opcodes) / elements, 3),
+        "opcodes": collections.Counter(opcode for opcode in opcodes if MEMORY.match(opcode)),
+        "compare_and_swap": sum("CAS" in opcode for _, opcode, _ in INSTRUCTION.findall(machine_code)),
+    }
+
+
+def report() -> Iterator[dict[str, Any]]:
+    """The rows of all kernels."""
     for op, (call, dtype_names) in OPS.items():
         for dtype_name in dtype_names:
             launches, buffers = recorded_launches(partial(call, DTYPES[dtype_name]))
             for launched, arguments in launches:
                 kernel = launched.fn if isinstance(launched, Autotuner) else launched
-                configs = launched.configs if isinstance(launched, Autotuner) else [triton.Config({})]
+                configs = launched.configs if isinstance(launched, Autotuner) else [fixed_config(arguments)]
                 row = {"op": op, "kernel": qualified_name(launched), "dtype": dtype_name}
                 yield {**row, **autotuning(launched, arguments, buffers)}
-                best, least_stack = configs[0], sys.maxsize
                 for config in configs:
-                    used = resources(compiled(kernel, arguments, config, TARGETS["sm_90"]).asm["cubin"])
-                    yield {**row, "target": "sm_90", "config": str(config), **used}
-                    if used["stack"] < least_stack:
-                        best, least_stack = config, used["stack"]
-                    if least_stack == 0 and not every_config:
-                        break
+                    cubin = compiled(kernel, arguments, config, TARGETS["sm_90"]).asm["cubin"]
+                    sizes = {**config.kwargs, "num_warps": config.num_warps}
+                    yield {**row, "target": "sm_90", "config": sizes, **resources(cubin), **work(cubin, config)}
                 for name, target in list(TARGETS.items())[1:]:
-                    binary = compiled(kernel, arguments, best, target)
+                    binary = compiled(kernel, arguments, configs[0], target)
                     used = resources(binary.asm["cubin"]) if target.backend == "cuda" else {}
-                    yield {**row, "target": name, "config": str(best), **used}
+                    yield {**row, "target": name, "config": configs[0].kwargs, **used}
+
+
+def fixed_config(arguments: dict[str, Any]) -> triton.Config:
+    """What a launch that isn't tuned was called with, as a configuration."""
+    blocks = {name: size for name, size in arguments.items() if re.match("BLOCK_[NQRPS]$", name)}
+    return triton.Config(blocks, num_warps=arguments.get("num_warps", 4))
 
 
 def autotuning(launched: Any, arguments: dict[str, Any], buffers: list[ScatterBuffer]) -> dict[str, list[str]]:
@@ -164,7 +215,26 @@ def kernels_of_the_package() -> set[str]:
     return {name for name in found if name.endswith("_kernel")}
 
 
+RECORD = Path(__file__).with_name("instructions.json")
+
+
+def record_key(row: dict[str, Any]) -> str:
+    return " ".join([row["op"], row["kernel"].split(".")[-1], row["dtype"], *map(str, row["config"].values())])
+
+
+def record(rows: list[dict[str, Any]]) -> None:
+    """Write the instruction counts of this version of Triton into RECORD."""
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    version = ".".join(triton.__version__.split(".")[:2])
+    recorded[version] = {record_key(row): row["instructions"] for row in rows if "instructions" in row}
+    RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+
+
 if __name__ == "__main__":
-    for line in report(every_config="--all" in sys.argv):
+    rows = []
+    for line in report():
+        rows.append(line)
         print(json.dumps(line), flush=True)
     print(json.dumps({"kernels": sorted(kernels_of_the_package())}))
+    if "--record" in sys.argv:
+        record(rows)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,32 +21,46 @@ def _encoder(dtype: torch.dtype) -> tuple[Any, ...]:
     return _meta(2, length, 256, dtype=dtype), _meta(2, length, 8, 32, dtype=dtype), shapes, points, scores
 
 
-def sparse_sampling(dtype: torch.dtype) -> None:
-    """The encoder's attention, forward and backward."""
-    from unept.kernels._sparse_attention_triton import backward, forward
+def _attention(
+    dtype: torch.dtype, *, method: str = "binned", padded: bool = True, reference: bool = True, gradient: bool = False
+) -> None:
+    """The encoder's attention, forward and backward, with maps and gradient of the value in a given form."""
+    from unept.kernels import _sparse_attention_triton as shared
+    from unept.kernels import _sparse_attention_triton_value as of_value
+    from unept.kernels._sparse_attention_triton_backward import backward
 
     grad_out, *inputs = _encoder(dtype)
-    reference = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32)
-    forward(*inputs, reference)
-    backward(grad_out, *inputs, reference, value_grad=True, reference_grad=False)
+    centres = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32) if reference else None
+    with mock.patch.object(shared, "copy_pays", return_value=padded):
+        shared.forward(*inputs, centres)
+        with mock.patch.object(of_value, "fastest", lambda name, methods, key: methods[method]):
+            backward(grad_out, *inputs, centres, value_grad=True, reference_grad=gradient)
+
+
+def sparse_sampling(dtype: torch.dtype) -> None:
+    """Maps padded, the value's gradient binned."""
+    _attention(dtype)
+
+
+def sparse_sampling_masked(dtype: torch.dtype) -> None:
+    """Maps masked, the value's gradient by atomics."""
+    _attention(dtype, padded=False, method="atomic")
 
 
 def sparse_sampling_deterministic(dtype: torch.dtype) -> None:
     """The backward that adds integers, with the gradient of the reference points."""
-    from unept.kernels._sparse_attention_triton import backward
-
-    grad_out, *inputs = _encoder(dtype)
-    reference = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
-        backward(grad_out, *inputs, reference, value_grad=True, reference_grad=True)
+        _attention(dtype, gradient=True)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def sparse_sampling_sizes_of_one(dtype: torch.dtype) -> None:
     """One image, pixel, head, channel, query, level and point: arguments that are 1 become constants."""
-    from unept.kernels._sparse_attention_triton import backward, forward
+    from unept.kernels import _sparse_attention_triton as shared
+    from unept.kernels import _sparse_attention_triton_value as of_value
+    from unept.kernels._sparse_attention_triton_backward import backward
 
     value, grad_out, reference = (
         _meta(1, 1, 1, 1, dtype=dtype),
@@ -53,17 +68,18 @@ def sparse_sampling_sizes_of_one(dtype: torch.dtype) -> None:
         _meta(1, 1, 2, dtype=dtype),
     )
     inputs = value, [1, 1], _meta(1, 1, 1, 1, 1, 2, dtype=dtype), _meta(1, 1, 1, 1, 1, dtype=dtype), reference
-    forward(*inputs)
-    backward(grad_out, *inputs, value_grad=True, reference_grad=True)
+    for padded, method in ((True, "binned"), (False, "atomic")):
+        with (
+            mock.patch.object(shared, "copy_pays", return_value=padded),
+            mock.patch.object(of_value, "fastest", lambda name, methods, key, method=method: methods[method]),
+        ):
+            shared.forward(*inputs)
+            backward(grad_out, *inputs, value_grad=True, reference_grad=True)
 
 
 def ms_deform(dtype: torch.dtype) -> None:
     """The encoder's shapes under Deformable DETR's convention."""
-    from unept.kernels._sparse_attention_triton import backward, forward
-
-    grad_out, *inputs = _encoder(dtype)
-    forward(*inputs, None)
-    backward(grad_out, *inputs, None, value_grad=True, reference_grad=False)
+    _attention(dtype, reference=False)
 
 
 def _gather(size: int, dtype: torch.dtype, paddings: tuple[str, ...]) -> None:
@@ -130,6 +146,7 @@ def sizes_of_one(dtype: torch.dtype) -> None:
 # name: (its launches, the dtypes to compile for)
 OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
     "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
+    "sparse_sampling, masked": (sparse_sampling_masked, ("bf16", "fp32")),
     "sparse_sampling, deterministic": (sparse_sampling_deterministic, ("fp32",)),
     "sparse_sampling, sizes of one": (sparse_sampling_sizes_of_one, ("fp32",)),
     "ms_deform": (ms_deform, ("fp32",)),

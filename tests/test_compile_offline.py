@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import offline
 import pytest
+import triton
 
 
 @pytest.fixture(scope="session")
@@ -27,15 +29,63 @@ def test_compiles(report, op, target):
     assert compiled == set(offline.OPS[op][1])
 
 
+# The ops as the network of the paper calls them on a GPU; the other entries are variants of their kernels.
+OF_THE_PAPER = ("sparse_sampling", "bilinear_gather", "upsample_cross_entropy", "boundary_targets")
+
+
+def on_sm_90(report, op: str) -> list[dict[str, Any]]:
+    rows = [row for row in report if row.get("op") == op and row.get("target") == "sm_90"]
+    for row in rows:
+        print(row)
+    assert rows
+    return rows
+
+
 @pytest.mark.parametrize("op", offline.OPS)
-def test_a_configuration_keeps_everything_in_registers_on_sm_90(report, op):
-    stacks: dict[tuple[str, str], list[int]] = {}
-    for row in report:
-        if row.get("op") == op and row.get("target") == "sm_90":
-            print(row)
-            stacks.setdefault((row["kernel"], row["dtype"]), []).append(row["stack"])
-    assert stacks
-    assert all(min(used) == 0 for used in stacks.values()), stacks
+def test_hot_loops_keep_everything_in_registers(report, op):
+    first: dict[tuple[str, str], int] = {}
+    for row in on_sm_90(report, op):
+        assert not {"LDL", "STL"} & {opcode.split(".")[0] for opcode in row["opcodes"]}, row
+        first.setdefault((row["kernel"], row["dtype"]), row["stack"])
+    # Outside the hot loop the assembler may put aside a value or two, to fit more programs on a multiprocessor.
+    limit = 0 if op in OF_THE_PAPER else 16
+    assert all(stack <= limit for stack in first.values()), first
+
+
+@pytest.mark.parametrize("op", offline.OPS)
+def test_no_addition_is_a_loop_of_compare_and_swap(report, op):
+    assert not any(row["compare_and_swap"] for row in on_sm_90(report, op))
+
+
+@pytest.mark.parametrize("op", ["sparse_sampling", "sparse_sampling, masked", "ms_deform"])
+def test_attention_gathers_16_bytes_at_a_time(report, op):
+    gathering = [r for r in on_sm_90(report, op) if "forward_kernel" in r["kernel"] or "points_" in r["kernel"]]
+    assert gathering
+    for row in gathering:
+        config, bytes_a_row = row["config"], 32 * {"bf16": 2, "fp32": 4}[row["dtype"]]
+        rows_a_warp = 4 * config["BLOCK_Q"] * config["BLOCK_N"] / config["num_warps"]
+        assert row["opcodes"]["LDG.E.128"] == rows_a_warp * bytes_a_row / 16 / 32, row
+
+
+def test_attention_adds_16_bytes_at_a_time(report):
+    adding = [r for r in on_sm_90(report, "sparse_sampling, masked") if "scatter" in r["kernel"]]
+    assert adding
+    for row in adding:
+        (opcode,) = [name for name in row["opcodes"] if name.startswith("RED")]
+        assert "F32x4" in opcode, row
+
+
+@pytest.mark.parametrize("op", offline.OPS)
+def test_instruction_counts_are_those_recorded(report, op):
+    """At most 10 % more than in tests/instructions.json; `python tests/offline.py --record` writes it anew."""
+    recorded = json.loads(offline.RECORD.read_text())
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    known = [name for name in recorded if tuple(map(int, name.split("."))) <= version]
+    limits = recorded[max(known, key=lambda name: tuple(map(int, name.split("."))))]
+    now = {offline.record_key(row): row["instructions"] for row in on_sm_90(report, op)}
+    assert set(now) <= set(limits), "new configurations: record them"
+    worse = {key: (count, limits[key]) for key, count in now.items() if count > 1.1 * limits[key]}
+    assert not worse
 
 
 def test_no_kernel_is_left_out(report):
@@ -45,7 +95,7 @@ def test_no_kernel_is_left_out(report):
 def test_autotuning_starts_from_zero_and_tells_sizes_apart(report):
     launches = [row for row in report if "key" in row]
     adding = {row["kernel"].split(".")[-1] for row in launches if row["added_into"]}
-    assert adding == {"backward_kernel", "gather_backward_kernel", "losses_backward_kernel"}
+    assert adding == {"scatter_backward_kernel", "gather_backward_kernel", "losses_backward_kernel"}
     for row in launches:
         assert row["reset_to_zero"] == row["added_into"], row
-        assert "size_class" in row["key"], row
+        assert "size_class" in row["key"] or not row["key"], row

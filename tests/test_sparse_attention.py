@@ -13,6 +13,8 @@ from torch import Tensor
 from unept.kernels import (
     MSDeformAttnFunction,
     _sparse_attention_torch,
+    _sparse_attention_triton,
+    _sparse_attention_triton_value,
     ms_deform_attn,
     requested_backend,
     sparse_sampling_attention,
@@ -130,6 +132,64 @@ def test_matches_the_paper_in_every_dtype(backend):
     case = make_case(heads=2)
     for dtype in dtypes_of(backend):
         check(attention, case.to(backend[1], dtype))
+
+
+# How the Triton kernels read maps and add up the gradient of the value.
+FORMS = {"padded, binned": (True, "binned"), "masked, atomic": (False, "atomic")}
+
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS)
+def form(request, monkeypatch):
+    padded, method = request.param
+    monkeypatch.setattr(_sparse_attention_triton, "copy_pays", lambda *_: padded)
+    monkeypatch.setattr(_sparse_attention_triton_value, "fastest", lambda name, methods, key: methods[method])
+    with use_backend("triton"):
+        yield "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_form_of_the_kernels(form, dtype):
+    check(attention, make_case(batch=1, queries=70, heads=2, levels=3, num_points=5, channels=7).to(form, dtype))
+
+
+def test_every_form_of_ms_deform_attn(form):
+    check(deformable, make_case(queries=9, num_points=4, normalised=True).to(form, torch.float32))
+
+
+def test_every_form_with_all_samples_on_one_pixel_and_outside(form):
+    case = make_case(batch=1, queries=90, heads=1, levels=2).to(form, torch.float32)
+    with torch.no_grad():
+        case.inputs["reference_points"].fill_(0.37)
+        case.inputs["offsets"].fill_(0.25)
+        for query, number in enumerate([float("nan"), float("inf"), float("-inf"), 1e30, -(2.0**63), 9.5, -9.5]):
+            case.inputs["offsets"][0, query, :, 0, 0, query % 2] = number
+    check(attention, case)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_values_at_the_edge_do_not_leak_into_samples_outside(form, value):
+    case = make_case(batch=1, queries=4, heads=1, levels=1, num_points=2).to(form, torch.float32)
+    with torch.no_grad():
+        case.inputs["value"].fill_(value)
+        case.inputs["offsets"][:, ::2] = -50
+        case.inputs["offsets"][:, 1::2] = 50
+    assert (attention(case) == 0).all()
+
+
+def test_images_are_binned_a_few_at_a_time(form, monkeypatch):
+    case = make_case(batch=3, queries=9, heads=2).to(form, torch.float32)
+    monkeypatch.setattr(_sparse_attention_triton_value, "MAX_RECORD_BYTES", 16 * 2 * 9 * 2 * 2 * 3)
+    check(attention, case)
+
+
+def test_queries_of_a_grid_are_taken_in_blocks():
+    order = _sparse_attention_triton.query_order((10, 12, 3, 4), 132, torch.device("cpu"))
+    assert sorted(order.tolist()) == list(range(132))
+    rows, columns = order[:64] // 12, order[:64] % 12
+    assert rows.max() == 7
+    assert columns.max() == 7
+    assert order[120:].min() == 120
+    assert torch.equal(_sparse_attention_triton.query_order((10, 12), 7, torch.device("cpu")), torch.arange(7).int())
 
 
 def test_ms_deform_attn_matches_its_definition_in_every_dtype(backend):
