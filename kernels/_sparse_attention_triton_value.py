@@ -364,6 +364,8 @@ def bin_samples(
     arguments = {name: argument for name, argument in samples.items() if name != "size_class"}
     arguments |= {"normaliser_ptr": normaliser, "geometry_ptr": table, "num_cells": num_cells}
     arguments |= {"BLOCK_Q": 64, "BLOCK_N": min(4, triton.next_power_of_2(samples["N"])), "num_warps": 4}
+    # Both passes must find each sample in the same cell: no multiply-adds, which one of them might form and one not.
+    arguments["enable_fp_fusion"] = False
     grid = (triton.cdiv(queries, 64) * images * heads,)
     counts = torch.zeros(images * heads * num_cells, dtype=torch.int32, device=device)
     bin_backward_kernel[grid](cursor_ptr=counts, records_ptr=None, COUNT=True, **arguments)

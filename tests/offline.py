@@ -171,10 +171,10 @@ def report() -> Iterator[dict[str, Any]]:
     for op, (call, dtype_names) in OPS.items():
         for dtype_name in dtype_names:
             launches, buffers = recorded_launches(partial(call, DTYPES[dtype_name]))
-            for launched, arguments in launches:
+            for launch, (launched, arguments) in enumerate(launches):
                 kernel = launched.fn if isinstance(launched, Autotuner) else launched
                 configs = launched.configs if isinstance(launched, Autotuner) else [fixed_config(arguments)]
-                row = {"op": op, "kernel": qualified_name(launched), "dtype": dtype_name}
+                row = {"op": op, "kernel": qualified_name(launched), "dtype": dtype_name, "launch": launch}
                 yield {**row, **autotuning(launched, arguments, buffers)}
                 for config in configs:
                     cubin = compiled(kernel, arguments, config, TARGETS["sm_90"]).asm["cubin"]
@@ -219,7 +219,8 @@ RECORD = Path(__file__).with_name("instructions.json")
 
 
 def record_key(row: dict[str, Any]) -> str:
-    return " ".join([row["op"], row["kernel"].split(".")[-1], row["dtype"], *map(str, row["config"].values())])
+    kernel, sizes = row["kernel"].split(".")[-1], row["config"].values()
+    return " ".join([row["op"], str(row["launch"]), kernel, row["dtype"], *map(str, sizes)])
 
 
 def record(rows: list[dict[str, Any]]) -> None:
