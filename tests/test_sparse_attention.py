@@ -182,6 +182,13 @@ def test_images_are_binned_a_few_at_a_time(form, monkeypatch):
     check(attention, case)
 
 
+def test_maps_are_copied_for_many_samples_only():
+    dense, few = 3 * 60 * 60, 300
+    value = torch.empty(1, dense, 8, 32, dtype=torch.bfloat16, device="meta")
+    assert _sparse_attention_triton.copy_pays(value, torch.empty(1, dense, 8, 3, 16, 2, device="meta"))
+    assert not _sparse_attention_triton.copy_pays(value, torch.empty(1, few, 8, 4, 4, 2, device="meta"))
+
+
 def test_queries_of_a_grid_are_taken_in_blocks():
     order = _sparse_attention_triton.query_order((10, 12, 3, 4), 132, torch.device("cpu"))
     assert sorted(order.tolist()) == list(range(132))
