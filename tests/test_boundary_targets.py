@@ -151,7 +151,7 @@ def test_custom_op_is_well_formed_and_compiles(backend):
         (torch.zeros(1, 4, 5), {}, TypeError, r"labels has dtype torch.float32.*labels.long\(\)"),
         (torch.zeros(1, 4, 5).long(), {"radius": 0}, ValueError, "radius is 0; it must be above 0"),
         (torch.zeros(1, 4, 5).long(), {"radius": math.nan}, ValueError, "radius is nan"),
-        (torch.zeros(1, 4, 5).long(), {"radius": 32.5}, ValueError, "radius is 32.5; .* at most 32 pixels"),
+        (torch.zeros(1, 4, 5).long(), {"radius": 100.5}, ValueError, "radius is 100.5; .* at most 100 pixels"),
         (torch.zeros(1, 1, 1).long().expand(1, 2**15, 2**16), {}, ValueError, "2147483648 pixels in labels"),
         (torch.zeros(1, 4, 5).long(), {"num_directions": 0}, ValueError, "num_directions is 0; it must be 1 to 255"),
         (torch.zeros(1, 4, 5).long(), {"num_directions": 256}, ValueError, "num_directions is 256"),
