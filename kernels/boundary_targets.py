@@ -213,8 +213,7 @@ def _tile(H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 def column_kernel(
     labels_ptr,  # (B, H, W)
     nearest_ptr,  # (B, H, W), contiguous int32
-    first_ptr,  # (B, H, W), contiguous int16
-    second_ptr,  # (B, H, W), contiguous int16
+    squares_ptr,  # (B, H, W), contiguous int32: second * 2**16 + first
     stride_b,
     stride_h,
     stride_w,
@@ -230,14 +229,14 @@ def column_kernel(
     """As `_nearest_in_column`. Where a row is outside, the last one inside stands for it, farther off than it is: that
     changes nothing, as it is met again where it is."""
     b, y, x = _tile(H, W, BLOCK_H, BLOCK_W)
-    column_ptr = labels_ptr + b * stride_b + x.to(tl.int64) * stride_w
+    labels_ptr += b * stride_b + x.to(tl.int64) * stride_w
     nearest = tl.full((BLOCK_H, BLOCK_W), ignore_index, tl.int32)
     first = tl.full((BLOCK_H, BLOCK_W), SATURATION, tl.int32)
     second = tl.full((BLOCK_H, BLOCK_W), SATURATION, tl.int32)
     for i in range(0, 2 * REACH + 1):  # from far to near, below and above
         dy = (REACH - i // 2) * (1 - 2 * (i % 2))
         row = tl.minimum(tl.maximum(y + dy, 0), H - 1)
-        met = tl.load(column_ptr + row.to(tl.int64) * stride_h, mask=x < W, other=0).to(tl.int32)
+        met = tl.load(labels_ptr + row.to(tl.int64) * stride_h, mask=x < W, other=0).to(tl.int32)
         counts = met != ignore_index
         other = counts & (met != nearest)
         second = tl.where(other, first, second)
@@ -246,15 +245,13 @@ def column_kernel(
     at = b * H * W + y * W + x
     inside = (y < H) & (x < W)
     tl.store(nearest_ptr + at, nearest, mask=inside)
-    tl.store(first_ptr + at, first.to(tl.int16), mask=inside)
-    tl.store(second_ptr + at, second.to(tl.int16), mask=inside)
+    tl.store(squares_ptr + at, second << 16 | first, mask=inside)
 
 
 @autotuned(TILE_CONFIGS, key=["REACH"])
 def row_kernel(
     nearest_ptr,  # (B, H, W), contiguous int32
-    first_ptr,  # (B, H, W), contiguous int16
-    second_ptr,  # (B, H, W), contiguous int16
+    squares_ptr,  # (B, H, W), contiguous int32: second * 2**16 + first
     distance_ptr,  # (B, H, W), contiguous float32
     H,
     W,
@@ -268,29 +265,28 @@ def row_kernel(
     b, y, x = _tile(H, W, BLOCK_H, BLOCK_W)
     at = b * H * W + y * W + x
     inside = (y < H) & (x < W)
-    # The class of a pixel that isn't ignored: it is the nearest to itself.
+    # A pixel that isn't ignored is the nearest to itself: its class, at distance 0.
     centre = tl.load(nearest_ptr + at, mask=inside, other=0)
-    ignored = tl.load(first_ptr + at, mask=inside, other=0) != 0
+    ignored = (tl.load(squares_ptr + at, mask=inside, other=0) & 0xFFFF) != 0
     squared = tl.full((BLOCK_H, BLOCK_W), SATURATION, tl.int32)
     for dx in range(-REACH, REACH + 1):
         there = (y < H) & (x + dx >= 0) & (x + dx < W)
         nearest = tl.load(nearest_ptr + at + dx, mask=there, other=0)
-        first = tl.load(first_ptr + at + dx, mask=there, other=SATURATION).to(tl.int32)
-        second = tl.load(second_ptr + at + dx, mask=there, other=SATURATION).to(tl.int32)
-        squared = tl.minimum(squared, tl.where(nearest == centre, second, first) + dx * dx)
+        squares = tl.load(squares_ptr + at + dx, mask=there, other=SATURATION << 16 | SATURATION)
+        other = tl.where(nearest == centre, squares >> 16, squares & 0xFFFF)
+        squared = tl.minimum(squared, other + dx * dx)
     squared = tl.where(ignored, SATURATION, squared)
     tl.store(distance_ptr + at, tl.sqrt_rn(squared.to(tl.float32)), mask=inside)
 
 
 @triton.jit
 def _neighbour(labels_ptr, distance_ptr, stride_h, stride_w, y, x, H, W, ignore_index, centre, distance):
-    """v of the pixels (y, x) of one image, seen from pixels of class centre at this distance."""
+    """v of the pixels (y, x) of one image, seen from pixels of class centre, never ignore_index, at this distance."""
     inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
     pointers = labels_ptr + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    label = tl.load(pointers, mask=inside, other=0).to(tl.int32)
-    counts = inside & (label != ignore_index)
-    near = tl.load(distance_ptr + y * W + x, mask=counts & (label == centre), other=0.0)
-    return tl.where(counts, near, distance)
+    label = tl.where(inside, tl.load(pointers, mask=inside, other=0).to(tl.int32), ignore_index)
+    near = tl.load(distance_ptr + y * W + x, mask=label == centre, other=0.0)
+    return tl.where(label == ignore_index, distance, near)
 
 
 @autotuned(TILE_CONFIGS, key=["NUM_DIRECTIONS"])
@@ -318,6 +314,7 @@ def direction_kernel(
     inside = (y < H) & (x < W)
     pointers = labels_ptr + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
     centre = tl.load(pointers, mask=inside, other=0).to(tl.int32)
+    centre = tl.where(centre == ignore_index, ~centre, centre)
     # Saturated, and so beyond the radius, where the label is ignored.
     distance = tl.load(distance_ptr + y * W + x, mask=inside, other=0.0)
 
@@ -353,17 +350,16 @@ def _boundary_targets_triton(
     direction = labels.new_empty(labels.shape, dtype=torch.int64)
     if labels.numel() == 0:
         return distance, direction
-    nearest = labels.new_empty(labels.shape, dtype=torch.int32)
-    first, second = labels.new_empty((2, B, H, W), dtype=torch.int16)
+    nearest, squares = labels.new_empty((2, B, H, W), dtype=torch.int32)
     grid = lambda meta: (B * triton.cdiv(H, meta["BLOCK_H"]) * triton.cdiv(W, meta["BLOCK_W"]),)
     saturation = _saturation(radius)
     lanes = size_class(labels.numel())
     look = {"SATURATION": saturation, "REACH": math.isqrt(saturation - 1)}
     with device_guard(labels):
         column_kernel[grid](
-            labels, nearest, first, second, *labels.stride(), ignore_index, H, W, size_class=lanes, **look
+            labels, nearest, squares, *labels.stride(), ignore_index, H, W, size_class=lanes, **look
         )
-        row_kernel[grid](nearest, first, second, distance, H, W, size_class=lanes, **look)
+        row_kernel[grid](nearest, squares, distance, H, W, size_class=lanes, **look)
         direction_kernel[grid](
             labels,
             distance,
