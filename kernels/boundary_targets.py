@@ -48,7 +48,7 @@ def _saturation(radius: float) -> int:
 
 
 def _largest_square(radius: float) -> int:
-    """The square of the largest distance between pixels within the radius, compared as users would: sqrt(3) is."""
+    """The square of the largest distance between pixels within the radius; sqrt(13)^2 is below 13, so roots are compared."""
     return max(square for square in range(_saturation(radius)) if math.sqrt(square) <= radius)
 
 
@@ -194,7 +194,6 @@ def _boundary_targets_torch(
 TILE_CONFIGS = autotune_pool(
     triton.Config({"BLOCK_H": 4, "BLOCK_W": 128}, num_warps=4),
     triton.Config({"BLOCK_H": 2, "BLOCK_W": 128}, num_warps=4),
-    triton.Config({"BLOCK_H": 8, "BLOCK_W": 128}, num_warps=4),
 )
 
 
@@ -356,9 +355,7 @@ def _boundary_targets_triton(
     lanes = size_class(labels.numel())
     look = {"SATURATION": saturation, "REACH": math.isqrt(saturation - 1)}
     with device_guard(labels):
-        column_kernel[grid](
-            labels, nearest, squares, *labels.stride(), ignore_index, H, W, size_class=lanes, **look
-        )
+        column_kernel[grid](labels, nearest, squares, *labels.stride(), ignore_index, H, W, size_class=lanes, **look)
         row_kernel[grid](nearest, squares, distance, H, W, size_class=lanes, **look)
         direction_kernel[grid](
             labels,
