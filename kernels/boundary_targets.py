@@ -48,7 +48,7 @@ def _saturation(radius: float) -> int:
 
 
 def _largest_square(radius: float) -> int:
-    """The square of the largest distance between pixels within the radius; sqrt(13)^2 is below 13, so roots are compared."""
+    """The square of the largest distance within the radius. Roots are compared: the square of sqrt(13) is below 13."""
     return max(square for square in range(_saturation(radius)) if math.sqrt(square) <= radius)
 
 
@@ -313,6 +313,7 @@ def direction_kernel(
     inside = (y < H) & (x < W)
     pointers = labels_ptr + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
     centre = tl.load(pointers, mask=inside, other=0).to(tl.int32)
+    # An ignored pixel's own gradient is not used; but what lies outside must not pass for its class and be read.
     centre = tl.where(centre == ignore_index, ~centre, centre)
     # Saturated, and so beyond the radius, where the label is ignored.
     distance = tl.load(distance_ptr + y * W + x, mask=inside, other=0.0)
