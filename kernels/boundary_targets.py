@@ -9,10 +9,21 @@ Ignored pixels and what lies outside the image belong to no class: they are not 
 the padding of a crop would make boundaries. Distances are exact up to radius + 2 sqrt(2), as far as a 5x5 neighbourhood
 of a pixel within the radius reaches; beyond, and at ignored pixels, they saturate.
 
+The distance is separable, also for any number of classes at once. Each pixel keeps the nearest class of its column, and
+how far off that and any other class are; a pixel then asks each column at hand for what is not of its own class:
+
+    distance^2(y, x) = min over dx of dx^2 + (second if nearest is the class of (y, x) else first)(y, x + dx)
+
+Both backends do the same operations in the same order, products and sums rounded apart, and agree to the bit.
+
 Legend
     B batch, H x W map, n directions.
     labels     (B, H, W), integers
-    squared    (B, H, W) int32, distance^2, at most `saturation`, the first integer beyond (radius + 2 sqrt(2))^2
+    nearest    (B, H, W), the class of the nearest pixel in the column that isn't ignored
+    first      (B, H, W), squared distance to that pixel: 0 unless ignored itself
+    second     (B, H, W), squared distance to the nearest pixel in the column of any other class
+    squared    (B, H, W), distance^2; like first and second at most `saturation`, the first integer beyond
+               (radius + 2 sqrt(2))^2
     distance   (B, H, W) float32
     direction  (B, H, W) int64
 """
@@ -28,23 +39,38 @@ from .checks import check_count, check_integer, check_shape
 
 NO_DIRECTION = 255
 
-# The Triton kernel looks at (2 radius + 7)^2 pixels around each: a larger radius would seem to hang.
-MAX_RADIUS = 32
+# Twice the saturation has to fit int16; the time grows with the radius.
+MAX_RADIUS = 100
 
 
 def _saturation(radius: float) -> int:
     return math.floor((radius + 2 * math.sqrt(2)) ** 2) + 1
 
 
-def _bin_centres(num_directions: int, device: torch.device) -> Tensor:
-    """(n, 2) float32, (x, y) of the unit vector at the centre of each bin; made on the device, without a copy to it."""
-    angle = torch.arange(num_directions, dtype=torch.float32, device=device) * (2 * math.pi / num_directions) - math.pi
-    return torch.stack([angle.cos(), angle.sin()], 1)
+def _largest_square(radius: float) -> int:
+    """The square of the largest distance within the radius. Roots are compared: the square of sqrt(13) is below 13."""
+    return max(square for square in range(_saturation(radius)) if math.sqrt(square) <= radius)
+
+
+def _bin_centres(num_directions: int) -> tuple[float, ...]:
+    """x and y of the unit vector at the centre of each bin, one after the other: 2 n numbers."""
+    angles = [2 * math.pi * k / num_directions - math.pi for k in range(num_directions)]
+    return tuple(part for angle in angles for part in (math.cos(angle), math.sin(angle)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PyTorch
+# PyTorch: maps in the smallest integers that hold them, padded with ignored pixels and flattened to (P,), so that all
+# neighbours in one direction are one contiguous slice. On a CPU, comparisons into the type compared and modular
+# arithmetic are vectorised; torch.where, masked_fill_ and comparisons into bool are not, and take 20 times as long.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _map_dtype(labels: Tensor, ignore_index: int, saturation: int) -> torch.dtype:
+    """Of the labels and of sums of two squared distances."""
+    low, high = (int(label) for label in labels.aminmax())
+    low, high = min(low, ignore_index), max(high, ignore_index, 2 * saturation)
+    fitting = (t for t in (torch.uint8, torch.int16) if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max)
+    return next(fitting, torch.int32)
 
 
 def _shifted(size: int, shift: int) -> tuple[slice, slice]:
@@ -52,76 +78,84 @@ def _shifted(size: int, shift: int) -> tuple[slice, slice]:
     return slice(max(0, -shift), size - max(0, shift)), slice(max(0, shift), size + min(0, shift))
 
 
-def _nearest_in_column(labels: Tensor, ignore_index: int, saturation: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What lies above, at and below each pixel, (B, H, W) each.
-
-    Returns:
-        the class of the nearest pixel that isn't ignored, the squared distance to it, and the squared distance to the
-        nearest pixel of a class other than that one.
-    """
-    H = labels.shape[1]
-    valid = labels != ignore_index
-    nearest = labels.clone()
-    first = torch.full_like(labels, saturation)
-    second = torch.full_like(labels, saturation)
+def _nearest_in_column(ids: Tensor, width: int, ignore_index: int, saturation: int) -> tuple[Tensor, Tensor, Tensor]:
+    """nearest, first and second, (P,) each, of padded labels (P,), rows of `width`."""
+    ignored = torch.eq(ids, ignore_index, out=torch.empty_like(ids))
+    unmet = ignored * saturation
+    nearest = ids.clone()
+    first = torch.full_like(ids, saturation)
+    second = torch.full_like(ids, saturation)
+    old_buffer, buffer = torch.empty_like(ids), torch.empty_like(ids)
     # From far to near: what is met later is nearer and takes the first place.
-    for reach in range(min(math.isqrt(saturation - 1), H - 1), -1, -1):
+    for reach in range(math.isqrt(saturation - 1), -1, -1):
         for shift in {reach, -reach}:
-            here, there = _shifted(H, shift)
-            met, counts = labels[:, there], valid[:, there]
-            other = (met != nearest[:, here]) & counts
-            torch.where(other, first[:, here], second[:, here], out=second[:, here])
-            torch.where(other, met, nearest[:, here], out=nearest[:, here])
-            first[:, here].masked_fill_(counts, reach * reach)
+            here, there = _shifted(len(ids), shift * width)
+            met, old, work = ids[there], old_buffer[here], buffer[here]
+            # 1 where no other class is met; there, second stays at most what it is, and nearest what it was.
+            torch.eq(met, nearest[here], out=old).bitwise_or_(ignored[there])
+            torch.mul(old, saturation, out=work).add_(first[here])
+            torch.minimum(second[here], work, out=second[here])
+            torch.sub(nearest[here], met, out=work).mul_(old)
+            torch.add(met, work, out=nearest[here])
+            torch.add(unmet[there], reach * reach, out=work)
+            torch.minimum(first[here], work, out=first[here])
     return nearest, first, second
 
 
-def _squared_distance(labels: Tensor, ignore_index: int, saturation: int) -> Tensor:
-    """Squared distance to the nearest pixel of another class: the nearest in each column, then over columns."""
-    W = labels.shape[2]
-    nearest, first, second = _nearest_in_column(labels, ignore_index, saturation)
-    squared = torch.full_like(labels, saturation)
-    reach = min(math.isqrt(saturation - 1), W - 1)
+def _squared_distance(ids: Tensor, width: int, ignore_index: int, saturation: int) -> Tensor:
+    """Squared distance to the nearest pixel of another class, (P,), of padded labels (P,), rows of `width`."""
+    nearest, first, second = _nearest_in_column(ids, width, ignore_index, saturation)
+    second -= first
+    squared = torch.full_like(ids, saturation)
+    buffer = torch.empty_like(ids)
+    reach = math.isqrt(saturation - 1)
     for shift in range(-reach, reach + 1):
-        here, there = _shifted(W, shift)
-        same = nearest[:, :, there] == labels[:, :, here]
-        candidate = torch.where(same, second[:, :, there], first[:, :, there]).add_(shift * shift)
-        torch.minimum(squared[:, :, here], candidate, out=squared[:, :, here])
-    return squared.masked_fill_(labels == ignore_index, saturation)
+        here, there = _shifted(len(ids), shift)
+        candidate = torch.eq(nearest[there], ids[here], out=buffer[here])
+        candidate.mul_(second[there]).add_(first[there]).add_(shift * shift)
+        torch.minimum(squared[here], candidate, out=squared[here])
+    ignored = torch.eq(ids, ignore_index, out=buffer)
+    return torch.maximum(squared, ignored.mul_(saturation))
 
 
-def _gradient(labels: Tensor, distance: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """g_x and g_y, (B, H, W) each.
+def _gradient(
+    ids: Tensor, squared: Tensor, roots: Tensor, pixels: Tensor, width: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """g_x and g_y at some pixels, (N,) each, from padded labels and squared distances (P,), rows of `width`.
 
     Opposite neighbours are subtracted first, so that where all of them cancel (in the middle of a line, say) the sum is
     exactly zero, in any floating-point arithmetic.
     """
-    _, H, W = labels.shape
-    labels = torch.nn.functional.pad(labels, (2, 2, 2, 2), value=ignore_index)
-    padded = torch.nn.functional.pad(distance, (2, 2, 2, 2))
-    # v(q) is 0 at another class; distance(p) in its place leaves an ignored pixel out.
-    keep = (labels == ignore_index).float()
-    centre = labels[:, 2:-2, 2:-2]
+    centre, own = ids.index_select(0, pixels), squared.index_select(0, pixels)
+    corners = pixels - (2 * width + 2)
+    buffer = torch.empty_like(centre)
 
     def v(dy: int, dx: int) -> Tensor:
-        window = (slice(None), slice(2 + dy, 2 + dy + H), slice(2 + dx, 2 + dx + W))
-        return torch.where(labels[window] == centre, padded[window], keep[window] * distance)
+        offset = (2 + dy) * width + 2 + dx
+        label = ids[offset:].index_select(0, corners)
+        near = squared[offset:].index_select(0, corners)
+        near.mul_(torch.eq(label, centre, out=buffer))
+        # v(q) is 0 at another class; distance(p) in its place leaves an ignored pixel out.
+        near.add_(torch.eq(label, ignore_index, out=buffer).mul_(own))
+        return roots.index_select(0, near.int())
 
-    g_x, g_y = torch.zeros_like(distance), torch.zeros_like(distance)
+    g_x, g_y = roots.new_zeros(len(pixels)), roots.new_zeros(len(pixels))
     for i in range(13, 25):  # the second half of the 5x5 neighbourhood, row by row
         dy, dx = i // 5 - 2, i % 5 - 2
         difference = v(dy, dx) - v(-dy, -dx)
-        g_x.add_(difference, alpha=dx / (dx * dx + dy * dy))
-        g_y.add_(difference, alpha=dy / (dx * dx + dy * dy))
+        # Not add_(alpha=...), which may fuse and then rounds otherwise.
+        g_x += difference * (dx / (dx * dx + dy * dy))
+        g_y += difference * (dy / (dx * dx + dy * dy))
     return g_x, g_y
 
 
 def _direction(g_x: Tensor, g_y: Tensor, num_directions: int) -> Tensor:
-    """The bin whose centre is nearest in angle, (B, H, W) int64; no gradient has the angle 0, as of atan2."""
-    direction = torch.full(g_x.shape, num_directions // 2, dtype=torch.int64, device=g_x.device)
+    """The bin whose centre is nearest in angle, (N,) uint8; no gradient has the angle 0, as of atan2."""
+    direction = torch.full(g_x.shape, num_directions // 2, dtype=torch.uint8, device=g_x.device)
     largest = torch.zeros_like(g_x)
-    for k, (x, y) in enumerate(_bin_centres(num_directions, g_x.device)):
-        cosine = g_x * x + g_y * y
+    centres = _bin_centres(num_directions)
+    for k in range(num_directions):
+        cosine = g_x * centres[2 * k] + g_y * centres[2 * k + 1]
         direction.masked_fill_(cosine > largest, k)
         torch.maximum(largest, cosine, out=largest)
     return direction
@@ -130,39 +164,55 @@ def _direction(g_x: Tensor, g_y: Tensor, num_directions: int) -> Tensor:
 def _boundary_targets_torch(
     labels: Tensor, radius: float, num_directions: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    labels = labels.to(torch.int32)
+    B, H, W = labels.shape
+    if labels.numel() == 0:
+        return labels.new_empty(labels.shape, dtype=torch.float32), labels.new_empty(labels.shape, dtype=torch.int64)
     saturation = _saturation(radius)
+    # As far as the distance looks, shared by what comes before and after; the gradient looks 2 pixels each way.
+    after = max(math.isqrt(saturation - 1) - 2, 2)
+    labels = labels.to(_map_dtype(labels, ignore_index, saturation))
+    padded = torch.nn.functional.pad(labels, (2, after, 2, after), value=ignore_index)
+    width, ids = padded.shape[2], padded.flatten()
+
+    def unpadded(flat: Tensor) -> Tensor:
+        return flat.view(padded.shape)[:, 2 : 2 + H, 2 : 2 + W]
+
+    squared = _squared_distance(ids, width, ignore_index, saturation)
     # By table, from float64: PyTorch's float32 square root may be an ulp off on a CPU, and the backends should agree.
     roots = torch.arange(saturation + 1, dtype=torch.float64, device=labels.device).sqrt().float()
-    distance = roots[_squared_distance(labels, ignore_index, saturation)]
-    direction = _direction(*_gradient(labels, distance, ignore_index), num_directions)
-    nowhere = (distance > radius) | (labels == ignore_index)
-    return distance, direction.masked_fill_(nowhere, NO_DIRECTION)
+    distance = roots.index_select(0, unpadded(squared).flatten().int()).view(B, H, W)
+    pixels = (squared <= _largest_square(radius)).nonzero()[:, 0]
+    bins = _direction(*_gradient(ids, squared, roots, pixels, width, ignore_index), num_directions)
+    direction = torch.full_like(ids, NO_DIRECTION, dtype=torch.uint8).index_copy_(0, pixels, bins)
+    return distance, unpadded(direction).to(torch.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Triton: lanes are the pixels of one image, row by row; program axis 0 = (image, tile of BLOCK_P pixels)
+# Triton: lanes are the pixels of a tile; program axis 0 = (image, tile row, tile column)
 # ---------------------------------------------------------------------------------------------------------------------
 
-PIXEL_CONFIGS = autotune_pool(
-    triton.Config({"BLOCK_P": 512}, num_warps=8),
-    triton.Config({"BLOCK_P": 256}, num_warps=8),
-    triton.Config({"BLOCK_P": 512}, num_warps=4),
+TILE_CONFIGS = autotune_pool(
+    triton.Config({"BLOCK_H": 4, "BLOCK_W": 128}, num_warps=4),
+    triton.Config({"BLOCK_H": 2, "BLOCK_W": 128}, num_warps=4),
 )
 
 
 @triton.jit
-def _load_labels(labels_ptr, stride_h, stride_w, y, x, H, W, ignore_index):
-    """Labels (int32) at the pixels (y, x) of one image, ignore_index outside."""
-    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    pointers = labels_ptr + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    return tl.where(inside, tl.load(pointers, mask=inside, other=0).to(tl.int32), ignore_index)
+def _tile(H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """The program's image (int64) and its pixels' y [BLOCK_H, 1] and x [1, BLOCK_W], which may lie past the end."""
+    across = tl.cdiv(W, BLOCK_W)
+    down = tl.cdiv(H, BLOCK_H)
+    tile = tl.program_id(0)
+    y = tile // across % down * BLOCK_H + tl.arange(0, BLOCK_H)
+    x = tile % across * BLOCK_W + tl.arange(0, BLOCK_W)
+    return (tile // (across * down)).to(tl.int64), y[:, None], x[None, :]
 
 
-@autotuned(PIXEL_CONFIGS, key=["REACH"])
-def distance_kernel(
+@autotuned(TILE_CONFIGS, key=["REACH"])
+def column_kernel(
     labels_ptr,  # (B, H, W)
-    distance_ptr,  # (B, H, W), contiguous float32
+    nearest_ptr,  # (B, H, W), contiguous int32
+    squares_ptr,  # (B, H, W), contiguous int32: second * 2**16 + first
     stride_b,
     stride_h,
     stride_w,
@@ -172,38 +222,76 @@ def distance_kernel(
     size_class,
     SATURATION: tl.constexpr,
     REACH: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """Looks at every pixel of the (2 REACH + 1)^2 around each: exact integers, whatever the order."""
-    tiles = tl.cdiv(H * W, BLOCK_P)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    y, x = p // W, p % W
-    labels_ptr += b * stride_b
-    centre = _load_labels(labels_ptr, stride_h, stride_w, y, x, H, W, ignore_index)
-    squared = tl.full((BLOCK_P,), SATURATION, tl.int32)
-    for dy in range(-REACH, REACH + 1):
-        for dx in range(-REACH, REACH + 1):
-            label = _load_labels(labels_ptr, stride_h, stride_w, y + dy, x + dx, H, W, ignore_index)
-            other = (label != centre) & (label != ignore_index) & (centre != ignore_index)
-            squared = tl.where(other, tl.minimum(squared, dy * dy + dx * dx), squared)
-    tl.store(distance_ptr + b * H * W + p, tl.sqrt_rn(squared.to(tl.float32)), mask=p < H * W)
+    """As `_nearest_in_column`. Where a row is outside, the last one inside stands for it, farther off than it is: that
+    changes nothing, as it is met again where it is."""
+    b, y, x = _tile(H, W, BLOCK_H, BLOCK_W)
+    labels_ptr += b * stride_b + x.to(tl.int64) * stride_w
+    nearest = tl.full((BLOCK_H, BLOCK_W), ignore_index, tl.int32)
+    first = tl.full((BLOCK_H, BLOCK_W), SATURATION, tl.int32)
+    second = tl.full((BLOCK_H, BLOCK_W), SATURATION, tl.int32)
+    for i in range(0, 2 * REACH + 1):  # from far to near, below and above
+        dy = (REACH - i // 2) * (1 - 2 * (i % 2))
+        row = tl.minimum(tl.maximum(y + dy, 0), H - 1)
+        met = tl.load(labels_ptr + row.to(tl.int64) * stride_h, mask=x < W, other=0).to(tl.int32)
+        counts = met != ignore_index
+        other = counts & (met != nearest)
+        second = tl.where(other, first, second)
+        nearest = tl.where(other, met, nearest)
+        first = tl.where(counts, dy * dy, first)
+    at = b * H * W + y * W + x
+    inside = (y < H) & (x < W)
+    tl.store(nearest_ptr + at, nearest, mask=inside)
+    tl.store(squares_ptr + at, second << 16 | first, mask=inside)
+
+
+@autotuned(TILE_CONFIGS, key=["REACH"])
+def row_kernel(
+    nearest_ptr,  # (B, H, W), contiguous int32
+    squares_ptr,  # (B, H, W), contiguous int32: second * 2**16 + first
+    distance_ptr,  # (B, H, W), contiguous float32
+    H,
+    W,
+    size_class,
+    SATURATION: tl.constexpr,
+    REACH: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """As `_squared_distance`; then the root, correctly rounded."""
+    b, y, x = _tile(H, W, BLOCK_H, BLOCK_W)
+    at = b * H * W + y * W + x
+    inside = (y < H) & (x < W)
+    # A pixel that isn't ignored is the nearest to itself: its class, at distance 0.
+    centre = tl.load(nearest_ptr + at, mask=inside, other=0)
+    ignored = (tl.load(squares_ptr + at, mask=inside, other=0) & 0xFFFF) != 0
+    squared = tl.full((BLOCK_H, BLOCK_W), SATURATION, tl.int32)
+    for dx in range(-REACH, REACH + 1):
+        there = (y < H) & (x + dx >= 0) & (x + dx < W)
+        nearest = tl.load(nearest_ptr + at + dx, mask=there, other=0)
+        squares = tl.load(squares_ptr + at + dx, mask=there, other=SATURATION << 16 | SATURATION)
+        other = tl.where(nearest == centre, squares >> 16, squares & 0xFFFF)
+        squared = tl.minimum(squared, other + dx * dx)
+    squared = tl.where(ignored, SATURATION, squared)
+    tl.store(distance_ptr + at, tl.sqrt_rn(squared.to(tl.float32)), mask=inside)
 
 
 @triton.jit
 def _neighbour(labels_ptr, distance_ptr, stride_h, stride_w, y, x, H, W, ignore_index, centre, distance):
-    """v of the pixels (y, x) seen from a pixel of class centre at this distance, which stands for an ignored pixel."""
-    label = _load_labels(labels_ptr, stride_h, stride_w, y, x, H, W, ignore_index)
-    same = (label == centre) & (label != ignore_index)
-    near = tl.load(distance_ptr + y * W + x, mask=same, other=0.0)
+    """v of the pixels (y, x) of one image, seen from pixels of class centre, never ignore_index, at this distance."""
+    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    pointers = labels_ptr + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    label = tl.where(inside, tl.load(pointers, mask=inside, other=0).to(tl.int32), ignore_index)
+    near = tl.load(distance_ptr + y * W + x, mask=label == centre, other=0.0)
     return tl.where(label == ignore_index, distance, near)
 
 
-@autotuned(PIXEL_CONFIGS, key=["NUM_DIRECTIONS"])
+@autotuned(TILE_CONFIGS, key=["NUM_DIRECTIONS"])
 def direction_kernel(
     labels_ptr,  # (B, H, W)
     distance_ptr,  # (B, H, W), contiguous float32
-    centres_ptr,  # (n, 2) float32
     direction_ptr,  # (B, H, W), contiguous int64
     stride_b,
     stride_h,
@@ -213,21 +301,25 @@ def direction_kernel(
     W,
     radius,
     size_class,
+    CENTRES: tl.constexpr,  # 2 n numbers
     NUM_DIRECTIONS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """As `_gradient` and `_direction`, with their order of arithmetic."""
-    tiles = tl.cdiv(H * W, BLOCK_P)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    y, x = p // W, p % W
+    """As `_gradient` and `_direction`."""
+    b, y, x = _tile(H, W, BLOCK_H, BLOCK_W)
     labels_ptr += b * stride_b
     distance_ptr += b * H * W
-    centre = _load_labels(labels_ptr, stride_h, stride_w, y, x, H, W, ignore_index)
-    distance = tl.load(distance_ptr + p, mask=p < H * W, other=0.0)
+    inside = (y < H) & (x < W)
+    pointers = labels_ptr + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    centre = tl.load(pointers, mask=inside, other=0).to(tl.int32)
+    # An ignored pixel's own gradient is not used; but what lies outside must not pass for its class and be read.
+    centre = tl.where(centre == ignore_index, ~centre, centre)
+    # Saturated, and so beyond the radius, where the label is ignored.
+    distance = tl.load(distance_ptr + y * W + x, mask=inside, other=0.0)
 
-    g_x = tl.zeros((BLOCK_P,), tl.float32)
-    g_y = tl.zeros((BLOCK_P,), tl.float32)
+    g_x = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
+    g_y = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
     for i in tl.static_range(13, 25):  # the second half of the 5x5 neighbourhood, row by row
         dy = i // 5 - 2
         dx = i % 5 - 2
@@ -240,14 +332,14 @@ def direction_kernel(
         g_x += (ahead - behind) * (dx / (dx * dx + dy * dy))
         g_y += (ahead - behind) * (dy / (dx * dx + dy * dy))
 
-    direction = tl.full((BLOCK_P,), NUM_DIRECTIONS // 2, tl.int64)
-    largest = tl.zeros((BLOCK_P,), tl.float32)
-    for k in range(0, NUM_DIRECTIONS):
-        cosine = g_x * tl.load(centres_ptr + 2 * k) + g_y * tl.load(centres_ptr + 2 * k + 1)
+    direction = tl.full((BLOCK_H, BLOCK_W), NUM_DIRECTIONS // 2, tl.int32)
+    largest = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
+    for k in tl.static_range(NUM_DIRECTIONS):
+        cosine = g_x * CENTRES[2 * k] + g_y * CENTRES[2 * k + 1]
         direction = tl.where(cosine > largest, k, direction)
         largest = tl.maximum(largest, cosine)
-    direction = tl.where((distance > radius) | (centre == ignore_index), 255, direction)
-    tl.store(direction_ptr + b * H * W + p, direction, mask=p < H * W)
+    direction = tl.where(distance > radius, 255, direction)
+    tl.store(direction_ptr + b * H * W + y * W + x, direction.to(tl.int64), mask=inside)
 
 
 def _boundary_targets_triton(
@@ -258,32 +350,27 @@ def _boundary_targets_triton(
     direction = labels.new_empty(labels.shape, dtype=torch.int64)
     if labels.numel() == 0:
         return distance, direction
+    nearest, squares = labels.new_empty((2, B, H, W), dtype=torch.int32)
+    grid = lambda meta: (B * triton.cdiv(H, meta["BLOCK_H"]) * triton.cdiv(W, meta["BLOCK_W"]),)
     saturation = _saturation(radius)
-    grid = lambda meta: (B * triton.cdiv(H * W, meta["BLOCK_P"]),)
+    lanes = size_class(labels.numel())
+    look = {"SATURATION": saturation, "REACH": math.isqrt(saturation - 1)}
     with device_guard(labels):
-        distance_kernel[grid](
-            labels,
-            distance,
-            *labels.stride(),
-            ignore_index,
-            H,
-            W,
-            size_class=size_class(labels.numel()),
-            SATURATION=saturation,
-            REACH=math.isqrt(saturation - 1),
-        )
+        column_kernel[grid](labels, nearest, squares, *labels.stride(), ignore_index, H, W, size_class=lanes, **look)
+        row_kernel[grid](nearest, squares, distance, H, W, size_class=lanes, **look)
         direction_kernel[grid](
             labels,
             distance,
-            _bin_centres(num_directions, labels.device),
             direction,
             *labels.stride(),
             ignore_index,
             H,
             W,
-            radius,
-            size_class=size_class(labels.numel()),
+            math.sqrt(_largest_square(radius)),
+            size_class=lanes,
+            CENTRES=_bin_centres(num_directions),
             NUM_DIRECTIONS=num_directions,
+            enable_fp_fusion=False,  # fused, products would be rounded otherwise than on a CPU
         )
     return distance, direction
 
@@ -311,7 +398,7 @@ def boundary_targets(
 
     Args:
         labels: (B, H, W), class ids that fit int32, of any integer dtype.
-        radius: of the boundary's neighbourhood, in pixels, above 0 and at most 32: the time grows with its square.
+        radius: of the boundary's neighbourhood, in pixels, above 0 and at most 100; the time grows with it.
         num_directions: 1 to 255 bins of the full circle.
         ignore_index: the id of pixels that belong to no class.
 
