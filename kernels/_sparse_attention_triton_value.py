@@ -363,10 +363,12 @@ def bin_samples(
     queries, heads, device = samples["num_queries"], samples["num_heads"], table.device
     arguments = {name: argument for name, argument in samples.items() if name != "size_class"}
     arguments |= {"normaliser_ptr": normaliser, "geometry_ptr": table, "num_cells": num_cells}
-    arguments |= {"BLOCK_Q": 64, "BLOCK_N": min(4, triton.next_power_of_2(samples["N"])), "num_warps": 4}
+    # Two samples a thread: were there fewer samples than threads, several would share what an atomic gives back.
+    block_n = min(4, triton.next_power_of_2(samples["N"]))
+    arguments |= {"BLOCK_Q": 256 // block_n, "BLOCK_N": block_n, "num_warps": 4}
     # Both passes must find each sample in the same cell: no multiply-adds, which one of them might form and one not.
     arguments["enable_fp_fusion"] = False
-    grid = (triton.cdiv(queries, 64) * images * heads,)
+    grid = (triton.cdiv(queries, arguments["BLOCK_Q"]) * images * heads,)
     counts = torch.zeros(images * heads * num_cells, dtype=torch.int32, device=device)
     bin_backward_kernel[grid](cursor_ptr=counts, records_ptr=None, COUNT=True, **arguments)
     # The cursors move from where a cell begins to where it ends, which is where the next one begins.
