@@ -1,8 +1,8 @@
 """Sparse sampling attention in PyTorch: see `sparse_attention` for the equation, the letters and the conventions.
 
-The maps lie in one table of rows of D channels, each map in a frame of zeros that is wide enough for samples outside it,
-so that nothing has to be masked. Samples are read by `embedding_bag`, whose bag is one query in one head: it gathers
-rows and adds them up with weights, and keeps nothing. The gradient of the table is the same gather the other way round:
+The maps lie in one table of rows of D channels, each map in a frame of zeros wide enough for samples outside it, so
+that nothing has to be masked. Samples are read by `embedding_bag`, whose bag is one query in one head: it gathers rows
+and adds them up with weights, and keeps nothing. The gradient of the table is the same gather the other way round:
 samples are sorted by row, a bag is one row, and what it gathers are rows of `grad_out`. No sum depends on the order in
 which threads run.
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from .checks import compute_dtype
 
 # Elements of the largest temporary apart from tables; images, heads and queries are taken in blocks to stay below it.
-MAX_TEMPORARY = 1 << 22
+# Steps with many temporaries take a part of it each, small enough for a CPU's cache and large enough for its threads.
+MAX_TEMPORARY = 1 << 20
 
 # Zeros on each side of a map. Samples outside go to -2 or to the map's size, where both neighbours are zero; with one
 # zero fewer a NaN on the border would be read times zero.
@@ -47,9 +48,8 @@ class _Layout:
     """
 
     def __init__(self, value: Tensor, shapes: Sequence[int], num_points: int):
-        sizes = [(height, width) for _, _, height, width in levels(shapes)]
-        lines = [height + 2 * FRAME for height, _ in sizes]
-        pitches = [width + FRAME for _, width in sizes]
+        heights, widths = shapes[::2], shapes[1::2]
+        lines, pitches = [height + 2 * FRAME for height in heights], [width + FRAME for width in widths]
         self.batch, _, self.heads, self.channels = value.shape
         self.level_rows = [line * pitch for line, pitch in zip(lines, pitches, strict=True)]
         self.rows = sum(self.level_rows)
@@ -57,13 +57,14 @@ class _Layout:
         self.dtype = compute_dtype(value)
         self.device = value.device
         self.index_dtype = torch.int32 if self.batch * self.heads * self.rows < 2**31 - 1 else torch.int64
-        self.height, self.width = torch.tensor(sizes, dtype=self.dtype, device=self.device).unbind(-1)  # (L,)
-        # One number a sample: (L * N,).
-        starts = [sum(self.level_rows[:level]) for level in range(len(sizes))]
-        origins = [start + FRAME * pitch + FRAME for start, pitch in zip(starts, pitches, strict=True)]
-        indices = torch.tensor([pitches, origins], dtype=self.index_dtype, device=self.device)
-        self.pitch, self.origin = indices.repeat_interleave(num_points, dim=1)
-        self.heights, self.widths = (size.repeat_interleave(num_points) for size in (self.height, self.width))
+        origins = [sum(self.level_rows[:level]) + FRAME * pitch + FRAME for level, pitch in enumerate(pitches)]
+
+        def by_sample(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+            """(L * N,), filled rather than copied to the device: a copy would make the host wait for it."""
+            return torch.cat([torch.full((num_points,), n, dtype=dtype, device=self.device) for n in numbers])
+
+        self.pitch, self.origin = by_sample(pitches, self.index_dtype), by_sample(origins, self.index_dtype)
+        self.width, self.height = by_sample(widths, self.dtype), by_sample(heights, self.dtype)
 
     def zeros(self) -> Tensor:
         return torch.zeros(
@@ -117,6 +118,11 @@ def _blocks(points: Tensor, limit: int, map_size: int = 0) -> Iterator[Block]:
     return product(slices(batch, block_images), slices(queries, block_queries), slices(heads, block_heads))
 
 
+def _num_maps(block: Block) -> int:
+    images, _, heads = block
+    return (images.stop - images.start) * (heads.stop - heads.start)
+
+
 def _by_map(tensor: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """A contiguous copy of a block of (B, Q, M, ...), heads before queries: (b, m, q, ...)."""
     return tensor[block].transpose(1, 2).to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -136,34 +142,38 @@ class _Samples(NamedTuple):
     """Attention weights, after the softmax."""
 
 
-def _axis(
-    points: Tensor, reference: Tensor | None, block: Block, size: Tensor, sizes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One coordinate: its floor and its fraction (b * m * q, L * N), from points (B, Q, M, L, N), reference (B, Q)."""
+def _axis(points: Tensor, reference: Tensor | None, block: Block, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Floor and fraction (b * m * q, L * N) of one coordinate in pixels.
+
+    Args:
+        points: (B, Q, M, L, N), that coordinate alone.
+        reference: (B, Q) or None.
+        block: what to take of them.
+        size: the maps' size along this axis, (L * N,).
+    """
     position = _by_map(points, block, size.dtype)
     if reference is None:
-        position.flatten(-2).mul_(sizes).sub_(0.5)
+        position.flatten(-2).mul_(size).sub_(0.5)
     else:
-        centre = reference[block[:2]].to(size.dtype)[:, None, :, None] * size - 0.5  # (b, 1, q, L)
+        level_size = size[:: points.shape[-1]]
+        centre = reference[block[:2]].to(size.dtype)[:, None, :, None] * level_size - 0.5  # (b, 1, q, L)
         position.add_(centre[..., None])
-    position = position.view(-1, len(sizes))
+    position = position.view(-1, len(size))
     # What is not in (-1, size), NaN included, goes to the zeros at -2 or at size.
     position.nan_to_num_(nan=-2.0)
     F.threshold(position, -1.0, -2.0, inplace=True)
-    torch.minimum(position, sizes, out=position)
+    torch.minimum(position, size, out=position)
     low = position.floor()
     return low, position.sub_(low)
 
 
 def _samples(layout: _Layout, points: Tensor, scores: Tensor, reference: Tensor | None, block: Block) -> _Samples:
     reference_x, reference_y = (None, None) if reference is None else reference.unbind(-1)
-    x0, fx = _axis(points[..., 0], reference_x, block, layout.width, layout.widths)
-    y0, fy = _axis(points[..., 1], reference_y, block, layout.height, layout.heights)
+    x0, fx = _axis(points[..., 0], reference_x, block, layout.width)
+    y0, fy = _axis(points[..., 1], reference_y, block, layout.height)
     above = y0.to(layout.index_dtype).mul_(layout.pitch).add_(x0.to(layout.index_dtype)).add_(layout.origin)
-    images, queries, heads = block
-    maps = (images.stop - images.start) * (heads.stop - heads.start)
-    map_starts = torch.arange(maps, dtype=layout.index_dtype, device=layout.device) * layout.rows
-    above.view(maps, -1).add_(map_starts[:, None])
+    map_starts = torch.arange(_num_maps(block), dtype=layout.index_dtype, device=layout.device) * layout.rows
+    above.view(len(map_starts), -1).add_(map_starts[:, None])
     weights = _by_map(scores, block, layout.dtype).view(fx.shape)
     if reference is not None:
         weights = weights.softmax(-1)
@@ -181,11 +191,6 @@ def _corner_weights(weights: Tensor, fx: Tensor, fy: Tensor) -> tuple[Tensor, Te
 # --- forward and backward ---------------------------------------------------------------------------------------------
 
 
-def _block_limit(layout: _Layout) -> int:
-    """Samples a block: the backward gathers two rows a sample. Few channels must not make blocks that leave the cache."""
-    return MAX_TEMPORARY // (2 * max(32, layout.channels))
-
-
 def _bag(rows: Tensor, table: Tensor, weights: Tensor, starts: Tensor | None = None) -> Tensor:
     return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights)
 
@@ -196,7 +201,7 @@ def forward(value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor
     if reference is not None:
         reference = reference.expand(layout.batch, -1, -1)
     out = value.new_empty((*points.shape[:3], layout.channels))
-    for block in _blocks(points, _block_limit(layout)):
+    for block in _blocks(points, MAX_TEMPORARY // 16):
         samples = _samples(layout, points, scores, reference, block)
         weights = _corner_weights(samples.weights, samples.fx, samples.fy)
         left = table[layout.first_row(block) :]
@@ -230,6 +235,28 @@ def backward(
     return grad_value, *grad_samples
 
 
+def _dots(pairs: Tensor, rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """`grad` times the pixel in each row, and times the difference to its right neighbour.
+
+    Args:
+        pairs: (all rows, 2 * D), a pixel and its right neighbour.
+        rows: (b * m * q, L * N).
+        grad: (b * m * q, 1, D).
+
+    Returns:
+        Two tensors of the shape of `rows`.
+    """
+    bags, samples = rows.shape
+    step = max(1, MAX_TEMPORARY // (samples * pairs.shape[1]))
+    dots = grad.new_empty((bags, 1, 2 * samples))
+    gathered = grad.new_empty((min(step, bags) * samples, pairs.shape[1]))
+    for part, part_grad, out in zip(rows.split(step), grad.split(step), dots.split(step), strict=True):
+        corners = torch.index_select(pairs, 0, part.flatten(), out=gathered[: part.numel()])
+        torch.bmm(part_grad, corners.view(len(part), -1, grad.shape[-1]).mT, out=out)
+    left, right = dots.view(bags, samples, 2).unbind(-1)
+    return left, right - left
+
+
 def _sample_gradients(
     layout: _Layout,
     grad_out: Tensor,
@@ -244,37 +271,30 @@ def _sample_gradients(
     pairs = table.flatten().unfold(0, 2 * layout.channels, layout.channels)
     grad_points, grad_scores = points.new_empty(points.shape), scores.new_empty(scores.shape)
     grad_reference = table.new_zeros((layout.batch, points.shape[1], 2)) if reference_grad else None
-    for block in _blocks(points, _block_limit(layout)):
+    for block in _blocks(points, MAX_TEMPORARY // 16):
         samples = _samples(layout, points, scores, reference, block)
         fx, fy, weights = samples.fx, samples.fy, samples.weights
         grad = _by_map(grad_out, block, layout.dtype).view(-1, 1, layout.channels)
         first = pairs[layout.first_row(block) :]
-
-        def dots(rows: Tensor, first: Tensor = first, grad: Tensor = grad) -> tuple[Tensor, Tensor]:
-            """The value of the pixel in each row, and what its right neighbour has more, times `grad`."""
-            corners = first.index_select(0, rows.flatten()).view(len(grad), -1, grad.shape[-1])
-            left, right = torch.bmm(grad, corners.mT).view(*rows.shape, 2).unbind(-1)
-            return left, right - left
-
-        top, top_slope = dots(samples.above)
-        bottom, bottom_slope = dots(samples.below)
+        top, top_slope = _dots(first, samples.above, grad)
+        bottom, bottom_slope = _dots(first, samples.below, grad)
         top = torch.addcmul(top, top_slope, fx)
         slope_y = torch.addcmul(bottom, bottom_slope, fx).sub_(top)
         slope_x = torch.lerp(top_slope, bottom_slope, fy)
         grad_weights = torch.addcmul(top, slope_y, fy)
 
-        shape = _transposed(points[block]).shape[:-1]  # (b, m, q, L, N)
+        shape = points[block].transpose(1, 2).shape[:-1]  # (b, m, q, L, N)
         for axis, (slope, size) in enumerate(((slope_x, layout.width), (slope_y, layout.height))):
-            grad_pixels = slope.mul_(weights).view(shape)
+            slope *= weights
             if grad_reference is not None:
-                grad_reference[(*block[:2], axis)] += (grad_pixels.sum(-1) * size).sum((1, 3))
+                grad_reference[..., axis][block[:2]] += (slope * size).view(shape).sum((1, 3, 4))
             if reference is None:
-                grad_pixels *= size[:, None]
-            _transposed(grad_points[block])[..., axis].copy_(grad_pixels)
+                slope *= size
+            grad_points[..., axis][block].transpose(1, 2).copy_(slope.view(shape))
         if reference is not None:
             mean = (weights * grad_weights).sum(-1, keepdim=True)
             grad_weights.sub_(mean).mul_(weights)
-        _transposed(grad_scores[block]).copy_(grad_weights.view(shape))
+        grad_scores[block].transpose(1, 2).copy_(grad_weights.view(shape))
     return grad_points, grad_scores, grad_reference
 
 
@@ -283,16 +303,16 @@ def _value_gradient(
 ) -> Tensor:
     grad_table = layout.zeros()
     # A block walks over all rows of its maps: with fewer samples than rows most of that would be for nothing.
-    limit = max(layout.rows, MAX_TEMPORARY // 8)
-    for block in _blocks(points, limit, map_size=layout.rows * layout.channels // 8):
+    limit = max(layout.rows, MAX_TEMPORARY // 2)
+    for block in _blocks(points, limit, map_size=layout.rows * layout.channels // 2):
         samples = _samples(layout, points, scores, reference, block)
         grad = _by_map(grad_out, block, layout.dtype).view(-1, layout.channels)
         rows, order = samples.above.flatten().sort(stable=True)
         bags = order // samples.above.shape[1]
         sorted_samples = (t.flatten().index_select(0, order) for t in (samples.weights, samples.fx, samples.fy))
         weights = _corner_weights(*sorted_samples)
-        maps = _transposed(points[block]).shape[:2].numel()
-        starts = torch.searchsorted(rows, torch.arange(maps * layout.rows, dtype=rows.dtype, device=rows.device))
+        all_rows = torch.arange(_num_maps(block) * layout.rows, dtype=rows.dtype, device=rows.device)
+        starts = torch.searchsorted(rows, all_rows)
         upper, lower = _bag(bags, grad, weights[0], starts), _bag(bags, grad, weights[2], starts)
         upper[1:] += _bag(bags, grad, weights[1], starts)[:-1]
         lower[1:] += _bag(bags, grad, weights[3], starts)[:-1]
@@ -303,7 +323,3 @@ def _value_gradient(
     for pixels, inner in layout.pixels(grad_table):
         grad_value[:, pixels].unflatten(1, inner.shape[2:4]).copy_(inner.permute(0, 2, 3, 1, 4))
     return grad_value
-
-
-def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.transpose(1, 2)
