@@ -131,10 +131,9 @@ def _by_map(tensor: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
 class _Samples(NamedTuple):
     """The samples of a block, (b * m * q, L * N) each."""
 
-    above: Tensor
-    """Row of the pixel (x0, y0) at a sample's upper left, counted from the block's first row; (x0 + 1, y0) follows."""
-    below: Tensor
-    """Row of (x0, y0 + 1)."""
+    rows: Tensor
+    """Row of the pixel (x0, y0) at a sample's upper left, counted from the block's first row; (x0 + 1, y0) follows,
+    (x0, y0 + 1) is `pitch` rows further."""
     fx: Tensor
     """By how much the sample is past x0, in [0, 1)."""
     fy: Tensor
@@ -171,21 +170,21 @@ def _samples(layout: _Layout, points: Tensor, scores: Tensor, reference: Tensor 
     reference_x, reference_y = (None, None) if reference is None else reference.unbind(-1)
     x0, fx = _axis(points[..., 0], reference_x, block, layout.width)
     y0, fy = _axis(points[..., 1], reference_y, block, layout.height)
-    above = y0.to(layout.index_dtype).mul_(layout.pitch).add_(x0.to(layout.index_dtype)).add_(layout.origin)
+    rows = y0.to(layout.index_dtype).mul_(layout.pitch).add_(x0.to(layout.index_dtype)).add_(layout.origin)
     map_starts = torch.arange(_num_maps(block), dtype=layout.index_dtype, device=layout.device) * layout.rows
-    above.view(len(map_starts), -1).add_(map_starts[:, None])
+    rows.view(len(map_starts), -1).add_(map_starts[:, None])
     weights = _by_map(scores, block, layout.dtype).view(fx.shape)
     if reference is not None:
         weights = weights.softmax(-1)
-    return _Samples(above, above + layout.pitch, fx, fy, weights)
+    return _Samples(rows, fx, fy, weights)
 
 
 def _corner_weights(weights: Tensor, fx: Tensor, fy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`weights` split over upper left, upper right, lower left and lower right."""
+    """`weights` split over upper left, upper right, lower left and lower right; in place, so `weights` is gone."""
     right = weights * fx
-    left = weights - right
+    left = weights.sub_(right)
     lower_left, lower_right = left * fy, right * fy
-    return left - lower_left, right - lower_right, lower_left, lower_right
+    return left.sub_(lower_left), right.sub_(lower_right), lower_left, lower_right
 
 
 # --- forward and backward ---------------------------------------------------------------------------------------------
@@ -201,15 +200,16 @@ def forward(value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor
     if reference is not None:
         reference = reference.expand(layout.batch, -1, -1)
     out = value.new_empty((*points.shape[:3], layout.channels))
-    for block in _blocks(points, MAX_TEMPORARY // 16):
+    for block in _blocks(points, MAX_TEMPORARY // 8):
         samples = _samples(layout, points, scores, reference, block)
         weights = _corner_weights(samples.weights, samples.fx, samples.fy)
         left = table[layout.first_row(block) :]
         right = left[1:]
-        total = _bag(samples.above, left, weights[0])
-        total += _bag(samples.above, right, weights[1])
-        total += _bag(samples.below, left, weights[2])
-        total += _bag(samples.below, right, weights[3])
+        total = _bag(samples.rows, left, weights[0])
+        total += _bag(samples.rows, right, weights[1])
+        rows_below = samples.rows.add_(layout.pitch)
+        total += _bag(rows_below, left, weights[2])
+        total += _bag(rows_below, right, weights[3])
         target = out[block].transpose(1, 2)
         target.copy_(total.view(target.shape))
     return out.flatten(2)
@@ -271,13 +271,13 @@ def _sample_gradients(
     pairs = table.flatten().unfold(0, 2 * layout.channels, layout.channels)
     grad_points, grad_scores = points.new_empty(points.shape), scores.new_empty(scores.shape)
     grad_reference = table.new_zeros((layout.batch, points.shape[1], 2)) if reference_grad else None
-    for block in _blocks(points, MAX_TEMPORARY // 16):
+    for block in _blocks(points, MAX_TEMPORARY // 8):
         samples = _samples(layout, points, scores, reference, block)
         fx, fy, weights = samples.fx, samples.fy, samples.weights
         grad = _by_map(grad_out, block, layout.dtype).view(-1, 1, layout.channels)
         first = pairs[layout.first_row(block) :]
-        top, top_slope = _dots(first, samples.above, grad)
-        bottom, bottom_slope = _dots(first, samples.below, grad)
+        top, top_slope = _dots(first, samples.rows, grad)
+        bottom, bottom_slope = _dots(first, samples.rows.add_(layout.pitch), grad)
         top = torch.addcmul(top, top_slope, fx)
         slope_y = torch.addcmul(bottom, bottom_slope, fx).sub_(top)
         slope_x = torch.lerp(top_slope, bottom_slope, fy)
@@ -307,8 +307,8 @@ def _value_gradient(
     for block in _blocks(points, limit, map_size=layout.rows * layout.channels // 2):
         samples = _samples(layout, points, scores, reference, block)
         grad = _by_map(grad_out, block, layout.dtype).view(-1, layout.channels)
-        rows, order = samples.above.flatten().sort(stable=True)
-        bags = order // samples.above.shape[1]
+        rows, order = samples.rows.flatten().sort(stable=True)
+        bags = order // samples.rows.shape[1]
         sorted_samples = (t.flatten().index_select(0, order) for t in (samples.weights, samples.fx, samples.fy))
         weights = _corner_weights(*sorted_samples)
         all_rows = torch.arange(_num_maps(block) * layout.rows, dtype=rows.dtype, device=rows.device)
