@@ -10,6 +10,8 @@ import reference
 import torch
 from accuracy import assert_accurate
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from unept.kernels import (
     MSDeformAttnFunction,
     _sparse_attention_torch,
@@ -514,3 +516,91 @@ def test_more_than_the_kernels_can_count():
         )
     with pytest.raises(ValueError, match="1073741825 pixels in spatial_shapes"):
         ms_deform_attn(value.expand(1, many, 1, 1), [(1, many)], None, score[..., None].expand(1, 1, 1, 1, 1, 2), score)
+
+
+# --- the torch backend's table and blocks -----------------------------------------------------------------------------
+
+
+def test_nan_in_a_map_does_not_reach_samples_outside_it(backend):
+    case = make_case(batch=2, queries=9, heads=2, num_points=2).to(backend[1], torch.float32)
+    height, width = case.spatial_shapes[0]
+
+    def beyond(size: int) -> Tensor:
+        positions = [-1, -1.01, -2, -7.5, size, size + 0.01, size + 1, 1e30, float("nan")]
+        return torch.tensor(positions, device=backend[1])[:, None]  # (Q, 1)
+
+    with torch.no_grad():
+        case.inputs["reference_points"].fill_(0.0)
+        # In the first map one sample lies outside along x and inside along y, the other the other way round.
+        case.inputs["offsets"][..., 0, :, :] = height / 2
+        case.inputs["offsets"][:, :, :, 0, 0, 0] = beyond(width) + 0.5
+        case.inputs["offsets"][:, :, :, 0, 1, 1] = beyond(height) + 0.5
+        zero, nan = case.inputs["value"].clone(), case.inputs["value"].clone()
+        zero[:, : height * width] = 0
+        nan[:, : height * width] = float("nan")
+    results = []
+    for value in (zero, nan):
+        case.inputs["value"] = value.requires_grad_()
+        results.append(with_gradients(attention, case))
+    for name, expected_result in results[0].items():
+        assert torch.equal(results[1][name], expected_result), name
+    assert (results[1]["offsets"][..., 0, :, :] == 0).all()
+    assert (results[1]["value"][:, : height * width] == 0).all()
+
+
+@pytest.mark.parametrize("limit", [1, 500, 1500, 5000])
+def test_torch_backend_in_blocks_of_queries_heads_and_images(monkeypatch, limit):
+    """A block ends between queries, between heads, between images, in the backward with enough samples for its rows."""
+    monkeypatch.setattr(_sparse_attention_torch, "MAX_TEMPORARY", limit)
+    with use_backend("torch"):
+        check(attention, make_case(queries=60, levels=1).to("cpu", torch.float64))
+
+
+@pytest.mark.parametrize("map_size", [0, 50])
+@pytest.mark.parametrize("limit", [0, 1, 7, 25, 60, 130, 10_000])
+def test_blocks_hold_every_query_once_and_whole_maps_in_order(limit, map_size):
+    points = torch.empty(3, 5, 4, 1, 2, 2)
+    maps = torch.arange(3 * 4).view(3, 4)
+    seen = torch.zeros(3, 5, 4)
+    for block in _sparse_attention_torch._blocks(points, limit, map_size):
+        images, _, heads = block
+        seen[block] += 1
+        assert points[block].numel() // 2 <= max(limit, 2)
+        number = maps[images, heads].flatten()
+        assert torch.equal(number, torch.arange(len(number)) + number[0])
+        assert len(number) * map_size <= max(limit, map_size)
+    assert (seen == 1).all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Finds the elements of the largest tensor that is made, apart from those of given shapes and views of them."""
+
+    def __init__(self, shapes: list[torch.Size], known: list[Tensor]):
+        super().__init__()
+        self.shapes, self.elements = shapes, 0
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is None or storage.data_ptr() in self.known:
+                continue
+            if tensor.shape in self.shapes:
+                self.known.add(storage.data_ptr())
+            else:
+                self.elements = max(self.elements, storage.nbytes() // tensor.element_size())
+        return made
+
+
+def test_torch_backend_bounds_its_temporaries(monkeypatch):
+    monkeypatch.setattr(_sparse_attention_torch, "MAX_TEMPORARY", 1 << 12)
+    case = make_case(batch=2, queries=1500, heads=3, levels=1)
+    flat = list(case.spatial_shapes[0])
+    value, *others = (tensor.detach() for tensor in case.inputs.values())
+    out_shape = torch.Size((2, 1500, 3, value.shape[-1]))
+    known = [value, *others, case.grad_out]
+    with LargestTensor([out_shape, value.shape, *(t.shape for t in others)], known) as largest:
+        _sparse_attention_torch.forward(value, flat, *others)
+        _sparse_attention_torch.backward(case.grad_out, value, flat, *others, True, True)
+    assert 0 < largest.elements <= 1 << 12
