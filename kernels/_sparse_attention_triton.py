@@ -147,8 +147,8 @@ def split_position(x, y, width, height, PADDED: tl.constexpr):
     A sample that reads nothing, at NaN for one, moves to where all four corners are outside.
     """
     if PADDED:
-        x = tl.minimum(tl.where(x > -2.0, x, -2.0), width.to(tl.float32))
-        y = tl.minimum(tl.where(y > -2.0, y, -2.0), height.to(tl.float32))
+        x = tl.minimum(tl.where(x > -1.0, x, -2.0), width.to(tl.float32))
+        y = tl.minimum(tl.where(y > -1.0, y, -2.0), height.to(tl.float32))
     else:
         inside = (x > -1.0) & (x < width) & (y > -1.0) & (y < height)
         x = tl.where(inside, x, -2.0)
