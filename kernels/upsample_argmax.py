@@ -19,24 +19,24 @@ from torch import Tensor
 from ._triton import autotuned, device_guard, size_class, tl, triton
 from ._upsample import (
     PIXEL_CONFIGS,
-    channels_last_table,
+    Where,
     check_maps,
     corner_pointers,
-    corners,
     corners_in_tile,
-    interpolate,
     interpolate_in_tile,
     offset_strides,
-    slabs,
+    visit_tiles,
 )
 from .backend import runs_on_triton
 
 
 def _argmax_torch(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Tensor:
     best = torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
-    for b, rows in slabs(logits, size):
-        z = interpolate(*corners(logits, size, offset, b, rows), channels_last_table(logits, b))
-        best[b, rows] = z.argmax(0).view(-1, size[1])
+
+    def visit(where: Where, z: Tensor) -> None:
+        best[where] = z.argmax(1).view(best[where].shape)
+
+    visit_tiles(logits, size, offset, visit)
     return best
 
 

@@ -21,15 +21,13 @@ from torch import Tensor
 from ._triton import ScatterBuffer, autotuned, device_guard, scatter_add, size_class, tl, triton
 from ._upsample import (
     PIXEL_CONFIGS,
-    channels_last_table,
+    Where,
     check_maps,
     corner_pointers,
-    corners,
     corners_in_tile,
-    interpolate,
     interpolate_in_tile,
     offset_strides,
-    slabs,
+    visit_tiles,
 )
 from .backend import runs_on_triton
 from .checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
@@ -46,23 +44,25 @@ def _labels(
 ) -> tuple[Tensor, Tensor]:
     """Class ids that are safe to index with, and the weight of each pixel: 0 if ignored, NaN if the id is no class."""
     label = target.long()
-    known = (label >= 0) & (label < K) & (label != ignore_index)
-    safe = torch.where(known, label, 0)
-    weight = torch.ones(safe.shape, dtype=dtype, device=safe.device) if class_weights is None else class_weights[safe]
-    other = torch.where(label == ignore_index, 0.0, math.nan).to(dtype)
-    return safe, torch.where(known, weight.to(dtype), other)
+    safe = label.clamp(0, K - 1)
+    weight = (
+        torch.ones((), dtype=dtype, device=label.device) if class_weights is None else class_weights[safe].to(dtype)
+    )
+    return safe, torch.where(label == ignore_index, 0, torch.where(safe == label, weight, math.nan))
 
 
 def _losses_torch(
     logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
 ) -> Tensor:
-    K, size = logits.shape[1], target.shape[1:]
-    losses = torch.empty(target.shape, dtype=compute_dtype(logits), device=logits.device)
-    for b, rows in slabs(logits, size):
-        z = interpolate(*corners(logits, size, offset, b, rows), channels_last_table(logits, b))
-        label, weight = _labels(target[b, rows].flatten(), class_weights, K, ignore_index, z.dtype)
-        loss = weight * (z.logsumexp(0) - z.gather(0, label[None])[0])
-        losses[b, rows] = torch.where(weight == 0, 0, loss).view(-1, size[1])
+    dtype = compute_dtype(logits)
+    losses = torch.empty(target.shape, dtype=dtype, device=logits.device)
+
+    def visit(where: Where, z: Tensor) -> None:
+        label, weight = _labels(target[where], class_weights, z.shape[1], ignore_index, dtype)
+        loss = weight * -z.log_softmax(1).gather(1, label.view(len(z), 1, -1)).view(label.shape)
+        losses[where] = torch.where(weight == 0, 0, loss)
+
+    visit_tiles(logits, target.shape[1:], offset, visit)
     return losses
 
 
@@ -74,19 +74,19 @@ def _backward_torch(
     class_weights: Tensor | None,
     ignore_index: int,
 ) -> Tensor:
-    B, K, h, w = logits.shape
-    size = target.shape[1:]
-    grad_logits = torch.zeros(B, K, h * w, dtype=compute_dtype(logits), device=logits.device)
-    for b, rows in slabs(logits, size):
-        index, corner_weight = corners(logits, size, offset, b, rows)
-        grad = interpolate(index, corner_weight, channels_last_table(logits, b)).softmax(0)
-        label, weight = _labels(target[b, rows].flatten(), class_weights, K, ignore_index, grad.dtype)
-        grad[label, torch.arange(len(label), device=label.device)] -= 1
-        grad *= weight * grad_losses[b, rows].flatten()
-        grad.masked_fill_(weight == 0, 0)  # also where infinite logits made it NaN
-        for corner in range(4):
-            grad_logits[b].index_add_(1, index[:, corner], grad * corner_weight[:, corner])
-    return grad_logits.view(logits.shape).to(logits.dtype)
+    dtype = compute_dtype(logits)
+
+    def visit(where: Where, z: Tensor) -> Tensor:
+        label, weight = _labels(target[where], class_weights, z.shape[1], ignore_index, dtype)
+        factor = (weight * grad_losses[where]).view(len(z), 1, -1)
+        grad = z.softmax(1).mul_(factor)
+        grad.scatter_add_(1, label.view(factor.shape), -factor)
+        # All bits or none: where no weight meets infinite logits there is a NaN, and 0 * NaN is one too.
+        bits = torch.int64 if dtype == torch.float64 else torch.int32
+        grad.view(bits).bitwise_and_(torch.where(weight == 0, 0, -1).to(bits).view(factor.shape))
+        return grad
+
+    return visit_tiles(logits, target.shape[1:], offset, visit, with_gradient=True).to(logits.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def _check_ids(target: Tensor, K: int, ignore_index: int) -> None:
     if target.device.type != "cpu":
         return
     label = target.long()
-    wrong = ((label < 0) | (label >= K)) & (label != ignore_index)
+    wrong = (label.clamp(0, K - 1) != label) & (label != ignore_index)
     if wrong.any():
         raise ValueError(
             f"target holds the id {int(label[wrong][0])} ({int(wrong.sum())} pixels hold no class); ids must be in "
@@ -494,6 +494,8 @@ def upsample_cross_entropy(
         return losses
     if reduction == "sum":
         return losses.sum()
-    _, weight = _labels(target, class_weights, logits.shape[1], ignore_index, losses.dtype)
-    total = weight.sum()
+    if class_weights is None:
+        total = (target != ignore_index).sum()
+    else:
+        total = _labels(target, class_weights, logits.shape[1], ignore_index, losses.dtype)[1].sum()
     return losses.sum() / torch.where(total == 0, 1, total)
