@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import autotune_pool, tl, triton
 from .checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
 
 # The tiles of the PyTorch path: columns, and bytes of up-sampled logits (one row at the least). On a CPU these should
@@ -203,65 +202,3 @@ def _visit_shifted(
         grad = visit(where, corners.read(table).t().contiguous()[None])
         if grad_table is not None and grad is not None:
             corners.add_transposed(grad[0].t().contiguous(), grad_table)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Triton
-# ---------------------------------------------------------------------------------------------------------------------
-
-PIXEL_CONFIGS = autotune_pool(
-    triton.Config({"BLOCK_P": 128}, num_warps=4),
-    triton.Config({"BLOCK_P": 256}, num_warps=4),
-    triton.Config({"BLOCK_P": 64}, num_warps=2),
-)
-
-
-@triton.jit
-def _axis_in_tile(position, size, low_size, scale):
-    """As `_axis`, for [BLOCK_P] float32 positions; scale is low_size / size."""
-    source = (tl.minimum(tl.maximum(position, 0.0), size - 1.0) + 0.5) * scale - 0.5
-    source = tl.minimum(tl.maximum(source, 0.0), low_size - 1.0)
-    lower = source.to(tl.int32)
-    return lower, tl.minimum(lower + 1, low_size - 1), source - lower
-
-
-@triton.jit
-def corners_in_tile(
-    offset_ptr, stride_b, stride_xy, stride_h, stride_w, b, y, x, live, H, W, h, w, scale_y, scale_x,
-    HAS_OFFSET: tl.constexpr,
-):  # fmt: skip
-    """As `corners`: y0, y1, x0, x1 (int32) and the fractions fy, fx of the pixels (y, x), [BLOCK_P] each."""
-    position_y = y.to(tl.float32)
-    position_x = x.to(tl.float32)
-    if HAS_OFFSET:
-        pointers = offset_ptr + b * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-        shift_x = tl.load(pointers, mask=live, other=0).to(tl.float32)
-        shift_y = tl.load(pointers + stride_xy, mask=live, other=0).to(tl.float32)
-        position_x += tl.where(shift_x == shift_x, shift_x, 0.0)
-        position_y += tl.where(shift_y == shift_y, shift_y, 0.0)
-    y0, y1, fy = _axis_in_tile(position_y, H, h, scale_y)
-    x0, x1, fx = _axis_in_tile(position_x, W, w, scale_x)
-    return y0, y1, x0, x1, fy, fx
-
-
-@triton.jit
-def corner_pointers(map_ptr, y0, y1, x0, x1, stride_h, stride_w):
-    """The four corners in one channel of one image, [BLOCK_P] each."""
-    row0 = map_ptr + y0.to(tl.int64) * stride_h
-    row1 = map_ptr + y1.to(tl.int64) * stride_h
-    column0 = x0.to(tl.int64) * stride_w
-    column1 = x1.to(tl.int64) * stride_w
-    return row0 + column0, row0 + column1, row1 + column0, row1 + column1
-
-
-@triton.jit
-def interpolate_in_tile(p00, p01, p10, p11, fy, fx, mask):
-    z00 = tl.load(p00, mask=mask, other=0.0).to(tl.float32)
-    z01 = tl.load(p01, mask=mask, other=0.0).to(tl.float32)
-    z10 = tl.load(p10, mask=mask, other=0.0).to(tl.float32)
-    z11 = tl.load(p11, mask=mask, other=0.0).to(tl.float32)
-    return (1 - fy) * ((1 - fx) * z00 + fx * z01) + fy * ((1 - fx) * z10 + fx * z11)
-
-
-def offset_strides(offset: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if offset is None else offset.stride()
