@@ -86,7 +86,10 @@ def _axis(position: Tensor, size: int, low_size: int) -> tuple[Tensor, Tensor]:
     lower = source.floor()
     fraction = source.sub_(lower)
     index = lower.long()
-    return torch.stack([index, (index + 1).clamp_(max=low_size - 1)]), torch.stack([1 - fraction, fraction])
+    # A corner without weight is not read, since infinity times 0 is NaN: the other one is, twice by half.
+    between = fraction > 0
+    fraction = torch.where(between, fraction, 0.5)
+    return torch.stack([index, index + between]), torch.stack([1 - fraction, fraction])
 
 
 def _axis_bags(position: Tensor, size: int, low_size: int) -> Bags:

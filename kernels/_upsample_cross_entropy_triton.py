@@ -11,7 +11,17 @@ and 16 x BLOCK_K atomic adds instead of four for each of the 64 pixels and each 
 import torch
 from torch import Tensor
 
-from ._triton import ScatterBuffer, autotune_pool, autotuned, device_guard, scatter_add, size_class, tl, triton
+from ._triton import (
+    INTERPRETED,
+    ScatterBuffer,
+    autotune_pool,
+    autotuned,
+    device_guard,
+    scatter_add,
+    size_class,
+    tl,
+    triton,
+)
 from ._upsample_triton import (
     FLOAT32_PRECISION,
     GATHERED_K,
@@ -19,6 +29,8 @@ from ._upsample_triton import (
     channels_last,
     corner_pointers,
     corners_in_tile,
+    exp,
+    no_class,
     num_tiles,
     offset_strides,
     operand,
@@ -56,38 +68,49 @@ def _labels_in_tile(
 
 
 @triton.jit
-def _take_classes(largest, total, z_label, z, k, label):
-    """Takes another block of classes k into total = sum_k exp(z[k] - largest) and into z[label], [PIXELS] each."""
-    z_label += tl.sum(tl.where(k[None, :] == label[:, None], z, 0.0), 1)
+def _take_classes(largest, total, z_label, z, first, label, lowest_label, highest_label):
+    """Takes the classes of z, from `first` on, into total = sum_k exp(z[k] - largest) and z[label], [PIXELS] each."""
+    # Of the blocks of classes, most hold the label of no pixel.
+    if (lowest_label < first + z.shape[1]) & (first <= highest_label):
+        z_label += tl.sum(tl.where(_is_label(z, first, label), z, 0.0), 1)
     larger = tl.maximum(largest, tl.max(z, 1))
-    return larger, total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger[:, None]), 1), z_label
+    return larger, total * exp(largest - larger) + tl.sum(exp(z - larger[:, None]), 1), z_label
 
 
 @triton.jit
-def _log_sum_exp(
-    high, low, pointers, used, in_window, p00, p01, p10, p11, fy, fx, mask, label, num_classes, K, padded_K,
-    BLOCK_K: tl.constexpr, OPERAND: tl.constexpr,
+def _is_label(z, first, label):
+    return (first + tl.arange(0, z.shape[1]))[None, :] == label[:, None]
+
+
+@triton.jit
+def _sum_exp(
+    high, low, window_pointers, used, in_window, p00, p01, p10, p11, fy, fx, mask, label, lowest_label, highest_label,
+    num_classes, K, padded_K, BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, NO_CLASS: tl.constexpr,
 ):  # fmt: skip
-    """log sum_k exp z[k], z[label], and whether they came from the window: all corners lie there, and it is finite."""
+    """largest = max_k z[k], total = sum_k exp(z[k] - largest) and z[label], [PIXELS] each; and whether they came from
+    the window: all corners lie there, and it is finite."""
     zero = tl.zeros(fy.shape, tl.float32)
     # The lowest finite number, so that a class at -inf adds exp(-inf) and not exp(-inf + inf).
     lowest = zero - 3.4028234663852886e38
     largest, total, z_label = lowest, zero, zero
     if in_window:
         for first in range(0, num_classes, BLOCK_K):
-            k = first + tl.arange(0, BLOCK_K)
-            z, _ = z_of_window(high, low, pointers, used, k, K, padded_K, OPERAND)
-            largest, total, z_label = _take_classes(largest, total, z_label, z, k, label)
-        # 0 * infinity in the product: a pixel may have met what it doesn't read.
-        finite = tl.abs(largest + tl.log(total)) < float("inf")
-        in_window = tl.max((mask & (finite == 0)).to(tl.int32), 0) == 0
+            z, _window = z_of_window(high, low, window_pointers, used, first, padded_K, BLOCK_K, OPERAND, NO_CLASS)
+            largest, total, z_label = _take_classes(
+                largest, total, z_label, z, first, label, lowest_label, highest_label
+            )
+        # 0 * infinity in the product: a pixel, also one that doesn't count, has met what it doesn't read. Nor may padding
+        # outweigh a pixel that is -inf in each class.
+        finite = tl.abs(largest + tl.log(total)) < -0.9 * NO_CLASS
+        in_window = tl.min(finite.to(tl.int32), 0) == 1
     if in_window == 0:
         largest, total, z_label = lowest, zero, zero
         for first in range(0, num_classes, GATHERED_K):
-            k = first + tl.arange(0, GATHERED_K)
-            z = z_of_corners(p00, p01, p10, p11, fy, fx, mask, k, K, padded_K)
-            largest, total, z_label = _take_classes(largest, total, z_label, z, k, label)
-    return largest + tl.log(total), z_label, in_window
+            z = z_of_corners(p00, p01, p10, p11, fy, fx, mask, first, K, padded_K)
+            largest, total, z_label = _take_classes(
+                largest, total, z_label, z, first, label, lowest_label, highest_label
+            )
+    return largest, total, z_label, in_window
 
 
 @autotuned(_POOL, key=["K", "HAS_OFFSET"])
@@ -120,6 +143,7 @@ def losses_kernel(
     HAS_OFFSET: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     OPERAND: tl.constexpr,
+    NO_CLASS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The losses of one tile."""
@@ -129,19 +153,20 @@ def losses_kernel(
         ignore_index, HAS_WEIGHTS,
     )  # fmt: skip
     counts = weight != 0
+    lowest_label, highest_label = tl.min(tl.where(counts, label, K), 0), tl.max(tl.where(counts, label, -1), 0)
     y0, y1, x0, x1, fy, fx = corners_in_tile(
         offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, counts, H, W, h, w,
         scale_y, scale_x, HAS_OFFSET,
     )  # fmt: skip
-    weights, index, used, any_counts, in_window = window_of_tile(y0, y1, x0, x1, fy, fx, counts, w)
+    weights, index, used, in_window = window_of_tile(y0, y1, x0, x1, fy, fx, counts, w)
     high, low = split(weights, OPERAND)
     table_ptr += b * h * w * padded_K
     p00, p01, p10, p11 = corner_pointers(table_ptr, y0, y1, x0, x1, w, padded_K)
-    lse, z_label, _ = _log_sum_exp(
+    largest, total, z_label, _ = _sum_exp(
         high, low, table_ptr + index * padded_K, used, in_window, p00, p01, p10, p11, fy, fx, counts, label,
-        tl.where(any_counts, K, 0), K, padded_K, BLOCK_K, OPERAND,
+        lowest_label, highest_label, tl.where(highest_label >= 0, K, 0), K, padded_K, BLOCK_K, OPERAND, NO_CLASS,
     )  # fmt: skip
-    loss = tl.where(counts, weight * (lse - z_label), 0.0)
+    loss = tl.where(counts, weight * (largest - z_label + tl.log(total)), 0.0)
     tl.store(losses_ptr + b * H * W + y * W + x, loss, mask=live)
 
 
@@ -182,6 +207,8 @@ def losses_backward_kernel(
     DETERMINISTIC: tl.constexpr,
     OPERAND: tl.constexpr,
     GRAD_OPERAND: tl.constexpr,
+    GRAD_PRECISION: tl.constexpr,
+    NO_CLASS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The part that one tile has in the gradient."""
@@ -191,13 +218,14 @@ def losses_backward_kernel(
         ignore_index, HAS_WEIGHTS,
     )  # fmt: skip
     counts = weight != 0
+    lowest_label, highest_label = tl.min(tl.where(counts, label, K), 0), tl.max(tl.where(counts, label, -1), 0)
     pointers = grad_losses_ptr + b * grad_losses_stride_b + y.to(tl.int64) * grad_losses_stride_h
     factor = tl.load(pointers + x.to(tl.int64) * grad_losses_stride_w, mask=counts, other=0.0).to(tl.float32) * weight
     y0, y1, x0, x1, fy, fx = corners_in_tile(
         offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, counts, H, W, h, w,
         scale_y, scale_x, HAS_OFFSET,
     )  # fmt: skip
-    weights, index, used, any_counts, in_window = window_of_tile(y0, y1, x0, x1, fy, fx, counts, w)
+    weights, index, used, in_window = window_of_tile(y0, y1, x0, x1, fy, fx, counts, w)
     # An infinite factor would spread over the window too.
     finite = tl.abs(factor) < float("inf")
     in_window &= tl.max((counts & (finite == 0)).to(tl.int32), 0) == 0
@@ -205,39 +233,43 @@ def losses_backward_kernel(
     image = b * h * w * padded_K
     p00, p01, p10, p11 = corner_pointers(table_ptr + image, y0, y1, x0, x1, w, padded_K)
     window_pointers = table_ptr + image + index * padded_K
-    num_classes = tl.where(any_counts, K, 0)
-    lse, _, in_window = _log_sum_exp(
-        high, low, window_pointers, used, in_window, p00, p01, p10, p11, fy, fx, counts, label, num_classes, K,
-        padded_K, BLOCK_K, OPERAND,
+    num_classes = tl.where(highest_label >= 0, K, 0)
+    largest, total, _z_label, in_window = _sum_exp(
+        high, low, window_pointers, used, in_window, p00, p01, p10, p11, fy, fx, counts, label, lowest_label,
+        highest_label, num_classes, K, padded_K, BLOCK_K, OPERAND, NO_CLASS,
     )  # fmt: skip
     grad_table_ptr += image
     if in_window:
         # Mean reduction's factors are too small for float16; relative to the largest they fit.
-        largest = tl.max(tl.abs(factor), 0)
-        relative = factor / tl.where(largest > 0, largest, 1.0)
+        scale = tl.max(tl.abs(factor), 0)
+        relative = factor / tl.where(scale > 0, scale, 1.0)
+        relative_to_total = relative / total
         transposed = tl.trans(weights.to(GRAD_OPERAND))
         grad_pointers = grad_table_ptr + index * padded_K
         for first in range(0, num_classes, BLOCK_K):
+            z, _window = z_of_window(high, low, window_pointers, used, first, padded_K, BLOCK_K, OPERAND, NO_CLASS)
+            grad = exp(z - largest[:, None]) * relative_to_total[:, None]
+            if (lowest_label < first + BLOCK_K) & (first <= highest_label):
+                grad -= tl.where(_is_label(z, first, label), relative[:, None], 0.0)
             k = first + tl.arange(0, BLOCK_K)
-            z, _ = z_of_window(high, low, window_pointers, used, k, K, padded_K, OPERAND)
-            grad = tl.exp(z - lse[:, None]) - tl.where(k[None, :] == label[:, None], 1.0, 0.0)
-            grad = (grad * relative[:, None]).to(GRAD_OPERAND)
-            grad = tl.dot(transposed, grad, input_precision=FLOAT32_PRECISION) * largest
+            grad = tl.dot(transposed, grad.to(GRAD_OPERAND), input_precision=GRAD_PRECISION) * scale
             mask = used[:, None] & (k < padded_K)[None, :]
             scatter_add(grad_pointers[:, None] + k[None, :], grad, mask, scale_ptr, DETERMINISTIC)
     else:
         g00, g01, g10, g11 = corner_pointers(grad_table_ptr, y0, y1, x0, x1, w, padded_K)
         for first in range(0, num_classes, GATHERED_K):
-            k = first + tl.arange(0, GATHERED_K)
-            z = z_of_corners(p00, p01, p10, p11, fy, fx, counts, k, K, padded_K)
-            grad = tl.exp(z - lse[:, None]) - tl.where(k[None, :] == label[:, None], 1.0, 0.0)
+            z = z_of_corners(p00, p01, p10, p11, fy, fx, counts, first, K, padded_K)
+            grad = exp(z - largest[:, None]) / total[:, None] - tl.where(_is_label(z, first, label), 1.0, 0.0)
             grad *= factor[:, None]
+            k = first + tl.arange(0, GATHERED_K)
             mask = counts[:, None] & (k < padded_K)[None, :]
+            mask_x, mask_y = mask & (fx > 0)[:, None], mask & (fy > 0)[:, None]
             scatter_add(
                 g00[:, None] + k[None, :], grad * ((1 - fy) * (1 - fx))[:, None], mask, scale_ptr, DETERMINISTIC
             )
-            scatter_add(g01[:, None] + k[None, :], grad * ((1 - fy) * fx)[:, None], mask, scale_ptr, DETERMINISTIC)
-            scatter_add(g10[:, None] + k[None, :], grad * (fy * (1 - fx))[:, None], mask, scale_ptr, DETERMINISTIC)
+            scatter_add(g01[:, None] + k[None, :], grad * ((1 - fy) * fx)[:, None], mask_x, scale_ptr, DETERMINISTIC)
+            scatter_add(g10[:, None] + k[None, :], grad * (fy * (1 - fx))[:, None], mask_y, scale_ptr, DETERMINISTIC)
+            mask &= mask_x & mask_y
             scatter_add(g11[:, None] + k[None, :], grad * (fy * fx)[:, None], mask, scale_ptr, DETERMINISTIC)
 
 
@@ -273,6 +305,7 @@ def forward(
             HAS_OFFSET=offset is not None,
             HAS_WEIGHTS=class_weights is not None,
             OPERAND=operand(logits.dtype),
+            NO_CLASS=no_class(logits.dtype),
             enable_fp_fusion=True,
         )
     return losses
@@ -292,6 +325,9 @@ def backward(
     # |softmax - onehot| and a pixel's weight in a corner are at most 1.
     largest_weight = lambda: 1 if class_weights is None else class_weights.abs().amax()
     bound = lambda: grad_losses.abs().amax() * largest_weight() * PIXELS
+    # Gradients of bfloat16 in float16, which has three more digits; those of float16 need more than it has.
+    grad_operand = tl.float16 if logits.dtype == torch.bfloat16 else tl.float32
+    grad_precision = "bf16x3" if logits.dtype == torch.float16 and not INTERPRETED else FLOAT32_PRECISION
     buffer = ScatterBuffer((B, h, w, padded(K)), logits.device, bound)
     with device_guard(logits):
         losses_backward_kernel[(num_tiles(B, (H, W), (h, w)),)](
@@ -322,7 +358,9 @@ def backward(
             HAS_WEIGHTS=class_weights is not None,
             DETERMINISTIC=buffer.deterministic,
             OPERAND=operand(logits.dtype),
-            GRAD_OPERAND=tl.float32 if logits.dtype == torch.float32 else tl.float16,
+            NO_CLASS=no_class(logits.dtype),
+            GRAD_OPERAND=grad_operand,
+            GRAD_PRECISION=grad_precision,
             enable_fp_fusion=True,
         )
     return buffer.result(logits.dtype)[..., :K].permute(0, 3, 1, 2).contiguous()

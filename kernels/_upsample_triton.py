@@ -79,7 +79,7 @@ def window_of_tile(y0, y1, x0, x1, fy, fx, mask, w):
     """The 4 x 4 low-size pixels from the first corner of the pixels in `mask` on.
 
     Returns the weights [PIXELS, 16], zero for other pixels; the index (int64) of each low-size pixel among the image's
-    and whether one of the pixels reads it, [16] each; whether any pixel is in `mask`; and whether all corners lie here.
+    and whether one of the pixels reads it, [16] each; and whether all corners lie here.
     """
     FAR: tl.constexpr = 1 << 30
     top, bottom = tl.min(tl.where(mask, y0, FAR), 0), tl.max(tl.where(mask, y0, -1), 0)
@@ -93,7 +93,7 @@ def window_of_tile(y0, y1, x0, x1, fy, fx, mask, w):
     weight_x += tl.where(column[None, :] == x1[:, None], fx[:, None], 0.0)
     weights = tl.where(mask[:, None], weight_y * weight_x, 0.0)
     index = row.to(tl.int64) * w + column
-    return weights, index, tl.max(weights, 0) > 0, bottom >= 0, (bottom - top <= 2) & (right - left <= 2)
+    return weights, index, tl.max(weights, 0) > 0, (bottom - top <= 2) & (right - left <= 2)
 
 
 # --- z in blocks of classes -------------------------------------------------------------------------------------------
@@ -108,15 +108,24 @@ def split(weights, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def z_of_window(high, low, pointers, used, k, K, padded_K, OPERAND: tl.constexpr):
-    """z [PIXELS, BLOCK_K] of the classes k, -inf past the last, and the window [16, BLOCK_K] it comes from."""
+def z_of_window(
+    high, low, pointers, used, first, padded_K, BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, NO_CLASS: tl.constexpr
+):
+    """z [PIXELS, BLOCK_K] of the classes from `first` on, NO_CLASS past the last; and their window [16, BLOCK_K]."""
+    k = first + tl.arange(0, BLOCK_K)
     mask = used[:, None] & (k < padded_K)[None, :]
-    window = tl.load(pointers[:, None] + k[None, :], mask=mask, other=0.0).to(OPERAND)
-    if OPERAND == tl.float32:
+    window = tl.load(pointers[:, None] + k[None, :], mask=mask, other=NO_CLASS).to(OPERAND)
+    if OPERAND == tl.float32:  # noqa: SIM300
         z = tl.dot(high, window, input_precision=FLOAT32_PRECISION)
     else:
         z = tl.dot(low, window, tl.dot(high, window))
-    return tl.where((k < K)[None, :], z, float("-inf")), window
+    return z, window
+
+
+@triton.jit
+def exp(x):
+    """As tl.exp, which takes three more instructions to get numbers below 2^-126 right."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -133,17 +142,19 @@ def corner_pointers(map_ptr, y0, y1, x0, x1, w, padded_K):
 
 @triton.jit
 def interpolate_in_tile(p00, p01, p10, p11, fy, fx, mask):
+    """A corner without weight is not read: infinity times 0 is NaN."""
+    mask_x, mask_y = mask & (fx > 0), mask & (fy > 0)
     z00 = tl.load(p00, mask=mask, other=0.0).to(tl.float32)
-    z01 = tl.load(p01, mask=mask, other=0.0).to(tl.float32)
-    z10 = tl.load(p10, mask=mask, other=0.0).to(tl.float32)
-    z11 = tl.load(p11, mask=mask, other=0.0).to(tl.float32)
+    z01 = tl.load(p01, mask=mask_x, other=0.0).to(tl.float32)
+    z10 = tl.load(p10, mask=mask_y, other=0.0).to(tl.float32)
+    z11 = tl.load(p11, mask=mask_x & mask_y, other=0.0).to(tl.float32)
     return (1 - fy) * ((1 - fx) * z00 + fx * z01) + fy * ((1 - fx) * z10 + fx * z11)
 
 
 @triton.jit
-def z_of_corners(p00, p01, p10, p11, fy, fx, mask, k, K, padded_K):
-    """z [PIXELS, GATHERED_K] of the classes k, -inf past the last."""
-    k = k[None, :]
+def z_of_corners(p00, p01, p10, p11, fy, fx, mask, first, K, padded_K):
+    """z [PIXELS, GATHERED_K] of the classes from `first` on, -inf past the last."""
+    k = (first + tl.arange(0, GATHERED_K))[None, :]
     z = interpolate_in_tile(
         p00[:, None] + k, p01[:, None] + k, p10[:, None] + k, p11[:, None] + k, fy[:, None], fx[:, None],
         mask[:, None] & (k < padded_K),
@@ -159,13 +170,18 @@ def channels_last(logits: Tensor) -> Tensor:
     B, K, h, w = logits.shape
     if K % CLASS_PADDING == 0:
         return logits.permute(0, 2, 3, 1).contiguous()
-    table = logits.new_zeros(B, h, w, padded(K))
+    table = logits.new_full((B, h, w, padded(K)), no_class(logits.dtype))
     table[..., :K] = logits.permute(0, 2, 3, 1)
     return table
 
 
 def padded(K: int) -> int:
     return -(-K // CLASS_PADDING) * CLASS_PADDING
+
+
+def no_class(dtype: torch.dtype) -> float:
+    """The logit of what only pads the classes: its softmax is 0, and it remains finite in products and bfloat16."""
+    return torch.finfo(torch.float16).min if dtype == torch.float16 else -1e38
 
 
 def operand(dtype: torch.dtype) -> "tl.dtype":

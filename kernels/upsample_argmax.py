@@ -23,6 +23,7 @@ from ._upsample_triton import (
     channels_last,
     corner_pointers,
     corners_in_tile,
+    no_class,
     num_tiles,
     offset_strides,
     operand,
@@ -89,6 +90,7 @@ def argmax_kernel(
     size_class,
     HAS_OFFSET: tl.constexpr,
     OPERAND: tl.constexpr,
+    NO_CLASS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The classes of one tile."""
@@ -97,7 +99,7 @@ def argmax_kernel(
         offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, live, H, W, h, w,
         scale_y, scale_x, HAS_OFFSET,
     )  # fmt: skip
-    weights, index, used, _, in_window = window_of_tile(y0, y1, x0, x1, fy, fx, live, w)
+    weights, index, used, in_window = window_of_tile(y0, y1, x0, x1, fy, fx, live, w)
     high, low = split(weights, OPERAND)
     table_ptr += b * h * w * padded_K
     largest = tl.full(fy.shape, float("-inf"), tl.float32)
@@ -105,8 +107,9 @@ def argmax_kernel(
     if in_window:
         finite = tl.full((16, BLOCK_K), 1, tl.int1)
         for first in range(0, K, BLOCK_K):
-            k = first + tl.arange(0, BLOCK_K)
-            z, window = z_of_window(high, low, table_ptr + index * padded_K, used, k, K, padded_K, OPERAND)
+            z, window = z_of_window(
+                high, low, table_ptr + index * padded_K, used, first, padded_K, BLOCK_K, OPERAND, NO_CLASS
+            )
             finite &= tl.abs(window.to(tl.float32)) < float("inf")
             found, position = tl.max(z, 1, return_indices=True)
             best = tl.where(found > largest, first + position, best)
@@ -118,9 +121,8 @@ def argmax_kernel(
         best = tl.zeros(fy.shape, tl.int32)
         p00, p01, p10, p11 = corner_pointers(table_ptr, y0, y1, x0, x1, w, padded_K)
         for first in range(0, K, GATHERED_K):
-            k = first + tl.arange(0, GATHERED_K)
             largest, best = _better(
-                largest, best, z_of_corners(p00, p01, p10, p11, fy, fx, live, k, K, padded_K), first
+                largest, best, z_of_corners(p00, p01, p10, p11, fy, fx, live, first, K, padded_K), first
             )
     tl.store(best_ptr + b * H * W + y * W + x, best.to(tl.int64), mask=live)
 
@@ -149,6 +151,7 @@ def _argmax_triton(logits: Tensor, size: tuple[int, int], offset: Tensor | None)
             size_class=size_class(B * H * W),
             HAS_OFFSET=offset is not None,
             OPERAND=operand(logits.dtype),
+            NO_CLASS=no_class(logits.dtype),
             enable_fp_fusion=True,
         )
     return best
