@@ -45,7 +45,8 @@ from ._upsample_triton import (
 
 _POOL = autotune_pool(
     triton.Config({"BLOCK_K": 32}, num_warps=2),
-    triton.Config({"BLOCK_K": 16}, num_warps=1),
+    triton.Config({"BLOCK_K": 16}, num_warps=2),
+    triton.Config({"BLOCK_K": 32}, num_warps=4),
     triton.Config({"BLOCK_K": 64}, num_warps=4),
 )
 
@@ -99,8 +100,8 @@ def _sum_exp(
             largest, total, z_label = _take_classes(
                 largest, total, z_label, z, first, label, lowest_label, highest_label
             )
-        # 0 * infinity in the product: a pixel, also one that doesn't count, has met what it doesn't read. Nor may padding
-        # outweigh a pixel that is -inf in each class.
+        # NaN is 0 * infinity: some pixel, perhaps one that does not count, met what it does not read. And where each
+        # class is at -inf, padding must not win.
         finite = tl.abs(largest + tl.log(total)) < -0.9 * NO_CLASS
         in_window = tl.min(finite.to(tl.int32), 0) == 1
     if in_window == 0:

@@ -50,7 +50,8 @@ def _argmax_torch(logits: Tensor, size: tuple[int, int], offset: Tensor | None) 
 
 _POOL = autotune_pool(
     triton.Config({"BLOCK_K": 32}, num_warps=2),
-    triton.Config({"BLOCK_K": 16}, num_warps=1),
+    triton.Config({"BLOCK_K": 16}, num_warps=2),
+    triton.Config({"BLOCK_K": 32}, num_warps=4),
     triton.Config({"BLOCK_K": 64}, num_warps=4),
 )
 
