@@ -52,7 +52,6 @@ _POOL = autotune_pool(
     triton.Config({"BLOCK_K": 32}, num_warps=2),
     triton.Config({"BLOCK_K": 16}, num_warps=2),
     triton.Config({"BLOCK_K": 32}, num_warps=4),
-    triton.Config({"BLOCK_K": 64}, num_warps=4),
 )
 
 
