@@ -5,7 +5,7 @@
     z[k, p]  = bilinear(logits[k], src(s(p)))
 
 Without an offset z is `interpolate(logits, (H, W), mode="bilinear", align_corners=False)`; with an integer offset it
-is that map read at p + offset. z exists for a slab of rows (PyTorch) or a class of a tile of pixels (Triton) at a time.
+is that map read at p + offset. z exists for one tile of pixels at a time.
 
 Legend
     B batch, K classes, h x w the logits' map, H x W the full-size map; K, h, w, H, W are any positive numbers.
@@ -16,16 +16,18 @@ that every sum over classes has one order whatever the block size.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import autotune_pool, tl, triton
 from .checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
 
-# Bytes of up-sampled logits that the PyTorch path holds at a time (one row of the image at the least): on a CPU they
-# should stay in the cache, on a GPU they should fill it.
+# The tiles of the PyTorch path: columns, and bytes of up-sampled logits (one row at the least). On a CPU these should
+# stay in the cache, on a GPU they should fill it.
+TILE_COLUMNS = 128
 SLAB_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
@@ -45,116 +47,161 @@ def check_maps(logits: Tensor, offset: Tensor | None, size: tuple[int, int]) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PyTorch
+# PyTorch: tiles of pixels, whose z is read from a table and whose gradient is added into one, both by embedding_bag
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-def slabs(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, slice]]:
-    """(image, rows of the full-size map), few enough rows for SLAB_BYTES."""
-    B, K = logits.shape[:2]
-    H, W = size
-    slab_bytes = SLAB_BYTES.get(logits.device.type, SLAB_BYTES["cuda"])
-    rows = max(1, slab_bytes // max(1, K * W * compute_dtype(logits).itemsize))
-    for b in range(B):
-        for first in range(0, H, rows):
-            yield b, slice(first, min(first + rows, H))
+# Where a tile lies in (B, H, W): image, rows, columns.
+Where = tuple[int, slice, slice]
 
 
-def _axis(position: Tensor, size: int, low_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower and upper corner (int64) on the logits' map and the fraction beyond the lower, of full-size positions."""
+class Bags(NamedTuple):
+    """A sparse matrix with as many entries in each row: out[i] = sum_j weight[i, j] * table[index[i, j]]."""
+
+    index: Tensor  # (n, entries) int64
+    weight: Tensor  # (n, entries) in the table's dtype
+
+    def read(self, table: Tensor) -> Tensor:
+        """(rows, width) -> (n, width). A NaN in the table reaches only the rows that read it, unlike in a matmul."""
+        return F.embedding_bag(self.index, table, per_sample_weights=self.weight, mode="sum")
+
+    def add_transposed(self, grad: Tensor, grad_table: Tensor) -> None:
+        """grad_table (rows, width) += transposed matrix times grad (n, width), in an order that repeats."""
+        read, order = self.index.flatten().sort(stable=True)
+        # On a GPU, to count the rows that were read would be to wait for it.
+        rows = read.unique_consecutive() if read.is_cpu else torch.arange(len(grad_table), device=read.device)
+        sums = F.embedding_bag(
+            order // self.index.shape[1],
+            grad,
+            torch.searchsorted(read, rows),
+            per_sample_weights=self.weight.flatten()[order],
+            mode="sum",
+        )
+        grad_table.index_add_(0, rows, sums)
+
+
+def _axis(position: Tensor, size: int, low_size: int) -> tuple[Tensor, Tensor]:
+    """Index (2, n) on the logits' map and weight (2, n) of the two corners of full-size positions (n,)."""
     source = (position.clamp(0, size - 1) + 0.5) * (low_size / size) - 0.5
-    source = source.clamp(0, low_size - 1)
+    source = source.clamp_(0, low_size - 1)
     lower = source.floor()
-    fraction = source - lower
-    lower = lower.long()
-    return lower, (lower + 1).clamp(max=low_size - 1), fraction
+    fraction = source.sub_(lower)
+    index = lower.long()
+    # A corner without weight is not read, since infinity times 0 is NaN: the other one is, twice by half.
+    between = fraction > 0
+    fraction = torch.where(between, fraction, 0.5)
+    return torch.stack([index, index + between]), torch.stack([1 - fraction, fraction])
 
 
-def corners(logits: Tensor, size: tuple[int, int], offset: Tensor | None, b: int, rows: slice) -> tuple[Tensor, Tensor]:
-    """Indices into the h*w low-size pixels and weights, (pixels, 4) each, for the rows of image b."""
-    h, w = logits.shape[2:]
-    H, W = size
-    make = {"dtype": compute_dtype(logits), "device": logits.device}
-    y = torch.arange(rows.start, rows.stop, **make)[:, None]
-    x = torch.arange(W, **make)[None, :]
-    if offset is not None:
-        # A NaN means no offset; infinities are for the clamp.
-        shift = offset[b, :, rows].to(make["dtype"]).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
-        x, y = x + shift[0], y + shift[1]
-    x0, x1, fx = _axis(x, W, w)
-    y0, y1, fy = _axis(y, H, h)
-    index = torch.stack([y0 * w + x0, y0 * w + x1, y1 * w + x0, y1 * w + x1], -1)
-    weight = torch.stack([(1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx], -1)
-    return index.view(-1, 4), weight.view(-1, 4)
+def _axis_bags(position: Tensor, size: int, low_size: int) -> Bags:
+    index, weight = _axis(position, size, low_size)
+    return Bags(index.t().contiguous(), weight.t().contiguous())
 
 
-def channels_last_table(logits: Tensor, b: int) -> Tensor:
-    """(h*w, K) logits of image b, a row for each pixel."""
-    return logits[b].permute(1, 2, 0).to(compute_dtype(logits)).reshape(-1, logits.shape[1])
+def _shifted_bags(shift: Tensor, where: Where, size: tuple[int, int], low_size: tuple[int, int]) -> Bags:
+    """The four corners, among h * w low-size pixels, of each pixel of a tile with the offset (2, rows, columns)."""
+    _, rows, columns = where
+    y = torch.arange(rows.start, rows.stop, dtype=shift.dtype, device=shift.device)[:, None]
+    x = torch.arange(columns.start, columns.stop, dtype=shift.dtype, device=shift.device)
+    # A NaN means no offset; infinities are for the clamp.
+    shift = shift.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    x_index, x_weight = _axis((x + shift[0]).flatten(), size[1], low_size[1])
+    y_index, y_weight = _axis((y + shift[1]).flatten(), size[0], low_size[0])
+    # Pixels last until the end: arithmetic along an axis of 2 or 4 is slow.
+    index = (y_index * low_size[1])[:, None] + x_index
+    weight = y_weight[:, None] * x_weight
+    return Bags(torch.stack(tuple(index.view(4, -1)), -1), torch.stack(tuple(weight.view(4, -1)), -1))
 
 
-def interpolate(index: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-    """(K, pixels) up-sampled logits. Classes first: a softmax along a short last axis is 20 times slower on a CPU."""
-    return torch.nn.functional.embedding_bag(index, table, per_sample_weights=weight, mode="sum").t().contiguous()
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, total)) for first in range(0, total, size))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Triton
-# ---------------------------------------------------------------------------------------------------------------------
+def visit_tiles(
+    logits: Tensor,
+    size: tuple[int, int],
+    offset: Tensor | None,
+    visit: Callable[[Where, Tensor], Tensor | None],
+    with_gradient: bool = False,
+) -> Tensor:
+    """Show `visit` the up-sampled logits, tile by tile.
 
-PIXEL_CONFIGS = autotune_pool(
-    triton.Config({"BLOCK_P": 128}, num_warps=4),
-    triton.Config({"BLOCK_P": 256}, num_warps=4),
-    triton.Config({"BLOCK_P": 64}, num_warps=2),
-)
+    Args:
+        logits: (B, K, h, w).
+        size: (H, W).
+        offset: (B, 2, H, W) or None.
+        visit: takes where a tile lies and its z (n, K, m), n * m pixels in row-major order; classes are not last, since
+            a softmax along a short last axis is 20 times slower on a CPU. May overwrite z. With with_gradient it
+            returns the gradient of z.
+        with_gradient: whether to add these up.
 
-
-@triton.jit
-def _axis_in_tile(position, size, low_size, scale):
-    """As `_axis`, for [BLOCK_P] float32 positions; scale is low_size / size."""
-    source = (tl.minimum(tl.maximum(position, 0.0), size - 1.0) + 0.5) * scale - 0.5
-    source = tl.minimum(tl.maximum(source, 0.0), low_size - 1.0)
-    lower = source.to(tl.int32)
-    return lower, tl.minimum(lower + 1, low_size - 1), source - lower
-
-
-@triton.jit
-def corners_in_tile(
-    offset_ptr, stride_b, stride_xy, stride_h, stride_w, b, y, x, live, H, W, h, w, scale_y, scale_x,
-    HAS_OFFSET: tl.constexpr,
-):  # fmt: skip
-    """As `corners`: y0, y1, x0, x1 (int32) and the fractions fy, fx of the pixels (y, x), [BLOCK_P] each."""
-    position_y = y.to(tl.float32)
-    position_x = x.to(tl.float32)
-    if HAS_OFFSET:
-        pointers = offset_ptr + b * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-        shift_x = tl.load(pointers, mask=live, other=0).to(tl.float32)
-        shift_y = tl.load(pointers + stride_xy, mask=live, other=0).to(tl.float32)
-        position_x += tl.where(shift_x == shift_x, shift_x, 0.0)
-        position_y += tl.where(shift_y == shift_y, shift_y, 0.0)
-    y0, y1, fy = _axis_in_tile(position_y, H, h, scale_y)
-    x0, x1, fx = _axis_in_tile(position_x, W, w, scale_x)
-    return y0, y1, x0, x1, fy, fx
-
-
-@triton.jit
-def corner_pointers(map_ptr, y0, y1, x0, x1, stride_h, stride_w):
-    """The four corners in one channel of one image, [BLOCK_P] each."""
-    row0 = map_ptr + y0.to(tl.int64) * stride_h
-    row1 = map_ptr + y1.to(tl.int64) * stride_h
-    column0 = x0.to(tl.int64) * stride_w
-    column1 = x1.to(tl.int64) * stride_w
-    return row0 + column0, row0 + column1, row1 + column0, row1 + column1
+    Returns:
+        The gradient of logits in the compute dtype, or an empty tensor.
+    """
+    B, K, h, w = logits.shape
+    dtype = compute_dtype(logits)
+    budget = SLAB_BYTES.get(logits.device.type, SLAB_BYTES["cuda"])
+    tile_rows = max(1, budget // (K * min(size[1], TILE_COLUMNS) * dtype.itemsize or 1))
+    grad_logits = logits.new_empty((B, K, h, w) if with_gradient else (0,), dtype=dtype)
+    for b in range(B):
+        if offset is None:
+            # Rows of the table: columns of the map, (w, h, K).
+            table = logits[b].permute(2, 1, 0).to(dtype).reshape(w, h * K)
+        else:
+            table = logits[b].permute(1, 2, 0).to(dtype).reshape(h * w, K)
+        grad_table = torch.zeros_like(table) if with_gradient else None
+        for columns in _blocks(size[1], TILE_COLUMNS):
+            tiles = [(b, rows, columns) for rows in _blocks(size[0], tile_rows)]
+            if not tiles:
+                continue
+            if offset is None:
+                _visit_columns(table, grad_table, (h, w), size, tiles, visit)
+            else:
+                _visit_shifted(table, grad_table, (h, w), size, tiles, offset, visit)
+        if grad_table is not None:
+            per_pixel = grad_table.view(w, h, K).permute(2, 1, 0) if offset is None else grad_table.t().view(K, h, w)
+            grad_logits[b] = per_pixel
+    return grad_logits
 
 
-@triton.jit
-def interpolate_in_tile(p00, p01, p10, p11, fy, fx, mask):
-    z00 = tl.load(p00, mask=mask, other=0.0).to(tl.float32)
-    z01 = tl.load(p01, mask=mask, other=0.0).to(tl.float32)
-    z10 = tl.load(p10, mask=mask, other=0.0).to(tl.float32)
-    z11 = tl.load(p11, mask=mask, other=0.0).to(tl.float32)
-    return (1 - fy) * ((1 - fx) * z00 + fx * z01) + fy * ((1 - fx) * z10 + fx * z11)
+def _visit_columns(
+    table: Tensor,  # (w, h * K)
+    grad_table: Tensor | None,
+    low_size: tuple[int, int],
+    size: tuple[int, int],
+    tiles: list[Where],
+    visit: Callable[[Where, Tensor], Tensor | None],
+) -> None:
+    """Tiles of the same columns: these are interpolated for all low-size rows first, then the rows of each tile."""
+    h, w = low_size
+    (H, W), columns = size, tiles[0][2]
+    positions = torch.arange(max(size), dtype=table.dtype, device=table.device)
+    across = _axis_bags(positions[columns], W, w)
+    n = len(across.index)
+    wide = across.read(table).view(n, h, -1).permute(1, 2, 0).reshape(h, -1)  # (h, K * n)
+    grad_wide = None if grad_table is None else torch.zeros_like(wide)
+    for where in tiles:
+        down = _axis_bags(positions[where[1]], H, h)
+        z = down.read(wide)
+        grad = visit(where, z.view(len(z), -1, n))
+        if grad_wide is not None and grad is not None:
+            down.add_transposed(grad.view(z.shape), grad_wide)
+    if grad_table is not None and grad_wide is not None:
+        across.add_transposed(grad_wide.view(h, -1, n).permute(2, 0, 1).reshape(n, -1), grad_table)
 
 
-def offset_strides(offset: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if offset is None else offset.stride()
+def _visit_shifted(
+    table: Tensor,  # (h * w, K)
+    grad_table: Tensor | None,
+    low_size: tuple[int, int],
+    size: tuple[int, int],
+    tiles: list[Where],
+    offset: Tensor,
+    visit: Callable[[Where, Tensor], Tensor | None],
+) -> None:
+    """Tiles whose pixels look anywhere: four corners each."""
+    for where in tiles:
+        b, rows, columns = where
+        corners = _shifted_bags(offset[b, :, rows, columns].to(table.dtype), where, size, low_size)
+        grad = visit(where, corners.read(table).t().contiguous()[None])
+        if grad_table is not None and grad is not None:
+            corners.add_transposed(grad[0].t().contiguous(), grad_table)

@@ -16,79 +16,115 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._triton import autotuned, device_guard, size_class, tl, triton
-from ._upsample import (
-    PIXEL_CONFIGS,
-    channels_last_table,
-    check_maps,
+from ._triton import autotune_pool, autotuned, device_guard, size_class, tl, triton
+from ._upsample import Where, check_maps, visit_tiles
+from ._upsample_triton import (
+    GATHERED_K,
+    channels_last,
     corner_pointers,
-    corners,
     corners_in_tile,
-    interpolate,
-    interpolate_in_tile,
+    no_class,
+    num_tiles,
     offset_strides,
-    slabs,
+    operand,
+    padded,
+    pixels_of_tile,
+    split,
+    tile_shift,
+    window_of_tile,
+    z_of_corners,
+    z_of_window,
 )
 from .backend import runs_on_triton
 
 
 def _argmax_torch(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Tensor:
     best = torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
-    for b, rows in slabs(logits, size):
-        z = interpolate(*corners(logits, size, offset, b, rows), channels_last_table(logits, b))
-        best[b, rows] = z.argmax(0).view(-1, size[1])
+
+    def visit(where: Where, z: Tensor) -> None:
+        best[where] = z.argmax(1).view(best[where].shape)
+
+    visit_tiles(logits, size, offset, visit)
     return best
 
 
-@autotuned(PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
+_POOL = autotune_pool(
+    triton.Config({"BLOCK_K": 32}, num_warps=2),
+    triton.Config({"BLOCK_K": 16}, num_warps=2),
+    triton.Config({"BLOCK_K": 32}, num_warps=4),
+)
+
+
+@triton.jit
+def _better(largest, best, z, first):
+    """Takes another block of classes, from `first` on, into the largest z and its class, the first of equals or NaN."""
+    # As in PyTorch, a NaN is larger than any number; tl.max passes it over.
+    is_nan = z != z
+    nan = tl.max(is_nan.to(tl.int32), 1) == 1
+    found, position = tl.max(tl.where(is_nan, float("-inf"), z), 1, return_indices=True)
+    position = tl.where(nan, tl.argmax(is_nan.to(tl.int32), 1), position)
+    found = tl.where(nan, float("nan"), found)
+    better = ((found > largest) | nan) & (largest == largest)
+    return tl.where(better, found, largest), tl.where(better, first + position, best)
+
+
+@autotuned(_POOL, key=["K", "HAS_OFFSET"])
 def argmax_kernel(
-    logits_ptr,  # (B, K, h, w)
+    table_ptr,  # (B, h, w, padded_K): logits
     offset_ptr,  # (B, 2, H, W) or unused
     best_ptr,  # (B, H, W), contiguous int64
-    logits_stride_b,
-    logits_stride_k,
-    logits_stride_h,
-    logits_stride_w,
     offset_stride_b,
     offset_stride_xy,
     offset_stride_h,
     offset_stride_w,
     K,
+    padded_K,
     h,
     w,
     H,
     W,
     scale_y,  # h / H
     scale_x,  # w / W
+    shift_y,
+    shift_x,
     size_class,
     HAS_OFFSET: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    OPERAND: tl.constexpr,
+    NO_CLASS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """The classes of BLOCK_P pixels of one image, row by row."""
-    tiles = tl.cdiv(H * W, BLOCK_P)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    live = p < H * W
+    """The classes of one tile."""
+    b, y, x, live = pixels_of_tile(H, W, shift_y, shift_x)
     y0, y1, x0, x1, fy, fx = corners_in_tile(
-        offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, p // W, p % W, live, H, W,
-        h, w, scale_y, scale_x, HAS_OFFSET,
+        offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, live, H, W, h, w,
+        scale_y, scale_x, HAS_OFFSET,
     )  # fmt: skip
-    p00, p01, p10, p11 = corner_pointers(
-        logits_ptr + b * logits_stride_b, y0, y1, x0, x1, logits_stride_h, logits_stride_w
-    )
-    largest = tl.full((BLOCK_P,), float("-inf"), tl.float32)
-    best = tl.zeros((BLOCK_P,), tl.int64)
-    for k in range(0, K):
-        z = interpolate_in_tile(p00, p01, p10, p11, fy, fx, live)
-        # The first NaN wins and stays, as in PyTorch.
-        better = (z > largest) | ((z != z) & (largest == largest))
-        best = tl.where(better, k, best)
-        largest = tl.where(better, z, largest)
-        p00 += logits_stride_k
-        p01 += logits_stride_k
-        p10 += logits_stride_k
-        p11 += logits_stride_k
-    tl.store(best_ptr + b * H * W + p, best, mask=live)
+    weights, index, used, in_window = window_of_tile(y0, y1, x0, x1, fy, fx, live, w)
+    high, low = split(weights, OPERAND)
+    table_ptr += b * h * w * padded_K
+    largest = tl.full(fy.shape, float("-inf"), tl.float32)
+    best = tl.zeros(fy.shape, tl.int32)
+    if in_window:
+        finite = tl.full((16, BLOCK_K), 1, tl.int1)
+        for first in range(0, K, BLOCK_K):
+            z, window = z_of_window(
+                high, low, table_ptr + index * padded_K, used, first, padded_K, BLOCK_K, OPERAND, NO_CLASS
+            )
+            finite &= tl.abs(window.to(tl.float32)) < float("inf")
+            found, position = tl.max(z, 1, return_indices=True)
+            best = tl.where(found > largest, first + position, best)
+            largest = tl.maximum(largest, found)
+        # 0 * infinity in the product: a pixel may have met what it doesn't read.
+        in_window = tl.min(tl.min(finite.to(tl.int32), 1), 0) == 1
+    if in_window == 0:
+        largest = tl.full(fy.shape, float("-inf"), tl.float32)
+        best = tl.zeros(fy.shape, tl.int32)
+        p00, p01, p10, p11 = corner_pointers(table_ptr, y0, y1, x0, x1, w, padded_K)
+        for first in range(0, K, GATHERED_K):
+            largest, best = _better(
+                largest, best, z_of_corners(p00, p01, p10, p11, fy, fx, live, first, K, padded_K), first
+            )
+    tl.store(best_ptr + b * H * W + y * W + x, best.to(tl.int64), mask=live)
 
 
 def _argmax_triton(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Tensor:
@@ -96,23 +132,26 @@ def _argmax_triton(logits: Tensor, size: tuple[int, int], offset: Tensor | None)
     best = torch.empty((B, H, W), dtype=torch.int64, device=logits.device)
     if best.numel() == 0:
         return best
-    grid = lambda meta: (B * triton.cdiv(H * W, meta["BLOCK_P"]),)
     with device_guard(logits):
-        argmax_kernel[grid](
-            logits,
+        argmax_kernel[(num_tiles(B, size, (h, w)),)](
+            channels_last(logits),
             offset,
             best,
-            *logits.stride(),
             *offset_strides(offset),
             K,
+            padded(K),
             h,
             w,
             H,
             W,
             h / H,
             w / W,
+            tile_shift(H, h),
+            tile_shift(W, w),
             size_class=size_class(B * H * W),
             HAS_OFFSET=offset is not None,
+            OPERAND=operand(logits.dtype),
+            NO_CLASS=no_class(logits.dtype),
             enable_fp_fusion=True,
         )
     return best

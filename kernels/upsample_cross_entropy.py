@@ -10,7 +10,7 @@ Legend
     target    (B, H, W), integers
     offset    (B, 2, H, W), (dx, dy) in pixels of the labels' map
     losses    (B, H, W)
-Kernels: a program is a tile of BLOCK_P pixels of one image; pixels are lanes, classes a loop.
+Kernels: `_upsample_cross_entropy_triton`.
 """
 
 import math
@@ -18,19 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from ._triton import ScatterBuffer, autotuned, device_guard, scatter_add, size_class, tl, triton
-from ._upsample import (
-    PIXEL_CONFIGS,
-    channels_last_table,
-    check_maps,
-    corner_pointers,
-    corners,
-    corners_in_tile,
-    interpolate,
-    interpolate_in_tile,
-    offset_strides,
-    slabs,
-)
+from . import _upsample_cross_entropy_triton
+from ._upsample import Where, check_maps, visit_tiles
 from .backend import runs_on_triton
 from .checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
 
@@ -46,23 +35,25 @@ def _labels(
 ) -> tuple[Tensor, Tensor]:
     """Class ids that are safe to index with, and the weight of each pixel: 0 if ignored, NaN if the id is no class."""
     label = target.long()
-    known = (label >= 0) & (label < K) & (label != ignore_index)
-    safe = torch.where(known, label, 0)
-    weight = torch.ones(safe.shape, dtype=dtype, device=safe.device) if class_weights is None else class_weights[safe]
-    other = torch.where(label == ignore_index, 0.0, math.nan).to(dtype)
-    return safe, torch.where(known, weight.to(dtype), other)
+    safe = label.clamp(0, K - 1)
+    weight = (
+        torch.ones((), dtype=dtype, device=label.device) if class_weights is None else class_weights[safe].to(dtype)
+    )
+    return safe, torch.where(label == ignore_index, 0, torch.where(safe == label, weight, math.nan))
 
 
 def _losses_torch(
     logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
 ) -> Tensor:
-    K, size = logits.shape[1], target.shape[1:]
-    losses = torch.empty(target.shape, dtype=compute_dtype(logits), device=logits.device)
-    for b, rows in slabs(logits, size):
-        z = interpolate(*corners(logits, size, offset, b, rows), channels_last_table(logits, b))
-        label, weight = _labels(target[b, rows].flatten(), class_weights, K, ignore_index, z.dtype)
-        loss = weight * (z.logsumexp(0) - z.gather(0, label[None])[0])
-        losses[b, rows] = torch.where(weight == 0, 0, loss).view(-1, size[1])
+    dtype = compute_dtype(logits)
+    losses = torch.empty(target.shape, dtype=dtype, device=logits.device)
+
+    def visit(where: Where, z: Tensor) -> None:
+        label, weight = _labels(target[where], class_weights, z.shape[1], ignore_index, dtype)
+        loss = weight * -z.log_softmax(1).gather(1, label.view(len(z), 1, -1)).view(label.shape)
+        losses[where] = torch.where(weight == 0, 0, loss)
+
+    visit_tiles(logits, target.shape[1:], offset, visit)
     return losses
 
 
@@ -74,296 +65,19 @@ def _backward_torch(
     class_weights: Tensor | None,
     ignore_index: int,
 ) -> Tensor:
-    B, K, h, w = logits.shape
-    size = target.shape[1:]
-    grad_logits = torch.zeros(B, K, h * w, dtype=compute_dtype(logits), device=logits.device)
-    for b, rows in slabs(logits, size):
-        index, corner_weight = corners(logits, size, offset, b, rows)
-        grad = interpolate(index, corner_weight, channels_last_table(logits, b)).softmax(0)
-        label, weight = _labels(target[b, rows].flatten(), class_weights, K, ignore_index, grad.dtype)
-        grad[label, torch.arange(len(label), device=label.device)] -= 1
-        grad *= weight * grad_losses[b, rows].flatten()
-        grad.masked_fill_(weight == 0, 0)  # also where infinite logits made it NaN
-        for corner in range(4):
-            grad_logits[b].index_add_(1, index[:, corner], grad * corner_weight[:, corner])
-    return grad_logits.view(logits.shape).to(logits.dtype)
+    dtype = compute_dtype(logits)
 
+    def visit(where: Where, z: Tensor) -> Tensor:
+        label, weight = _labels(target[where], class_weights, z.shape[1], ignore_index, dtype)
+        factor = (weight * grad_losses[where]).view(len(z), 1, -1)
+        grad = z.softmax(1).mul_(factor)
+        grad.scatter_add_(1, label.view(factor.shape), -factor)
+        # All bits or none: where no weight meets infinite logits there is a NaN, and 0 * NaN is one too.
+        bits = torch.int64 if dtype == torch.float64 else torch.int32
+        grad.view(bits).bitwise_and_(torch.where(weight == 0, 0, -1).to(bits).view(factor.shape))
+        return grad
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Triton
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _log_sum_exp(p00, p01, p10, p11, fy, fx, mask, label, stride_k, K):
-    """log sum_k exp z[k], and z[label], [BLOCK_P] each."""
-    # The lowest finite number, so that a class at -inf adds exp(-inf) and not exp(-inf + inf).
-    largest = tl.full(fy.shape, -3.4028234663852886e38, tl.float32)
-    total = tl.zeros(fy.shape, tl.float32)
-    z_label = tl.zeros(fy.shape, tl.float32)
-    for k in range(0, K):
-        z = interpolate_in_tile(p00, p01, p10, p11, fy, fx, mask)
-        z_label = tl.where(label == k, z, z_label)
-        larger = tl.maximum(largest, z)
-        total = total * tl.exp(largest - larger) + tl.exp(z - larger)
-        largest = larger
-        p00 += stride_k
-        p01 += stride_k
-        p10 += stride_k
-        p11 += stride_k
-    return largest + tl.log(total), z_label
-
-
-@triton.jit
-def _labels_in_tile(
-    target_ptr,
-    stride_b,
-    stride_h,
-    stride_w,
-    weights_ptr,
-    weights_stride,
-    b,
-    y,
-    x,
-    live,
-    K,
-    ignore_index,
-    HAS_WEIGHTS: tl.constexpr,
-):
-    """As `_labels`: the label (int64), whether the pixel takes part, and its weight, [BLOCK_P] each."""
-    pointers = target_ptr + b * stride_b + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    label = tl.load(pointers, mask=live, other=0).to(tl.int64)
-    counts = live & (label != ignore_index)
-    known = (label >= 0) & (label < K)
-    weight = tl.full(y.shape, 1.0, tl.float32)
-    if HAS_WEIGHTS:
-        weight = tl.load(weights_ptr + label * weights_stride, mask=counts & known, other=0.0).to(tl.float32)
-    return label, counts, tl.where(counts & (known == 0), float("nan"), weight)
-
-
-@autotuned(PIXEL_CONFIGS, key=["K", "HAS_OFFSET"])
-def losses_kernel(
-    logits_ptr,  # (B, K, h, w)
-    target_ptr,  # (B, H, W)
-    offset_ptr,  # (B, 2, H, W) or unused
-    weights_ptr,  # (K,) or unused
-    losses_ptr,  # (B, H, W), contiguous float32
-    logits_stride_b,
-    logits_stride_k,
-    logits_stride_h,
-    logits_stride_w,
-    target_stride_b,
-    target_stride_h,
-    target_stride_w,
-    offset_stride_b,
-    offset_stride_xy,
-    offset_stride_h,
-    offset_stride_w,
-    weights_stride,
-    ignore_index,
-    K,
-    h,
-    w,
-    H,
-    W,
-    scale_y,  # h / H
-    scale_x,  # w / W
-    size_class,
-    HAS_OFFSET: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """The losses of BLOCK_P pixels of one image, row by row."""
-    tiles = tl.cdiv(H * W, BLOCK_P)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    live = p < H * W
-    y, x = p // W, p % W
-    label, counts, weight = _labels_in_tile(
-        target_ptr, target_stride_b, target_stride_h, target_stride_w, weights_ptr, weights_stride, b, y, x, live, K,
-        ignore_index, HAS_WEIGHTS,
-    )  # fmt: skip
-    y0, y1, x0, x1, fy, fx = corners_in_tile(
-        offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, counts, H, W, h, w,
-        scale_y, scale_x, HAS_OFFSET,
-    )  # fmt: skip
-    p00, p01, p10, p11 = corner_pointers(
-        logits_ptr + b * logits_stride_b, y0, y1, x0, x1, logits_stride_h, logits_stride_w
-    )
-    lse, z_label = _log_sum_exp(p00, p01, p10, p11, fy, fx, counts, label, logits_stride_k, K)
-    loss = tl.where(counts & (weight != 0), weight * (lse - z_label), 0.0)
-    tl.store(losses_ptr + b * H * W + p, loss, mask=live)
-
-
-@autotuned(PIXEL_CONFIGS, key=["K", "HAS_OFFSET"], adds_into=["grad_logits_ptr"])
-def losses_backward_kernel(
-    grad_losses_ptr,  # (B, H, W)
-    logits_ptr,  # (B, K, h, w)
-    target_ptr,  # (B, H, W)
-    offset_ptr,  # (B, 2, H, W) or unused
-    weights_ptr,  # (K,) or unused
-    grad_logits_ptr,  # (B, K, h, w), contiguous, a ScatterBuffer
-    scale_ptr,  # (): of the ScatterBuffer, or None
-    grad_losses_stride_b,
-    grad_losses_stride_h,
-    grad_losses_stride_w,
-    logits_stride_b,
-    logits_stride_k,
-    logits_stride_h,
-    logits_stride_w,
-    target_stride_b,
-    target_stride_h,
-    target_stride_w,
-    offset_stride_b,
-    offset_stride_xy,
-    offset_stride_h,
-    offset_stride_w,
-    weights_stride,
-    grad_logits_stride_b,  # K * h * w
-    grad_logits_stride_k,  # h * w
-    ignore_index,
-    K,
-    h,
-    w,
-    H,
-    W,
-    scale_y,  # h / H
-    scale_x,  # w / W
-    size_class,
-    HAS_OFFSET: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    DETERMINISTIC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """The part that BLOCK_P pixels of one image have in the gradient."""
-    # Neighbouring lanes take pixels of a row about one low-size pixel apart, so that they add to neighbouring addresses
-    # and not to the same one.
-    step = tl.cdiv(W, w)
-    columns = tl.cdiv(W, step)
-    tiles = tl.cdiv(H * columns * step, BLOCK_P)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    lane = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    y = lane // (columns * step)
-    lane = lane % (columns * step)
-    x = lane % columns * step + lane // columns
-    live = (y < H) & (x < W)
-    label, counts, weight = _labels_in_tile(
-        target_ptr, target_stride_b, target_stride_h, target_stride_w, weights_ptr, weights_stride, b, y, x, live, K,
-        ignore_index, HAS_WEIGHTS,
-    )  # fmt: skip
-    y0, y1, x0, x1, fy, fx = corners_in_tile(
-        offset_ptr, offset_stride_b, offset_stride_xy, offset_stride_h, offset_stride_w, b, y, x, counts, H, W, h, w,
-        scale_y, scale_x, HAS_OFFSET,
-    )  # fmt: skip
-    p00, p01, p10, p11 = corner_pointers(
-        logits_ptr + b * logits_stride_b, y0, y1, x0, x1, logits_stride_h, logits_stride_w
-    )
-    lse, _ = _log_sum_exp(p00, p01, p10, p11, fy, fx, counts, label, logits_stride_k, K)
-
-    pointers = grad_losses_ptr + b * grad_losses_stride_b + y.to(tl.int64) * grad_losses_stride_h
-    factor = tl.load(pointers + x.to(tl.int64) * grad_losses_stride_w, mask=counts, other=0.0).to(tl.float32) * weight
-    adds = counts & (weight != 0)
-    g00, g01, g10, g11 = corner_pointers(grad_logits_ptr + b * grad_logits_stride_b, y0, y1, x0, x1, w, 1)
-    for k in range(0, K):
-        z = interpolate_in_tile(p00, p01, p10, p11, fy, fx, adds)
-        grad = factor * (tl.exp(z - lse) - tl.where(label == k, 1.0, 0.0))
-        scatter_add(g00, grad * (1 - fy) * (1 - fx), adds, scale_ptr, DETERMINISTIC)
-        scatter_add(g01, grad * (1 - fy) * fx, adds, scale_ptr, DETERMINISTIC)
-        scatter_add(g10, grad * fy * (1 - fx), adds, scale_ptr, DETERMINISTIC)
-        scatter_add(g11, grad * fy * fx, adds, scale_ptr, DETERMINISTIC)
-        p00 += logits_stride_k
-        p01 += logits_stride_k
-        p10 += logits_stride_k
-        p11 += logits_stride_k
-        g00 += grad_logits_stride_k
-        g01 += grad_logits_stride_k
-        g10 += grad_logits_stride_k
-        g11 += grad_logits_stride_k
-
-
-def _losses_triton(
-    logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
-) -> Tensor:
-    (B, K, h, w), (H, W) = logits.shape, target.shape[1:]
-    losses = logits.new_empty(target.shape, dtype=torch.float32)
-    if losses.numel() == 0:
-        return losses
-    grid = lambda meta: (B * triton.cdiv(H * W, meta["BLOCK_P"]),)
-    with device_guard(logits):
-        losses_kernel[grid](
-            logits,
-            target,
-            offset,
-            class_weights,
-            losses,
-            *logits.stride(),
-            *target.stride(),
-            *offset_strides(offset),
-            0 if class_weights is None else class_weights.stride(0),
-            ignore_index,
-            K,
-            h,
-            w,
-            H,
-            W,
-            h / H,
-            w / W,
-            size_class=size_class(B * H * W),
-            HAS_OFFSET=offset is not None,
-            HAS_WEIGHTS=class_weights is not None,
-            enable_fp_fusion=True,
-        )
-    return losses
-
-
-def _backward_triton(
-    grad_losses: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    offset: Tensor | None,
-    class_weights: Tensor | None,
-    ignore_index: int,
-) -> Tensor:
-    (B, K, h, w), (H, W) = logits.shape, target.shape[1:]
-    if grad_losses.numel() == 0:
-        return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    # |softmax - onehot| and a corner's weight are at most 1.
-    largest_weight = lambda: 1 if class_weights is None else class_weights.abs().amax()
-    buffer = ScatterBuffer(logits.shape, logits.device, bound=lambda: grad_losses.abs().amax() * largest_weight())
-    step = -(-W // w)
-    lanes = H * step * -(-W // step)
-    grid = lambda meta: (B * triton.cdiv(lanes, meta["BLOCK_P"]),)
-    with device_guard(logits):
-        losses_backward_kernel[grid](
-            grad_losses,
-            logits,
-            target,
-            offset,
-            class_weights,
-            buffer.data,
-            buffer.scale,
-            *grad_losses.stride(),
-            *logits.stride(),
-            *target.stride(),
-            *offset_strides(offset),
-            0 if class_weights is None else class_weights.stride(0),
-            K * h * w,
-            h * w,
-            ignore_index,
-            K,
-            h,
-            w,
-            H,
-            W,
-            h / H,
-            w / W,
-            size_class=size_class(B * H * W),
-            HAS_OFFSET=offset is not None,
-            HAS_WEIGHTS=class_weights is not None,
-            DETERMINISTIC=buffer.deterministic,
-            enable_fp_fusion=True,
-        )
-    return buffer.result(logits.dtype)
+    return visit_tiles(logits, target.shape[1:], offset, visit, with_gradient=True).to(logits.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,7 +90,7 @@ def _check_ids(target: Tensor, K: int, ignore_index: int) -> None:
     if target.device.type != "cpu":
         return
     label = target.long()
-    wrong = ((label < 0) | (label >= K)) & (label != ignore_index)
+    wrong = (label.clamp(0, K - 1) != label) & (label != ignore_index)
     if wrong.any():
         raise ValueError(
             f"target holds the id {int(label[wrong][0])} ({int(wrong.sum())} pixels hold no class); ids must be in "
@@ -390,7 +104,7 @@ def _upsample_cross_entropy(
 ) -> Tensor:
     """losses (B, H, W), float32 (float64 for float64 logits)."""
     _check_ids(target, logits.shape[1], ignore_index)
-    run = _losses_triton if runs_on_triton(logits) else _losses_torch
+    run = _upsample_cross_entropy_triton.forward if runs_on_triton(logits) else _losses_torch
     return run(logits, target, offset, class_weights, ignore_index)
 
 
@@ -409,7 +123,7 @@ def _upsample_cross_entropy_backward(
     ignore_index: int,
 ) -> Tensor:
     """Gradient of logits."""
-    run = _backward_triton if runs_on_triton(logits) else _backward_torch
+    run = _upsample_cross_entropy_triton.backward if runs_on_triton(logits) else _backward_torch
     return run(grad_losses, logits, target, offset, class_weights, ignore_index)
 
 
@@ -494,6 +208,8 @@ def upsample_cross_entropy(
         return losses
     if reduction == "sum":
         return losses.sum()
-    _, weight = _labels(target, class_weights, logits.shape[1], ignore_index, losses.dtype)
-    total = weight.sum()
+    if class_weights is None:
+        total = (target != ignore_index).sum()
+    else:
+        total = _labels(target, class_weights, logits.shape[1], ignore_index, losses.dtype)[1].sum()
     return losses.sum() / torch.where(total == 0, 1, total)

@@ -99,16 +99,16 @@ def gather(dtype: torch.dtype) -> None:
 
 
 def _up_sampled(K: int, low_size: int, size: int, dtype: torch.dtype, with_options: bool) -> None:
+    from unept.kernels._upsample_cross_entropy_triton import backward, forward
     from unept.kernels.upsample_argmax import _argmax_triton
-    from unept.kernels.upsample_cross_entropy import _backward_triton, _losses_triton
 
     logits, target = _meta(2, K, low_size, low_size, dtype=dtype), _meta(2, size, size, dtype=torch.int64)
     # A gradient that sum() expanded.
     grad_losses = _meta(1, dtype=torch.float32)[0].expand(2, size, size)
     offset = _meta(2, 2, size, size, dtype=torch.float32) if with_options else None
     class_weights = _meta(K, dtype=torch.float32) if with_options else None
-    _losses_triton(logits, target, offset, class_weights, 255)
-    _backward_triton(grad_losses, logits, target, offset, class_weights, 255)
+    forward(logits, target, offset, class_weights, 255)
+    backward(grad_losses, logits, target, offset, class_weights, 255)
     _argmax_triton(logits, (size, size), offset)
 
 

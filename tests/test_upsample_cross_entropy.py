@@ -101,6 +101,29 @@ def test_any_sizes_into_poisoned_buffers(backend, deterministic, shape, size, of
     assert_matches_reference(make_inputs(backend[1], shape=shape, size=size, offset=offset))
 
 
+# Ratios at which a kernel's tile of 8 x 8 pixels fits the lattice of low-size pixels, lies askew or spans too many.
+@pytest.mark.parametrize("offset", [None, "integer"])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((1, 5, 3, 4), (12, 16)),
+        ((1, 19, 3, 2), (24, 16)),
+        ((1, 2, 2, 1), (32, 16)),
+        ((2, 3, 3, 6), (7, 14)),
+        ((1, 3, 2, 4), (7, 14)),
+        ((1, 3, 2, 3), (10, 33)),
+        ((1, 3, 9, 2), (9, 16)),
+        ((1, 4, 20, 19), (3, 9)),
+        ((1, 150, 2, 2), (8, 16)),
+        ((1, 1000, 1, 2), (4, 8)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_any_ratio_and_number_of_classes(backend, dtype, shape, size, offset):
+    assert_matches_reference(make_inputs(backend[1], dtype, shape=shape, size=size, offset=offset))
+
+
 def test_a_single_class_costs_nothing(backend):
     loss, grad = run(upsample_cross_entropy, make_inputs(backend[1], shape=(2, 1, 3, 2), size=(5, 7)))
     assert loss == 0
@@ -170,6 +193,63 @@ def test_nothing_counts(backend, reason, reduction):
     assert not grad.any()
 
 
+@pytest.mark.parametrize("reach", [2, 7, 40])
+def test_offsets_within_and_beyond_a_tile_s_window(backend, reach):
+    arguments = make_inputs(backend[1], shape=(1, 5, 6, 7), size=(48, 56))
+    # One tile in five looks further than its neighbourhood, as far as across the map.
+    far = (torch.rand(1, 1, 6, 7) < 0.2).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    shift = 2 * torch.rand(1, 2, 48, 56) - 1
+    arguments["offset"] = torch.where(far, reach * shift, 2 * shift).to(backend[1])
+    assert_matches_reference(arguments)
+
+
+@pytest.mark.parametrize("K", [11, 16, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_channels_last_logits_read_in_place_or_padded(backend, dtype, K):
+    arguments = make_inputs(backend[1], dtype, shape=(2, K, 2, 3), size=(8, 12))
+    want = run(upsample_cross_entropy, arguments)
+    arguments["logits"] = arguments["logits"].detach().contiguous(memory_format=torch.channels_last)
+    for actual, expected in zip(run(upsample_cross_entropy, arguments), want, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("size", [(16, 24), (32, 48), (9, 13), (3, 4)], ids=str)
+def test_a_logit_that_is_not_finite_reaches_only_the_pixels_that_read_it(backend, size, value):
+    arguments = make_inputs("cpu", shape=(1, 5, 4, 6), size=size, ignored=0)
+    arguments["logits"] = arguments["logits"].detach()
+    arguments["target"].clamp_(max=3)
+    want = run(unfused, arguments, reduction="none")
+    weight = torch.zeros(1, 1, 4, 6)
+    weight[0, 0, 1, 3] = weight[0, 0, 3, 0] = 1
+    reads = F.interpolate(weight, size, mode="bilinear")[:, 0] > 0
+    arguments["logits"][0, 4][weight[0, 0] == 1] = value
+    moved = {name: None if tensor is None else tensor.to(backend[1]) for name, tensor in arguments.items()}
+    losses, grad = (out.cpu() for out in run(upsample_cross_entropy, moved, reduction="none"))
+    torch.testing.assert_close(losses[~reads], want[0][~reads])
+    assert reads.any()
+    if value == -float("inf"):
+        # The others get the probability of a class that is ruled out.
+        assert losses.isfinite().all()
+        assert (losses[reads] < want[0][reads]).all()
+        assert grad.isfinite().all()
+    else:
+        assert not losses[reads].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_a_pixel_without_a_possible_class(backend, dtype):
+    # What pads the classes in a kernel must not become the most likely one.
+    arguments = make_inputs(backend[1], dtype, shape=(1, 5, 2, 2), size=(8, 8), ignored=0)
+    arguments["logits"] = torch.full_like(arguments["logits"].detach(), -float("inf"))
+    losses, grad = run(upsample_cross_entropy, arguments, reduction="none")
+    assert losses.isnan().all()
+    assert grad.isnan().all()
+    arguments["logits"].fill_(torch.finfo(dtype).min / 2)
+    losses, _ = run(upsample_cross_entropy, arguments, reduction="none")
+    torch.testing.assert_close(losses, torch.full_like(losses, 5.0).log())
+
+
 def test_ignored_pixels_have_no_loss_and_no_gradient(backend):
     arguments = make_inputs(backend[1], size=(9, 12))
     arguments["target"][:, :, :6] = 255
@@ -222,10 +302,11 @@ def test_an_id_that_is_no_class(backend, wrong):
 
 
 def test_deterministic_gradient_does_not_depend_on_the_order_of_adds(backend, deterministic):
-    # One low-size pixel takes all contributions; shuffling the output pixels shuffles their order.
-    arguments = make_inputs(backend[1], shape=(1, 5, 1, 1), size=(1, 300))
-    grad = torch.randn(1, 1, 300, device=backend[1])
-    order = torch.randperm(300, device=backend[1]) if backend[0] == "triton" else torch.arange(300)
+    # One low-size pixel takes all contributions; shuffling the tiles of a kernel shuffles their order.
+    arguments = make_inputs(backend[1], shape=(1, 5, 1, 1), size=(1, 304))
+    grad = torch.randn(1, 1, 304, device=backend[1])
+    tiles = torch.randperm(38) if backend[0] == "triton" else torch.arange(38)
+    order = (8 * tiles[:, None] + torch.arange(8)).flatten().to(backend[1])
     first = run(upsample_cross_entropy, arguments, grad, reduction="none")[1]
     arguments["target"] = arguments["target"][:, :, order]
     second = run(upsample_cross_entropy, arguments, grad[:, :, order], reduction="none")[1]
@@ -308,6 +389,24 @@ def test_argmax(backend, deterministic, dtype, offset):
     assert (found.cpu() == z.argmax(-1)).float().mean() > 0.98
 
 
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((1, 19, 3, 4), (24, 32)),
+        ((1, 150, 2, 2), (32, 32)),
+        ((1, 5, 3, 4), (12, 16)),
+        ((1, 1, 3, 3), (7, 7)),
+        ((1, 1000, 1, 2), (4, 8)),
+        ((2, 5, 20, 19), (3, 9)),
+    ],
+    ids=str,
+)
+def test_argmax_at_any_ratio(backend, shape, size):
+    logits = torch.randn(shape)
+    want = F.interpolate(logits, size, mode="bilinear").argmax(1)
+    assert torch.equal(upsample_argmax(logits.to(backend[1]), size).cpu(), want)
+
+
 def test_argmax_takes_the_lowest_of_equals(backend):
     logits = torch.randn(1, 1, 3, 4, device=backend[1]).expand(1, 5, 3, 4).clone()
     logits[:, 0] -= 1
@@ -321,6 +420,14 @@ def test_argmax_takes_the_first_nan(backend):
     want = F.interpolate(logits, (5, 4), mode="bilinear").argmax(1)
     assert {1, 4} <= set(want.unique().tolist())
     assert torch.equal(upsample_argmax(logits.to(backend[1]), (5, 4)).cpu(), want)
+    # At x4 a tile of 8 x 8 pixels reads nine low-size pixels, and a pixel no more than four of them.
+    logits = torch.randn(1, 6, 5, 5)
+    logits[0, 3, 2, 2] = float("nan")
+    logits[0, 5, 0, 4] = -float("inf")
+    reads = F.interpolate((logits[:, 3:4].isnan()).float(), (20, 20), mode="bilinear")[:, 0] > 0
+    want = F.interpolate(logits.nan_to_num(neginf=-1e30), (20, 20), mode="bilinear").argmax(1)
+    want[reads] = 3
+    assert torch.equal(upsample_argmax(logits.to(backend[1]), (20, 20)).cpu(), want)
 
 
 def test_argmax_of_nothing(backend):
