@@ -125,7 +125,7 @@ def load_positions(
     LOCATIONS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """x and y of the samples in pixels of the level, [BLOCK_N, BLOCK_Q]."""
+    """x and y of the samples in pixels of the level, [BLOCK_N, BLOCK_Q]; past the last point they are outside."""
     pointers = pairs_ptr + sample_offset(level, n, pairs_strides, WIDE)
     if N % BLOCK_N == 0:
         x, y = unpaired(tl.load(pointers), POINT_TYPE)
@@ -137,6 +137,9 @@ def load_positions(
     else:
         x += origin_x
         y += origin_y
+    if N % BLOCK_N != 0:
+        # Their weight is zero, but what they read might be infinite.
+        x = tl.where(n < N, x, -2.0)
     return x, y
 
 

@@ -521,8 +521,9 @@ def test_more_than_the_kernels_can_count():
 # --- the torch backend's table and blocks -----------------------------------------------------------------------------
 
 
-def test_nan_in_a_map_does_not_reach_samples_outside_it(backend):
-    case = make_case(batch=2, queries=9, heads=2, num_points=2).to(backend[1], torch.float32)
+@pytest.mark.parametrize("num_points", [2, 3])
+def test_nan_in_a_map_does_not_reach_samples_outside_it(backend, num_points):
+    case = make_case(batch=2, queries=9, heads=2, num_points=num_points).to(backend[1], torch.float32)
     height, width = case.spatial_shapes[0]
 
     def beyond(size: int) -> Tensor:
@@ -533,6 +534,7 @@ def test_nan_in_a_map_does_not_reach_samples_outside_it(backend):
         case.inputs["reference_points"].fill_(0.0)
         # In the first map one sample lies outside along x and inside along y, the other the other way round.
         case.inputs["offsets"][..., 0, :, :] = height / 2
+        case.inputs["offsets"][..., 0, 2:, :] = 50.0
         case.inputs["offsets"][:, :, :, 0, 0, 0] = beyond(width) + 0.5
         case.inputs["offsets"][:, :, :, 0, 1, 1] = beyond(height) + 0.5
         zero, nan = case.inputs["value"].clone(), case.inputs["value"].clone()
