@@ -44,9 +44,9 @@ def _measured():
 
 @pytest.fixture
 def samples(benchmark, request, _measured):
-    """Measure `case` once for all of its selected variants, and report this test's: call it with the Group."""
+    """Measure `case` once for all of its selected variants, and report this test's; returns all of the group's."""
 
-    def replay(group: Group, peer: str | None = None) -> Measured:
+    def replay(group: Group, peer: str | None = None) -> dict[str, Measured | Exception]:
         case, name = (request.node.callspec.params[key] for key in ("case", "variant"))
         if group.name not in _measured:
             specs = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
@@ -60,6 +60,6 @@ def samples(benchmark, request, _measured):
         benchmark.extra_info.update(extra_info(group, name, result, peer))
         CLOCK.load(result.seconds)
         benchmark.pedantic(CLOCK.tick, rounds=len(result.seconds))
-        return result
+        return _measured[group.name]
 
     return replay

@@ -1,7 +1,7 @@
 """How everything here is measured: gates, then rounds of A, B, C, A, B, C, ... that drift hits alike.
 
-A `Group` is a problem and the variants that solve it. `measure` prepares the variants one after another (each has to pass
-its gate), reads their peak memory, then times them in turns. Each variant's test hands its own samples to
+A `Group` is a problem and the variants that solve it. `measure` prepares the variants one after another (each has to
+pass its gate), reads their peak memory, then times them in turns. Each variant's test hands its own samples to
 pytest-benchmark, whose clock is set by them (`ReplayClock`): so its tables, JSON and comparisons work as ever.
 """
 

@@ -2,9 +2,9 @@
 
     op(value (B, S, M, D), maps, locations (B, Q, M, L, N, 2), weights (B, Q, M, L, N)) -> (B, Q, M * D)
 
-Locations are (x, y) in [0, 1], float32; weights are normalised, float32; value has any dtype. A peer that takes one dtype
-for all gets a float32 copy of value, as under autocast, and the copy is timed: bfloat16 locations would miss by a quarter
-of a pixel.
+Locations are (x, y) in [0, 1], float32; weights are normalised, float32; value has any dtype. A peer that takes one
+dtype for all gets a float32 copy of value, as under autocast, and the copy is timed: bfloat16 locations would miss by a
+quarter of a pixel.
 """
 
 import importlib
@@ -41,7 +41,7 @@ Op = Callable[[Tensor, Maps, Tensor, Tensor], Tensor]
 
 
 def imported(module: str, package: str, path: Sequence[str] | None = None) -> ModuleType:
-    """A module; Unavailable names its pip package where it is not installed. `path`: where to look instead of sys.path."""
+    """A module, looked for in `path` or sys.path; Unavailable names its pip package where it is not installed."""
     if path is None:
         try:
             return importlib.import_module(module)
@@ -62,7 +62,7 @@ def needs_cuda(what: str) -> None:
 
 
 def grid_sample(value: Tensor, maps: Maps, locations: Tensor, weights: Tensor) -> Tensor:
-    """The definition by F.grid_sample, a level at a time: the fallback that needs PyTorch alone; the gates' reference."""
+    """The definition by F.grid_sample, a level at a time: the fallback that needs PyTorch alone, the gates' measure."""
     batch, _, heads, channels = value.shape
     dtype = locations.dtype
     out = torch.zeros((), dtype=dtype, device=value.device)

@@ -10,8 +10,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from unept.attention import ring_offsets
 from unept.kernels import ms_deform_attn, sparse_sampling_attention, use_backend
+
+from unept.attention import ring_offsets
 
 from . import peers
 from .harness import DEVICE, Group, Unavailable, Variant, assert_close
@@ -66,7 +67,7 @@ class Case:
 
 
 def cases(full: bool, device: str) -> list[Case]:
-    """From the paper's encoder at batch 16 in bfloat16, one thing changed at a time; on a CPU at batch 1, in float32."""
+    """From the paper's encoder at batch 16 in bfloat16, one thing changed at a time; reduced: batch 1, float32."""
     sparse, deformable = "sparse_sampling_attention", "ms_deform_attn"
     encoder, decoder, deit, cityscapes = (
         ("ResNet-50 encoder", 60),

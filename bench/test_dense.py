@@ -46,7 +46,7 @@ class Case:
 
 
 def cases(full: bool, device: str) -> list[Case]:
-    """Batch 16 in bfloat16, the largest also in float32; otherwise batch 1 in float32, compiled where it matters most."""
+    """Batch 16 in bfloat16, the largest also in float32; reduced: batch 1, float32, and few of the compiled forms."""
     batch, dtype = (16, torch.bfloat16) if full else (1, torch.float32)
     listed = [Case("bilinear_gather", 256, batch, dtype, backward, full) for backward in (False, True)]
     for classes in (19, 150):
@@ -61,7 +61,7 @@ def cases(full: bool, device: str) -> list[Case]:
     return listed
 
 
-# --- the ops, fused and not: functions of (logits, target, offset) or of (features, points) -----------------------------
+# --- the ops, fused and not: functions of (logits, target, offset) or of (features, points) ---------------------------
 
 
 def _upsampled(logits: Tensor) -> Tensor:
