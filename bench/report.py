@@ -1,15 +1,14 @@
 """One markdown table of benchmark results: `python -m bench.report FILE.json [FILE2.json ...]`.
 
 Reads what pytest-benchmark writes with --benchmark-json. A ratio is the baseline's median time over the row's own, both
-of the same group: 2.00 is twice as fast. GB/s counts each input and output once; the bound is the time that the device's
-memory needs for them by its data sheet.
+of the same group: 2.00 is twice as fast. GB/s counts each input and output once; "of bound" is the share of the
+bandwidth in the device's data sheet that this makes. Below the table: the project's aims, where they were measured.
 """
 
 import json
 import math
-import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,8 @@ def table(rows: list[Row]) -> str:
     lines = []
     for key in ("device", "revision", "torch", "triton"):
         found = sorted({str(row.info[key]) for row in rows if key in row.info})
-        lines.append(f"- {key}: {', '.join(found)}" + (" (results of several are mixed here)" if len(found) > 1 else ""))
+        mixed = " (results of several are mixed here)" if len(found) > 1 else ""
+        lines.append(f"- {key}: {', '.join(found)}{mixed}")
     peers = sorted({row.info["peer"] for row in rows if "peer" in row.info})
     lines += [f"- peers: {', '.join(peers)}"] if peers else []
     lines += ["", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
@@ -95,7 +95,86 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+# --- aims -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aim:
+    """`slow`'s time (or peak memory) over `fast`'s, each a (group, variant), is at least, or at most, `limit`."""
+
+    claim: str
+    slow: tuple[str, str]
+    fast: tuple[str, str]
+    limit: float
+    at_most: bool = False
+    memory: bool = False
+
+
+def _encoder(batch: int, points: int, dtype: str, direction: str) -> str:
+    return f"sparse_sampling_attention, ResNet-50 encoder, B={batch} N={points} {dtype} initial, {direction}"
+
+
+def _aims() -> list[Aim]:
+    ours, extension, fallback = "unept triton", "torch-ms-deform-attn", "grid_sample"
+    aims = []
+    for direction, dcnv4, cpu in (("forward", 1.5, 3.0), ("forward+backward", 3.0, 2.5)):
+        peer = (_encoder(16, 16, "float32", direction), extension)
+        bf16, fp32 = (_encoder(16, 16, dtype, direction) for dtype in ("bfloat16", "float32"))
+        half, single = _encoder(16, 8, "float16", direction), _encoder(1, 16, "float32", direction)
+        aims += [
+            Aim(f"{direction}: bfloat16 against {extension}", peer, (bf16, ours), 4),
+            Aim(f"{direction}: float32 against {extension}", peer, (fp32, ours), 2.5),
+            Aim(f"{direction}: N=8 against DCNv4", (half, "DCNv4"), (half, ours), dcnv4),
+            Aim(f"{direction}: CPU against grid_sample", (single, fallback), (single, "unept torch"), cpu),
+            Aim(f"{direction}: CPU against {extension}", (single, extension), (single, "unept torch"), 1),
+        ]
+    single = _encoder(1, 16, "float32", "forward")
+    aims += [
+        Aim("forward: CPU, compiled, against grid_sample", (single, fallback), (single, "unept torch, compiled"), 10)
+    ]
+    loss = "upsample_cross_entropy x8, both, B=16 K=150 bfloat16, forward+backward"
+    unfused = (loss, "unfused, compiled")
+    aims += [
+        Aim("Eq. 7's segmentation terms against unfused, compiled", unfused, (loss, ours), 5),
+        Aim("the same, memory", unfused, (loss, ours), 10, memory=True),
+    ]
+    context = "context branch, ResNet-50 features, batch 1, bfloat16 autocast, forward"
+    pixels = ((context, "960 pixels"), (context, "480 pixels"))
+    return [*aims, Aim("context branch, 4 times the pixels", *pixels, 4.4, at_most=True)]
+
+
+AIMS = _aims()
+
+
+def judged(rows: list[Row]) -> str:
+    """A line for each of AIMS and each device where its group was measured: the ratio, and pass or miss."""
+    found = {(row.device, row.group, row.variant): row for row in rows}
+    groups = {(row.device, row.group) for row in rows}
+    lines = []
+    for device in sorted({row.device for row in rows}):
+        for aim in AIMS:
+            if (device, aim.fast[0]) not in groups:
+                continue
+            slow, fast = found.get((device, *aim.slow)), found.get((device, *aim.fast))
+            sign = "<=" if aim.at_most else ">="
+            if slow is None or fast is None:
+                missing = ", ".join(aim_row[1] for aim_row, row in ((aim.slow, slow), (aim.fast, fast)) if row is None)
+                lines.append(f"- not measured: {aim.claim} {sign} {aim.limit:g} (no row of {missing})")
+                continue
+            ratio = slow.seconds / fast.seconds
+            if aim.memory:
+                ratio = slow.info["peak_mib"] / max(fast.info["peak_mib"], 1e-9)
+            passed = ratio <= aim.limit if aim.at_most else ratio >= aim.limit
+            lines.append(f"- {'pass' if passed else 'MISS'}: {aim.claim}: {ratio:.2f}, aim {sign} {aim.limit:g}")
+    return "\n".join(lines)
+
+
+def report(rows: list[Row]) -> str:
+    """The table and, below it, the aims."""
+    return f"{table(rows)}\n\n{judged(rows)}".rstrip()
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    print(table(read(sys.argv[1:])))
+    print(report(read(sys.argv[1:])))

@@ -44,7 +44,7 @@ class Case:
 
 def cases(full: bool, device: str) -> list[Case]:
     """The paper's batch and image size, or as much as a CPU can do in a minute."""
-    batch, size = (16, 480) if full else (2, 160)
+    batch, size = (16, 480) if full else (2, 128)
     both = [Case(task, backbone, batch, size) for task in ("train step", "inference") for backbone in (RESNET, DEIT)]
     return [*both, Case("multi-scale inference", RESNET, 1, size)]
 
