@@ -138,9 +138,11 @@ def _aims() -> list[Aim]:
         Aim("Eq. 7's segmentation terms against unfused, compiled", unfused, (loss, ours), 5),
         Aim("the same, memory", unfused, (loss, ours), 10, memory=True),
     ]
-    context = "context branch, ResNet-50 features, batch 1, bfloat16 autocast, forward"
-    pixels = ((context, "960 pixels"), (context, "480 pixels"))
-    return [*aims, Aim("context branch, 4 times the pixels", *pixels, 4.4, at_most=True)]
+    for sizes, kind in (("480 and 960", "bfloat16 autocast"), ("240 and 480", "float32")):
+        context = f"context branch, ResNet-50 features, {sizes} pixels, batch 1, {kind}, forward"
+        pixels = (context, "large"), (context, "small")
+        aims.append(Aim(f"context branch, 4 times the pixels ({sizes} a side)", *pixels, 4.4, at_most=True))
+    return aims
 
 
 AIMS = _aims()

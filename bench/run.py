@@ -1,4 +1,4 @@
-"""Everything that a GPU is needed for, by one command: `python -m bench.run [--part tests|sanitizer|ops|model] [--again]`.
+"""All that needs a GPU, by one command: `python -m bench.run [--part tests|sanitizer|ops|model] [--again]`.
 
 Runs the test suite, compute-sanitizer over some of the kernel tests (where it is on PATH) and the benchmarks, in steps
 that end within 8 minutes each. A step that passed at this revision on this device is not run again, so that the command

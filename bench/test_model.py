@@ -15,14 +15,14 @@ from unept.kernels import use_backend
 from unept.inference import PAPER_SCALES, InferenceConfig, predict_ids
 
 from .harness import DEVICE, Group, Unavailable, Variant
-from .models import AMP, BUILDERS, CLASSES, PACKAGES, Network, sample_batch
+from .models import AMP, BUILDERS, CLASSES, PACKAGES, REFERENCE, Network, as_reference, sample_batch
 from .peers import needs_cuda
 
 VARIANTS = list(BUILDERS)
 BASELINE = "unept torch"
 RESNET, DEIT = "resnet50", "deit_base_distilled_patch16_384"
 LOSS_LIMIT = 0.1  # relative: dropout, bfloat16 and the points that Mask2Former's loss draws
-AGREEMENT = 0.8  # of class ids with those of the eager float32 network; random weights make near ties
+AGREEMENT = 0.8  # of class ids with those of the reference; random weights make near ties
 COMPILED = DEVICE == "cuda"
 
 
@@ -64,10 +64,10 @@ def train_step(network: Network, images: Tensor, labels: Tensor) -> Variant:
         optimizer.zero_grad(set_to_none=True)
 
     def gate() -> None:
-        with use_backend("torch"), torch.no_grad():
-            expected = network.loss(images, labels, False).item()
+        with as_reference(network.module), torch.no_grad():
+            expected = network.loss(images.to(REFERENCE), labels, False).item()
         actual = loss(images, labels, AMP).item()
-        assert abs(actual - expected) <= LOSS_LIMIT * expected, f"loss is {actual}, eager in float32 {expected}"
+        assert abs(actual - expected) <= LOSS_LIMIT * expected, f"loss is {actual}, eager and in {REFERENCE} {expected}"
 
     return Variant(step, gate)
 
@@ -76,8 +76,8 @@ def inference(network: Network, images: Tensor) -> Variant:
     """Class ids of every pixel."""
     network.module.eval()
     ids = torch.inference_mode()(network.ids)
-    with use_backend("torch"):
-        expected = ids(images, False)
+    with as_reference(network.module):
+        expected = ids(images.to(REFERENCE), False)
     if COMPILED and network.compiles:
         network.module.compile(dynamic=False)
     step = partial(ids, images, AMP)
@@ -87,16 +87,16 @@ def inference(network: Network, images: Tensor) -> Variant:
 def multi_scale(network: Network, images: Tensor) -> Variant:
     """The paper's 12 views: six scales, each mirrored too. Not compiled: each view has its own size."""
     views = {"scales": PAPER_SCALES, "flip": True}
-    with use_backend("torch"):
-        expected = predict_ids(network.module, images, InferenceConfig(**views, amp="off"))
+    with as_reference(network.module):
+        expected = predict_ids(network.module, images.to(REFERENCE), InferenceConfig(**views, amp="off"))
     step = partial(predict_ids, network.module, images, InferenceConfig(**views))
     return Variant(step, partial(assert_agree, step, expected))
 
 
 def assert_agree(step: Callable[[], Tensor], expected: Tensor) -> None:
-    """Most class ids are those of the eager float32 network."""
+    """Most class ids are those of the reference."""
     agreement = (step() == expected).float().mean().item()
-    assert agreement >= AGREEMENT, f"{agreement:.1%} of the ids are those of the eager float32 network"
+    assert agreement >= AGREEMENT, f"{agreement:.1%} of the ids are those of the eager network in {REFERENCE}"
 
 
 def prepare(case: Case, name: str) -> Variant:
