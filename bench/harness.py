@@ -176,8 +176,7 @@ def measure(group: Group, names: Iterable[str]) -> dict[str, Measured | Exceptio
             variant = group.prepare(name)
             with variant.context():
                 variant.gate()
-                if DEVICE == "cuda":
-                    variant.step()  # what autotuning and compiling allocate is no part of a step
+                variant.step()  # what autotuning, compiling and an optimiser's first step allocate is no part of a step
                 results[name] = Measured([], peak_mib(variant.step))
             ready[name] = variant
         except Unavailable as reason:

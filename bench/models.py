@@ -24,10 +24,10 @@ REFERENCE = torch.float32 if DEVICE == "cuda" else torch.float64
 
 
 @contextlib.contextmanager
-def as_reference(module: nn.Module) -> Iterator[None]:
-    """The module in REFERENCE's dtype on the torch backend; afterwards it has its float32 weights back, to the bit."""
+def as_reference(module: nn.Module, dtype: torch.dtype = REFERENCE) -> Iterator[None]:
+    """The module in this dtype on the torch backend; afterwards it has its float32 weights back, to the bit."""
     with use_backend("torch"):
-        module.to(REFERENCE)
+        module.to(dtype)
         try:
             yield
         finally:
@@ -44,6 +44,7 @@ class Network:
     ids: Callable[[Tensor, bool], Tensor]
     """images, amp -> class ids (B, H, W)."""
     compiles: bool = True
+    reference: torch.dtype = REFERENCE
 
 
 def autocast(amp: bool) -> torch.autocast:
@@ -94,7 +95,7 @@ def mask2former() -> Network:
 
     def loss_of(images: Tensor, labels: Tensor, amp: bool) -> Tensor:
         classes = [image.unique() for image in labels]
-        masks = [(image == found[:, None, None]).float() for image, found in zip(labels, classes, strict=True)]
+        masks = [(image == found[:, None, None]).to(images.dtype) for image, found in zip(labels, classes, strict=True)]
         with autocast(amp):
             return model(pixel_values=images, mask_labels=masks, class_labels=classes).loss
 
@@ -107,7 +108,7 @@ def mask2former() -> Network:
         scores = torch.einsum("bqk,bqhw->bkhw", classes, masks)
         return F.interpolate(scores, images.shape[2:], mode="bilinear", align_corners=False).argmax(1)
 
-    return Network(model, loss_of, ids_of, compiles=False)
+    return Network(model, loss_of, ids_of, compiles=False, reference=torch.float32)  # its loss takes no float64
 
 
 BUILDERS: dict[str, Callable[[str], Network]] = {

@@ -64,7 +64,7 @@ def _number(info: dict[str, Any], key: str, form: str) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: where it was measured, then a row a benchmark, groups in the order of the files."""
+    """Markdown: where it was measured, then a row a benchmark, the fastest of a group first."""
     lines = []
     for key in ("device", "revision", "torch", "triton"):
         found = sorted({str(row.info[key]) for row in rows if key in row.info})
@@ -76,9 +76,8 @@ def table(rows: list[Row]) -> str:
     medians = {(row.device, row.group, row.variant): row.seconds for row in rows}
     groups = {(row.device, row.group): None for row in rows}
     for device, group in groups:
-        for row in rows:
-            if (row.device, row.group) != (device, group):
-                continue
+        members = [row for row in rows if (row.device, row.group) == (device, group)]
+        for row in sorted(members, key=lambda row: row.seconds):
             baseline = medians.get((device, group, row.info.get("baseline", "")))
             cells = (
                 group,

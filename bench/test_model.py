@@ -64,10 +64,12 @@ def train_step(network: Network, images: Tensor, labels: Tensor) -> Variant:
         optimizer.zero_grad(set_to_none=True)
 
     def gate() -> None:
-        with as_reference(network.module), torch.no_grad():
-            expected = network.loss(images.to(REFERENCE), labels, False).item()
+        with as_reference(network.module, network.reference), torch.no_grad():
+            expected = network.loss(images.to(network.reference), labels, False).item()
         actual = loss(images, labels, AMP).item()
-        assert abs(actual - expected) <= LOSS_LIMIT * expected, f"loss is {actual}, eager and in {REFERENCE} {expected}"
+        assert abs(actual - expected) <= LOSS_LIMIT * expected, (
+            f"loss is {actual}, eager and in {network.reference} {expected}"
+        )
 
     return Variant(step, gate)
 
@@ -76,8 +78,8 @@ def inference(network: Network, images: Tensor) -> Variant:
     """Class ids of every pixel."""
     network.module.eval()
     ids = torch.inference_mode()(network.ids)
-    with as_reference(network.module):
-        expected = ids(images.to(REFERENCE), False)
+    with as_reference(network.module, network.reference):
+        expected = ids(images.to(network.reference), False)
     if COMPILED and network.compiles:
         network.module.compile(dynamic=False)
     step = partial(ids, images, AMP)
@@ -96,7 +98,7 @@ def multi_scale(network: Network, images: Tensor) -> Variant:
 def assert_agree(step: Callable[[], Tensor], expected: Tensor) -> None:
     """Most class ids are those of the reference."""
     agreement = (step() == expected).float().mean().item()
-    assert agreement >= AGREEMENT, f"{agreement:.1%} of the ids are those of the eager network in {REFERENCE}"
+    assert agreement >= AGREEMENT, f"{agreement:.1%} of the ids are those of the reference"
 
 
 def prepare(case: Case, name: str) -> Variant:
