@@ -7,6 +7,7 @@ pytest-benchmark, whose clock is set by them (`ReplayClock`): so its tables, JSO
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import math
 import platform
 import statistics
@@ -37,11 +38,21 @@ BANDWIDTH = {
 MIB = 2**20
 MIN_ROUND = 5e-3  # seconds; synchronising costs microseconds
 ROUNDS = (3, 30)  # the fewest and the most
-SECONDS = 10.0 if DEVICE == "cuda" else 4.0  # that a group's rounds take about, unless the fewest take longer
+SECONDS = 4.0  # that a group's rounds take about, unless the fewest take longer
 
 # What a variant may raise and thereby fail its own row only, not the other variants' of its group.
-VARIANT_ERRORS = (AssertionError, ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
-VARIANT_ERRORS += (TypeError, ValueError)
+VARIANT_ERRORS: tuple[type[Exception], ...] = (
+    AssertionError,
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+)
+VARIANT_ERRORS += (OSError, RuntimeError, TypeError, ValueError)
+if importlib.util.find_spec("triton"):
+    from triton.errors import TritonError
+
+    VARIANT_ERRORS += (TritonError,)
 
 
 class Unavailable(Exception):
@@ -181,12 +192,14 @@ def measure(group: Group, names: Iterable[str]) -> dict[str, Measured | Exceptio
             ready[name] = variant
         except Unavailable as reason:
             results[name] = reason
+        except torch.OutOfMemoryError as error:
+            results[name] = Unavailable(f"out of memory: {error}")
         except VARIANT_ERRORS as error:
             results[name] = error.with_traceback(None)  # a traceback would keep its tensors
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
     for name, seconds in interleaved(ready, group.max_rounds).items():
         results[name].seconds.extend(seconds)
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
     return results
 
 
@@ -241,9 +254,14 @@ def version(package: str) -> str:
 
 def revision() -> str:
     """The commit that is measured, marked where files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    # Results are no part of what is measured.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def extra_info(group: Group, name: str, measured: Measured, peer: str | None = None) -> dict[str, object]:

@@ -106,8 +106,8 @@ def hub_kernel() -> Op:
     package = imported("kernels", "kernels", path=[p for p in sys.path if Path(p).resolve() != root])
     try:
         layers = package.get_kernel("kernels-community/deformable-detr", version=1).layers
-    except OSError as error:
-        raise Unavailable(f"the hub can't be reached for kernels-community/deformable-detr: {error}") from error
+    except (OSError, ValueError) as error:  # no network; it then can't verify the publisher either
+        raise Unavailable(f"kernels-community/deformable-detr can't be had from the hub: {error}") from error
     layer = layers.MultiScaleDeformableAttention()
 
     def run(value: Tensor, maps: Maps, locations: Tensor, weights: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ can be repeated where time is limited. Leaves JSON and a table in bench/results 
 import argparse
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -56,7 +58,8 @@ def steps() -> dict[str, list[Step]]:
             benchmark("boundary_targets", "test_boundary_targets.py"),
         ],
         "model": [
-            benchmark("train_step", "test_model.py", "-k", "train"),
+            benchmark("train_resnet50", "test_model.py", "-k", "train and resnet50"),
+            benchmark("train_deit", "test_model.py", "-k", "train and deit"),
             benchmark("inference", "test_model.py", "-k", "inference"),
             benchmark("context_branch", "test_context_branch.py"),
             benchmark("training_memory", "test_training_memory.py"),
@@ -68,10 +71,15 @@ def run(step: Step) -> str:
     """`passed`, or what happened instead."""
     if step.command[0] == "compute-sanitizer" and not shutil.which("compute-sanitizer"):
         return "compute-sanitizer is not on PATH"
+    process = subprocess.Popen(step.command, cwd=ROOT, start_new_session=True)
     try:
-        code = subprocess.run(step.command, cwd=ROOT, timeout=SECONDS, check=False).returncode
+        code = process.wait(timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return f"stopped after {SECONDS} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its children too, which would keep the GPU
+            process.wait()
     return "passed" if code == 0 else f"exit code {code}"
 
 

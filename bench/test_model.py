@@ -21,8 +21,8 @@ from .peers import needs_cuda
 VARIANTS = list(BUILDERS)
 BASELINE = "unept torch"
 RESNET, DEIT = "resnet50", "deit_base_distilled_patch16_384"
-LOSS_LIMIT = 0.1  # relative: dropout, bfloat16 and the points that Mask2Former's loss draws
-AGREEMENT = 0.8  # of class ids with those of the reference; random weights make near ties
+LOSS_LIMIT = 0.05  # relative: dropout, bfloat16 and the points that Mask2Former's loss draws
+AGREEMENT = 0.9  # of class ids with those of the reference; random weights make near ties
 COMPILED = DEVICE == "cuda"
 
 

@@ -1,11 +1,12 @@
 """The benchmark's own machinery: gates, interleaving, what pytest-benchmark is told, the report and its aims."""
 
 import json
+import sys
 
 import pytest
 import torch
 
-from bench import harness, report, test_attention, test_context_branch, test_dense
+from bench import harness, report, run, test_attention, test_context_branch, test_dense, test_model
 from bench.harness import Group, Measured, ReplayClock, Unavailable, Variant, assert_close, interleaved, measure
 
 
@@ -161,6 +162,46 @@ def test_aims_pass_and_miss(tmp_path):
     assert report.judged(report.read([write(tmp_path / "2.json", rows)])).startswith("- MISS: context branch")
     rows = rows[1:]
     assert report.judged(report.read([write(tmp_path / "3.json", rows)])).startswith("- not measured: context branch")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_no_two_groups_share_a_name(full):
+    names = [
+        c.name for m in (test_attention, test_dense, test_context_branch, test_model) for c in m.cases(full, "cpu")
+    ]
+    assert len(names) == len(set(names))
+
+
+# --- the command for a GPU --------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, monkeypatch, capsys):
+    ran = tmp_path / "ran"
+
+    def step(name: str, code: str) -> run.Step:
+        return run.Step(name, [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('{name} '); {code}"])
+
+    parts = {
+        "one": [step("good", "0"), step("bad", "raise SystemExit(3)")],
+        "two": [step("slow", "import time; time.sleep(60)")],
+    }
+    monkeypatch.setattr(run, "steps", lambda: parts)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "STATE", tmp_path / "run.json")
+    monkeypatch.setattr(run, "SECONDS", 2)
+    for arguments, expected in (
+        ([], "good bad slow "),
+        (["--part", "one"], "bad "),
+        (["--part", "one", "--again"], "good bad "),
+    ):
+        ran.write_text("")
+        monkeypatch.setattr(sys, "argv", ["bench.run", *arguments])
+        assert run.main() == 1
+        assert ran.read_text() == expected
+    text = (tmp_path / "table.md").read_text()
+    assert "- good: passed" in text
+    assert "- bad: exit code 3" in text
+    assert "- slow: stopped after 2 s" in text
 
 
 def test_aims_name_groups_and_variants_that_exist():
