@@ -1,0 +1,117 @@
+"""All that needs a GPU, by one command: `python -m bench.run [--part tests|sanitizer|ops|model] [--again]`.
+
+Runs the test suite, compute-sanitizer over some of the kernel tests (where it is on PATH) and the benchmarks, in steps
+that end within 8 minutes each. A step that passed at this revision on this device is not run again, so that the command
+can be repeated where time is limited. Leaves JSON and a table in bench/results and prints the aims and the table.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .harness import device_name, revision
+from .report import judged, read, table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+STATE = RESULTS / "run.json"
+SECONDS = 480
+PYTEST = [sys.executable, "-m", "pytest", "-q"]
+
+
+@dataclass
+class Step:
+    """A command; `measures` if it writes bench/results/NAME.json."""
+
+    name: str
+    command: list[str]
+    measures: bool = False
+
+
+def benchmark(name: str, file: str, *options: str) -> Step:
+    """Benchmarks of one file."""
+    command = [*PYTEST, f"bench/{file}", "--benchmark-only", "--benchmark-columns=median,iqr,rounds", *options]
+    return Step(name, [*command, f"--benchmark-json={RESULTS / name}.json"], measures=True)
+
+
+def steps() -> dict[str, list[Step]]:
+    """The steps of each part."""
+    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    kernel_tests = [f"tests/test_{op}.py" for op in ("sparse_attention", "bilinear_gather", "upsample_cross_entropy")]
+    kernel_tests += ["tests/test_boundary_targets.py", "-k", "triton and matches"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
+    return {
+        "tests": [Step("tests", [*PYTEST, *workers])],
+        "sanitizer": [Step(tool, [*sanitizer, tool, *PYTEST, *kernel_tests]) for tool in ("memcheck", "racecheck")],
+        "ops": [
+            benchmark("attention_forward", "test_attention.py", "-k", "not backward"),
+            benchmark("attention_backward", "test_attention.py", "-k", "backward"),
+            benchmark("dense", "test_dense.py"),
+            benchmark("boundary_targets", "test_boundary_targets.py"),
+        ],
+        "model": [
+            benchmark("train_resnet50", "test_model.py", "-k", "train and resnet50"),
+            benchmark("train_deit", "test_model.py", "-k", "train and deit"),
+            benchmark("inference", "test_model.py", "-k", "inference"),
+            benchmark("context_branch", "test_context_branch.py"),
+            benchmark("training_memory", "test_training_memory.py"),
+        ],
+    }
+
+
+def run(step: Step) -> str:
+    """`passed`, or what happened instead."""
+    if step.command[0] == "compute-sanitizer" and not shutil.which("compute-sanitizer"):
+        return "compute-sanitizer is not on PATH"
+    process = subprocess.Popen(step.command, cwd=ROOT, start_new_session=True)
+    try:
+        code = process.wait(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {SECONDS} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its children too, which would keep the GPU
+            process.wait()
+    return "passed" if code == 0 else f"exit code {code}"
+
+
+def main() -> int:
+    """Run what has not passed yet; 1 if something failed."""
+    parts = steps()
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=parts, action="append", help="only this part; may be given several times")
+    parser.add_argument("--again", action="store_true", help="also run what has passed at this revision already")
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    state = json.loads(STATE.read_text()) if STATE.exists() else {}
+    where = {"revision": revision(), "device": device_name()}
+    chosen = [step for part in options.part or parts for step in parts[part]]
+    for step in chosen:
+        done = state.get(step.name, {})
+        if done == {**done, **where, "outcome": "passed"} and not options.again:
+            continue
+        print(f"== {step.name}: {' '.join(step.command)}", flush=True)
+        start = time.monotonic()
+        outcome = run(step)
+        state[step.name] = {**where, "outcome": outcome, "seconds": round(time.monotonic() - start)}
+        STATE.write_text(json.dumps(state, indent=1) + "\n")
+        print(f"== {step.name}: {outcome}", flush=True)
+    measured = [RESULTS / f"{step.name}.json" for part in parts.values() for step in part if step.measures]
+    rows = read(path for path in measured if path.exists())
+    outcomes = "\n".join(f"- {name}: {done['outcome']} ({done['seconds']} s)" for name, done in state.items())
+    text = f"{outcomes}\n\n{judged(rows)}\n\n{table(rows)}\n"
+    (RESULTS / "table.md").write_text(text)
+    print(text)
+    return int(any(state[step.name]["outcome"] != "passed" for step in chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

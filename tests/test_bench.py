@@ -1,0 +1,215 @@
+"""The benchmark's own machinery: gates, interleaving, what pytest-benchmark is told, the report and its aims."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from bench import harness, report, run, test_attention, test_context_branch, test_dense, test_model
+from bench.harness import Group, Measured, ReplayClock, Unavailable, Variant, assert_close, interleaved, measure
+
+
+def counting(name, log):
+    return Variant(step=lambda: log.append(name), gate=lambda: log.append(f"gate {name}"))
+
+
+def test_variants_are_gated_first_and_timed_in_turns(monkeypatch):
+    monkeypatch.setattr(harness, "MIN_ROUND", 0.0)
+    monkeypatch.setattr(harness, "ROUNDS", (3, 3))
+    log: list[str] = []
+    results = measure(Group("g", lambda name: counting(name, log), "a", max_rounds=3), ["a", "b"])
+    assert log.index("gate a") < log.index("a")
+    assert log[-6:] == ["a", "b", "a", "b", "a", "b"]
+    assert [len(results[name].seconds) for name in "ab"] == [3, 3]
+
+
+def test_a_variant_that_fails_its_gate_is_never_timed():
+    log: list[str] = []
+
+    def prepare(name: str) -> Variant:
+        if name == "absent":
+            raise Unavailable("pip install absent")
+        variant = counting(name, log)
+        if name == "wrong":
+            variant.gate = lambda: assert_close(torch.ones(3), torch.zeros(3), "output")
+        return variant
+
+    results = measure(Group("g", prepare, "right", max_rounds=3), ["absent", "wrong", "right"])
+    assert isinstance(results["absent"], Unavailable)
+    assert isinstance(results["wrong"], AssertionError)
+    assert isinstance(results["right"], Measured)
+    assert "wrong" not in log
+
+
+def test_rounds_last_long_enough(monkeypatch):
+    monkeypatch.setattr(harness, "MIN_ROUND", 0.002)
+    calls: list[int] = []
+    samples = interleaved({"a": Variant(lambda: calls.append(0), lambda: None)}, max_rounds=3)
+    assert len(calls) > 1000  # a call takes far less than a microsecond's thousandfold
+    assert all(seconds < 0.002 for seconds in samples["a"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_tells_rounding_from_errors(dtype):
+    exact = torch.randn(1000, dtype=torch.float64)
+    actual = exact.to(dtype)
+    assert_close(actual, exact, "output")
+    for wrong in (actual * 1.02, actual.roll(1), torch.where(torch.arange(1000) == 7, torch.nan, actual)):
+        with pytest.raises(AssertionError, match="output"):
+            assert_close(wrong, exact, "output")
+    with pytest.raises(AssertionError, match="shape"):
+        assert_close(actual[:1], exact, "output")
+
+
+@pytest.mark.parametrize("op", ["sparse_sampling_attention", "ms_deform_attn"])
+def test_the_attention_gate_sees_one_wrong_query(op):
+    case = test_attention.Case(op, "ResNet-50 encoder", 6, 2, torch.float32, "initial", backward=True, points=2)
+    problem = test_attention.Problem(case)
+    for name in ("unept torch", "grid_sample"):
+        variant = test_attention.prepare(case, lambda: problem, name)
+        with variant.context():
+            variant.gate()
+            variant.step()
+    right = test_attention.function_of(case, "grid_sample", problem.maps, problem.reference)
+
+    def wrong(*inputs):
+        out = right(*inputs)
+        scale = torch.ones_like(out)
+        scale[-1, problem.checked[0]] = 1.001
+        return out * scale
+
+    with pytest.raises(AssertionError, match="max-abs"):
+        problem.gate(wrong, None)
+
+
+@pytest.mark.parametrize("op", ["bilinear_gather", "plain", "refined", "both", "argmax"])
+def test_the_dense_gates_pass_the_ops_and_not_a_shifted_map(op, monkeypatch):
+    monkeypatch.setattr(test_dense, "SIZE", 6)
+    monkeypatch.setattr(test_dense, "FULL", 48)
+    case = test_dense.Case(op, 5, 2, torch.float32, backward=op != "argmax")
+    problem = test_dense.Problem(case)
+    variant = test_dense.prepare(case, lambda: problem, "unept torch")
+    with variant.context():
+        variant.gate()
+    right = test_dense.unfused(op)
+    with pytest.raises(AssertionError):
+        problem.gate(lambda first, *others: right(first.roll(1, -1), *others))
+
+
+def test_the_clock_replays_samples():
+    clock = ReplayClock()
+    clock.load([0.5, 0.25])
+    times = [clock()]
+    for _ in range(2):
+        clock.tick()
+        times.append(clock())
+    assert times == [0.0, 0.5, 0.75]
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def write(path, rows, device="GPU"):
+    """A JSON file as pytest-benchmark writes it; rows of (group, variant, seconds, more of extra_info)."""
+    benchmarks = [
+        {
+            "group": group,
+            "name": variant,
+            "stats": {"median": seconds, "iqr": seconds / 10},
+            "extra_info": {"variant": variant, "baseline": "slow", "device": device, "revision": "abc", **more},
+        }
+        for group, variant, seconds, more in rows
+    ]
+    path.write_text(json.dumps({"benchmarks": benchmarks}))
+    return path
+
+
+def test_ratios_refer_to_the_baseline_of_the_same_group(tmp_path):
+    first = write(
+        tmp_path / "1.json", [("g", "slow", 0.2, {}), ("g", "fast", 0.05, {"peak_mib": 12.4}), ("h", "fast", 1.0, {})]
+    )
+    second = write(tmp_path / "2.json", [("g", "fast", 0.1, {"share_of_bound": 0.5, "gb_per_second": 1234.5})])
+    text = report.table(report.read([first, second]))
+    assert "| g | slow | 200 ms | 10% | 1.00 |" in text
+    assert "| g | fast | 100 ms | 10% | 2.00 |  |  | 1.23e+03 | 50% |" in text  # the later file's
+    assert "| h | fast | 1 s | 10% |  |" in text  # its group has no baseline
+
+
+def test_results_of_two_devices_are_kept_apart_and_named(tmp_path):
+    files = [write(tmp_path / f"{name}.json", [("g", "slow", t, {})], name) for name, t in (("A", 1.0), ("B", 2.0))]
+    text = report.table(report.read(files))
+    assert "- device: A, B (results of several are mixed here)" in text
+    assert text.count("| g | slow |") == 2
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json holds no benchmarks"):
+        report.read([tmp_path / "x.json"])
+
+
+def test_aims_pass_and_miss(tmp_path):
+    aim = next(aim for aim in report.AIMS if aim.memory)
+    rows = [(*aim.slow, 10.0, {"peak_mib": 1000}), (*aim.fast, 1.0, {"peak_mib": 200})]
+    lines = report.judged(report.read([write(tmp_path / "1.json", rows)])).splitlines()
+    assert lines == [
+        "- pass: Eq. 7's segmentation terms against unfused, compiled: 10.00, aim >= 5",
+        "- MISS: the same, memory: 5.00, aim >= 10",
+    ]
+    context = next(aim for aim in report.AIMS if aim.at_most)
+    rows = [(*context.slow, 4.5, {}), (*context.fast, 1.0, {})]
+    assert report.judged(report.read([write(tmp_path / "2.json", rows)])).startswith("- MISS: context branch")
+    rows = rows[1:]
+    assert report.judged(report.read([write(tmp_path / "3.json", rows)])).startswith("- not measured: context branch")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_no_two_groups_share_a_name(full):
+    names = [
+        c.name for m in (test_attention, test_dense, test_context_branch, test_model) for c in m.cases(full, "cpu")
+    ]
+    assert len(names) == len(set(names))
+
+
+# --- the command for a GPU --------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, monkeypatch, capsys):
+    ran = tmp_path / "ran"
+
+    def step(name: str, code: str) -> run.Step:
+        return run.Step(name, [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('{name} '); {code}"])
+
+    parts = {
+        "one": [step("good", "0"), step("bad", "raise SystemExit(3)")],
+        "two": [step("slow", "import time; time.sleep(60)")],
+    }
+    monkeypatch.setattr(run, "steps", lambda: parts)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "STATE", tmp_path / "run.json")
+    monkeypatch.setattr(run, "SECONDS", 2)
+    for arguments, expected in (
+        ([], "good bad slow "),
+        (["--part", "one"], "bad "),
+        (["--part", "one", "--again"], "good bad "),
+    ):
+        ran.write_text("")
+        monkeypatch.setattr(sys, "argv", ["bench.run", *arguments])
+        assert run.main() == 1
+        assert ran.read_text() == expected
+    text = (tmp_path / "table.md").read_text()
+    assert "- good: passed" in text
+    assert "- bad: exit code 3" in text
+    assert "- slow: stopped after 2 s" in text
+
+
+def test_aims_name_groups_and_variants_that_exist():
+    modules = (test_attention, test_dense, test_context_branch)
+    known = {
+        (case.name, v) for m in modules for full in (False, True) for case in m.cases(full, "cpu") for v in m.VARIANTS
+    }
+    for aim in report.AIMS:
+        for where in (aim.slow, aim.fast):
+            # The name of the context branch's group has the dtype of the device that this runs on.
+            assert where in known or where[0].startswith("context branch"), where
