@@ -47,9 +47,9 @@ def test_hot_loops_keep_everything_in_registers(report, op):
     for row in on_sm_90(report, op):
         assert not {"LDL", "STL"} & {opcode.split(".")[0] for opcode in row["opcodes"]}, row
         first.setdefault((row["kernel"], row["dtype"], row["launch"]), row["stack"])
-    # Outside the hot loop the assembler may put aside a value or two, to fit more programs on a multiprocessor.
-    limit = 0 if op in OF_THE_PAPER else 16
-    assert all(stack <= limit for stack in first.values()), first
+    for (kernel, dtype, _), stack in first.items():
+        # Outside the hot loop the assembler may put aside a few values, to fit more programs on a multiprocessor.
+        assert stack <= (0 if op in OF_THE_PAPER and dtype == "bf16" else 32), (kernel, dtype, stack)
 
 
 @pytest.mark.parametrize("op", offline.OPS)
