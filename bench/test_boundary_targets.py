@@ -1,44 +1,74 @@
-"""Boundary targets against SciPy's distance transforms: `pytest bench/test_boundary_targets.py --benchmark-only`.
+"""Boundary targets against SciPy's distance transforms, one a class.
 
 Labels are those of the `shapes` data set, or of CamVid where UNEPT_CAMVID names a folder of its label images
 (`.../valannot`). Every variant has to give SciPy's distances, as far as they don't saturate, before it is timed.
 """
 
 import os
-import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from unept.kernels import boundary_targets, use_backend
 
 from unept.data.camvid import VOID
 from unept.data.shapes import Shapes
 
+from .harness import DEVICE, Group, Unavailable, Variant
+from .peers import needs_cuda
+
 RADIUS = 5
 EXACT = RADIUS + 2 * 2**0.5  # up to here
-VARIANTS = [("torch", "cpu"), ("scipy", "cpu")]
-if torch.cuda.is_available():
-    VARIANTS = [("triton", "cuda"), ("torch", "cuda"), *VARIANTS]
-BATCH = 16 if torch.cuda.is_available() else 4
+VARIANTS = ["unept triton", "unept torch", "scipy"]
+BASELINE = "scipy"
 
 
-@pytest.fixture(scope="module", params=["shapes", *(["camvid"] if "UNEPT_CAMVID" in os.environ else [])])
-def labels(request):
-    """(name, class ids (B, H, W) uint8, 255 where ignored)."""
-    if request.param == "shapes":
-        return "shapes", torch.stack([Shapes(size=480)[i][1].as_subclass(torch.Tensor) for i in range(BATCH)])
-    files = sorted(Path(os.environ["UNEPT_CAMVID"]).glob("*.png"))
-    spread = files[:: max(1, len(files) // BATCH)][:BATCH]
-    maps = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in spread])
-    return "camvid", maps.masked_fill_(maps == VOID, 255)
+@dataclass
+class Case:
+    """One group: label maps (B, H, W) uint8, 255 where ignored."""
+
+    source: str
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """The group's name in the report, unique to it."""
+        return f"boundary_targets, {self.source}, B={self.batch}"
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """On the CPU."""
+        if self.source == "shapes":
+            return torch.stack([Shapes(size=480)[i][1].as_subclass(torch.Tensor) for i in range(self.batch)])
+        files = sorted(Path(os.environ["UNEPT_CAMVID"]).glob("*.png"))
+        spread = files[:: max(1, len(files) // self.batch)][: self.batch]
+        maps = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in spread])
+        return maps.masked_fill_(maps == VOID, 255)
+
+    @cached_property
+    def wanted(self) -> tuple[Tensor, Tensor]:
+        """SciPy's distances and directions."""
+        return scipy_batch(self.labels)
+
+
+def cases(full: bool, device: str) -> list[Case]:
+    """Four maps, 16 in full."""
+    return [
+        Case(source, 16 if full else 4) for source in ("shapes", *(["camvid"] if "UNEPT_CAMVID" in os.environ else []))
+    ]
 
 
 def scipy_targets(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distance and direction of one image (H, W), by a distance transform and two correlations a class."""
-    ndimage = pytest.importorskip("scipy.ndimage")
+    try:
+        from scipy import ndimage
+    except ModuleNotFoundError:
+        raise Unavailable("distances are checked against SciPy's: pip install scipy") from None
     dy, dx = np.mgrid[-2:3, -2:3].astype(np.float32)
     square = np.maximum(dx * dx + dy * dy, 1)
     kernels = dx / square, dy / square
@@ -60,37 +90,40 @@ def scipy_targets(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return distance, np.where((distance > RADIUS) | ignored, 255, bins)
 
 
-def scipy_batch(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def scipy_batch(labels: Tensor) -> tuple[Tensor, Tensor]:
     distance, direction = zip(*(scipy_targets(image) for image in labels.numpy()), strict=True)
     return torch.from_numpy(np.stack(distance)), torch.from_numpy(np.stack(direction))
 
 
-@pytest.mark.benchmark(group="boundary_targets")
-@pytest.mark.parametrize(("backend", "device"), VARIANTS, ids=lambda name: name)
-def test_boundary_targets(benchmark, labels, backend, device):
-    name, maps = labels
-    want_distance, want_direction = scipy_batch(maps)
-    maps = maps.to(device)
+def gate(case: Case, run: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    distance, direction = (found.cpu() for found in run())
+    wanted_distance, wanted_direction = case.wanted
+    exact = wanted_distance <= EXACT
+    torch.testing.assert_close(distance[exact], wanted_distance[exact])
+    assert torch.equal(direction == 255, wanted_direction == 255)
+    # Rounding decides on the edge between two bins, and no gradient has no direction.
+    assert (direction == wanted_direction).float().mean() > 0.999
 
-    def run():
-        result = scipy_batch(maps) if backend == "scipy" else boundary_targets(maps, radius=RADIUS)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
 
-    with use_backend("auto" if backend == "scipy" else backend):
-        distance, direction = (found.cpu() for found in run())
-        exact = want_distance <= EXACT
-        torch.testing.assert_close(distance[exact], want_distance[exact])
-        assert torch.equal(direction == 255, want_direction == 255)
-        # Rounding decides on the edge between two bins, and no gradient has no direction.
-        assert (direction == want_direction).float().mean() > 0.999
-        benchmark.extra_info.update(
-            labels=name,
-            size=list(maps.shape),
-            device=torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
-            python=platform.python_version(),
-        )
-        benchmark.pedantic(run, rounds=10, iterations=20 if device == "cuda" else 1, warmup_rounds=2)
+def prepare(case: Case, name: str) -> Variant:
+    """The variant `name` of a case."""
+    if name == "unept triton":
+        needs_cuda("Triton")
+    if name == "scipy":
+        run = partial(scipy_batch, case.labels)
+    else:
+        run = partial(boundary_targets, case.labels.to(DEVICE), radius=RADIUS)
+    backend = "triton" if name == "unept triton" else "torch"
+    return Variant(step=run, gate=partial(gate, case, run), context=partial(use_backend, backend))
+
+
+def test_boundary_targets(samples, case, variant):
+    shape = tuple(case.labels.shape)
+    group = Group(
+        name=case.name,
+        prepare=partial(prepare, case),
+        baseline=BASELINE,
+        info={"shape": "x".join(map(str, shape)), "dtype": "uint8"},
+        min_bytes=case.labels.numel() * (1 + 4 + 8),
+    )
+    samples(group)

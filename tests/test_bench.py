@@ -6,7 +6,16 @@ import sys
 import pytest
 import torch
 
-from bench import harness, report, run, test_attention, test_context_branch, test_dense, test_model
+from bench import (
+    harness,
+    report,
+    run,
+    test_attention,
+    test_boundary_targets,
+    test_context_branch,
+    test_dense,
+    test_model,
+)
 from bench.harness import Group, Measured, ReplayClock, Unavailable, Variant, assert_close, interleaved, measure
 
 
@@ -157,18 +166,22 @@ def test_aims_pass_and_miss(tmp_path):
         "- pass: Eq. 7's segmentation terms against unfused, compiled: 10.00, aim >= 5",
         "- MISS: the same, memory: 5.00, aim >= 10",
     ]
-    context = next(aim for aim in report.AIMS if aim.at_most)
+    alone = next(aim for aim in report.AIMS if aim.slow is None)
+    text = report.judged(report.read([write(tmp_path / "0.json", [(*alone.fast, 0.2e-3, {})])]))
+    assert f"- pass: {alone.claim}: 0.20, aim <= 0.3" in text
+    context = next(aim for aim in report.AIMS if aim.claim.startswith("context branch"))
     rows = [(*context.slow, 4.5, {}), (*context.fast, 1.0, {})]
     assert report.judged(report.read([write(tmp_path / "2.json", rows)])).startswith("- MISS: context branch")
     rows = rows[1:]
     assert report.judged(report.read([write(tmp_path / "3.json", rows)])).startswith("- not measured: context branch")
 
 
+MODULES = (test_attention, test_boundary_targets, test_dense, test_context_branch, test_model)
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_no_two_groups_share_a_name(full):
-    names = [
-        c.name for m in (test_attention, test_dense, test_context_branch, test_model) for c in m.cases(full, "cpu")
-    ]
+    names = [c.name for m in MODULES for c in m.cases(full, "cpu")]
     assert len(names) == len(set(names))
 
 
@@ -205,11 +218,11 @@ def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, mo
 
 
 def test_aims_name_groups_and_variants_that_exist():
-    modules = (test_attention, test_dense, test_context_branch)
+    modules = (test_attention, test_boundary_targets, test_dense, test_context_branch)
     known = {
         (case.name, v) for m in modules for full in (False, True) for case in m.cases(full, "cpu") for v in m.VARIANTS
     }
     for aim in report.AIMS:
-        for where in (aim.slow, aim.fast):
+        for where in filter(None, (aim.slow, aim.fast)):
             # The name of the context branch's group has the dtype of the device that this runs on.
             assert where in known or where[0].startswith("context branch"), where
