@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import math
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable
@@ -193,7 +194,8 @@ def measure(group: Group, names: Iterable[str]) -> dict[str, Measured | Exceptio
         except Unavailable as reason:
             results[name] = reason
         except torch.OutOfMemoryError as error:
-            results[name] = Unavailable(f"out of memory: {error}")
+            # A peer that takes more than there is has no row; ours is to fail.
+            results[name] = error if name.startswith("unept") else Unavailable(f"out of memory: {error}")
         except VARIANT_ERRORS as error:
             results[name] = error.with_traceback(None)  # a traceback would keep its tensors
         if DEVICE == "cuda":
@@ -258,6 +260,9 @@ def revision() -> str:
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    if not shutil.which("git"):
+        return "unknown"
 
     # Results are no part of what is measured.
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")

@@ -18,17 +18,19 @@ Legend (see `sparse_attention` for the other letters; strides are those of the s
     order      (Q,) int32           a permutation of the queries
 """
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._triton import autotune_pool, autotuned, device_guard, size_class, tl, triton
+from ._triton import UNSPECIALISED, autotune_pool, autotuned, device_guard, size_class, tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# The lowest finite number, which logits that take no part are often set to.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 # Pixels of zeros around each level of the padded copy.
 BORDER = 2
@@ -39,6 +41,15 @@ FORWARD_POOL = autotune_pool(
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 2}, num_warps=2),
     triton.Config({"BLOCK_Q": 16, "BLOCK_N": 2}, num_warps=1),
 )
+
+
+def fewer_queries(config: triton.Config, arguments: Mapping[str, Any]) -> triton.Config:
+    """The configuration for rows of any length: a tile keeps the size that it has with 32 channels."""
+    words = arguments.get("WORDS") or arguments["BLOCK_D"]
+    factor = max(1, words * (2 if arguments.get("PACKED") else 1) // 32)
+    return triton.Config(
+        {**config.kwargs, "BLOCK_Q": max(1, config.kwargs["BLOCK_Q"] // factor)}, num_warps=config.num_warps
+    )
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -78,7 +89,7 @@ def largest_score(scores_ptr, strides, num_levels, N: tl.constexpr, BLOCK_Q: tl.
     """Each query's largest logit, [1, BLOCK_Q]; scores_ptr [1, BLOCK_Q]."""
     BLOCK_N: tl.constexpr = 4 if N >= 4 else 1
     # Finite from the start: a query whose logits are all -inf must not turn the others into NaN.
-    largest = tl.full([BLOCK_N, BLOCK_Q], -1.0e38, tl.float32)
+    largest = tl.full([BLOCK_N, BLOCK_Q], LOWEST, tl.float32)
     for level in tl.range(num_levels):
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
@@ -212,7 +223,7 @@ def origin(reference_ptr, strides, size_x, size_y, LOCATIONS: tl.constexpr):
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def pad_kernel(
     padded_ptr,  # (B, M, rows, BLOCK_D), contiguous
     value_ptr,  # (B, S, M, D)
@@ -236,7 +247,7 @@ def pad_kernel(
     tl.store(out_ptrs, words, mask=(row < num_rows)[:, None])
 
 
-@autotuned(FORWARD_POOL, key=["N", "D", "LOCATIONS", "PADDED"])
+@autotuned(FORWARD_POOL, key=["N", "D", "LOCATIONS", "PADDED"], fit=fewer_queries)
 def forward_kernel(
     out_ptr,  # (B, Q, M, D), contiguous
     value_ptr,  # (B, M, rows, WORDS), or (B, S, M, D) with strides in this order: B, M, S, D
@@ -321,10 +332,11 @@ def forward_kernel(
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 # A copy to a GPU waits for it, so that each list of shapes is copied once. Tables and not constants: every size of
-# image then runs the same compiled kernels.
+# image then runs the same compiled kernels. Never dropped, since a CUDA graph may hold their addresses; and copied even
+# where they could be filled on the device, so that no stream finds one unwritten.
 
 
-@lru_cache(maxsize=256)
+@cache
 def geometry(shapes: tuple[int, ...], padded: bool, device: torch.device) -> Tensor:
     """(L, 5) int32, as in the legend."""
     heights, widths = shapes[::2], shapes[1::2]
@@ -338,7 +350,7 @@ def geometry(shapes: tuple[int, ...], padded: bool, device: torch.device) -> Ten
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
-@lru_cache(maxsize=256)
+@cache
 def padded_source(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     """(rows,) int32: which row of value each row of the padded copy holds, -1 for the zeros around a level."""
     parts, start = [], 0
@@ -349,7 +361,7 @@ def padded_source(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.cat(parts).to(device)
 
 
-@lru_cache(maxsize=256)
+@cache
 def query_order(shapes: tuple[int, ...], queries: int, device: torch.device) -> Tensor:
     """(Q,) int32: the queries in strips of 8 rows of pixels, column by column, so that 64 in a row are a block of 8x8.
 
@@ -360,7 +372,7 @@ def query_order(shapes: tuple[int, ...], queries: int, device: torch.device) -> 
     if queries != sum(height * width for height, width in sizes):
         sizes = [size for size in sizes if size[0] * size[1] == queries][:1]
     if not sizes:
-        return torch.arange(queries, dtype=torch.int32, device=device)
+        return torch.arange(queries, dtype=torch.int32).to(device)
     parts, start = [], 0
     for height, width in sizes:
         rows = torch.arange(start, start + height * width, dtype=torch.int32).view(height, width)
@@ -377,7 +389,8 @@ def paired(points: Tensor) -> Tensor:
     if points.dtype == torch.float64:
         points = points.float()
     even = all(stride % 2 == 0 for stride in points.stride()[:-1]) and points.storage_offset() % 2 == 0
-    if points.stride(-1) != 1 or not even:
+    aligned = points.data_ptr() % (2 * points.element_size()) == 0
+    if points.stride(-1) != 1 or not (even and aligned):
         points = points.clone(memory_format=torch.contiguous_format)
     return points.view(torch.int64 if points.dtype == torch.float32 else torch.int32).squeeze(-1)
 
@@ -434,7 +447,8 @@ def map_arguments(value: Tensor, shapes: Sequence[int], points: Tensor) -> dict[
         "WORDS": value.shape[3] if padded else triton.next_power_of_2(channel_count),
         "PADDED": padded,
         "PACKED": packed,
-        "WIDE": extent(value, (2, 3)) >= 2**31,
+        # Masked corners lie up to a row and two pixels outside, whose addresses are computed all the same.
+        "WIDE": extent(value, (2, 3)) + 2 * (max(shapes[1::2]) + 2) * abs(value.stride(2)) >= 2**31,
     }
 
 

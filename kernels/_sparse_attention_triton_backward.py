@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ._sparse_attention_triton import (
     LOG2_E,
+    LOWEST,
     channels,
     corner_pointers,
+    fewer_queries,
     load_corner,
     load_positions,
     load_scores,
@@ -41,7 +43,7 @@ def softmax_statistics(scores_ptr, strides, num_levels, N: tl.constexpr, BLOCK_Q
     """Each query's largest logit and 1 / (sum of exponentials), [1, BLOCK_Q] each; scores_ptr [1, BLOCK_Q]."""
     BLOCK_N: tl.constexpr = 4 if N >= 4 else 1
     # Finite from the start: points whose logits are all -inf must not turn the rest into NaN.
-    largest = tl.full([BLOCK_N, BLOCK_Q], -1.0e38, tl.float32)
+    largest = tl.full([BLOCK_N, BLOCK_Q], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
     for level in tl.range(num_levels):
         for n0 in tl.range(0, N, BLOCK_N):
@@ -108,7 +110,7 @@ def softmax_backward(
             tl.store(grad_scores_ptr + level * N + n, grad_score.to(grad_scores_ptr.dtype.element_ty), mask=usable)
 
 
-@autotuned(POINTS_POOL, key=["N", "D", "LOCATIONS", "PADDED", "REFERENCE_GRAD"])
+@autotuned(POINTS_POOL, key=["N", "D", "LOCATIONS", "PADDED", "REFERENCE_GRAD"], fit=fewer_queries)
 def points_backward_kernel(
     grad_pairs_ptr,  # (B, Q, M, L, N), contiguous
     grad_weights_ptr,  # (B, Q, M, L, N), contiguous; float32 if scores are logits

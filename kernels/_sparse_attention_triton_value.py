@@ -20,14 +20,15 @@ Legend (see `_sparse_attention_triton` for the rest)
 """
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache, partial
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._sparse_attention_triton import (
+    fewer_queries,
     geometry,
     load_positions,
     load_scores,
@@ -37,7 +38,17 @@ from ._sparse_attention_triton import (
     sample_offset,
     split_position,
 )
-from ._triton import INTERPRETED, ScatterBuffer, autotune_pool, autotuned, fastest, scatter_add, tl, triton
+from ._triton import (
+    INTERPRETED,
+    UNSPECIALISED,
+    ScatterBuffer,
+    autotune_pool,
+    autotuned,
+    fastest,
+    scatter_add,
+    tl,
+    triton,
+)
 
 WINDOW_ROWS = 4
 WINDOW_COLUMNS = tl.constexpr(16)  # what a tensor core multiplies at a time
@@ -104,10 +115,16 @@ def load_sample(
     return x, y, weight, inside & (n < N) & counts
 
 
+def more_warps(config: triton.Config, arguments: Mapping[str, Any]) -> triton.Config:
+    """The configuration for rows of any length: its sums stay in registers, of more threads."""
+    factor = max(1, arguments["BLOCK_D"] // 32)
+    return triton.Config(config.kwargs, num_warps=min(8, config.num_warps * factor))
+
+
 # --- atomic -----------------------------------------------------------------------------------------------------------
 
 
-@autotuned(SCATTER_POOL, key=["N", "D", "LOCATIONS"], adds_into=["grad_value_ptr"])
+@autotuned(SCATTER_POOL, key=["N", "D", "LOCATIONS"], adds_into=["grad_value_ptr"], fit=fewer_queries)
 def scatter_backward_kernel(
     grad_value_ptr,  # (B, S, M, D), contiguous, the data of a ScatterBuffer
     scale_ptr,  # its scale, or None
@@ -210,7 +227,7 @@ def grad_by_atomics(
 # --- binned -----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_levels"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def bin_backward_kernel(
     cursor_ptr,  # (images, M, cells) int32: COUNT adds the samples of each cell; otherwise the next free record
     records_ptr,  # (samples, 2) int64; None if COUNT
@@ -267,7 +284,7 @@ def bin_backward_kernel(
                 tl.store(pointers, words, mask=usable[:, :, None])
 
 
-@autotuned(WINDOW_POOL, key=["D", "DOT_TYPE"])
+@autotuned(WINDOW_POOL, key=["D"], fit=more_warps)
 def window_backward_kernel(
     grad_value_ptr,  # (images, S, M, D), contiguous
     grad_out_ptr,  # (images, Q, M, D), contiguous
@@ -338,7 +355,7 @@ def window_backward_kernel(
         above = below
 
 
-@lru_cache(maxsize=256)
+@cache
 def window_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     """(windows, 3) int32, as in the legend."""
     levels = enumerate(zip(shapes[::2], shapes[1::2], strict=True))
@@ -363,7 +380,7 @@ def bin_samples(
     queries, heads, device = samples["num_queries"], samples["num_heads"], table.device
     arguments = {name: argument for name, argument in samples.items() if name != "size_class"}
     arguments |= {"normaliser_ptr": normaliser, "geometry_ptr": table, "num_cells": num_cells}
-    # Two samples a thread: were there fewer samples than threads, several would share what an atomic gives back.
+    # At least one sample a thread: were there fewer, several threads would share what an atomic gives back.
     block_n = min(4, triton.next_power_of_2(samples["N"]))
     arguments |= {"BLOCK_Q": 256 // block_n, "BLOCK_N": block_n, "num_warps": 4}
     # Both passes must find each sample in the same cell: no multiply-adds, which one of them might form and one not.

@@ -52,6 +52,18 @@ def autotune_pool(*configs: "triton.Config") -> list["triton.Config"]:
     return list(configs if TUNES and not INTERPRETED else configs[:1])
 
 
+# Arguments of which every value shares one compiled kernel, 1 and multiples of 16 too.
+UNSPECIALISED = [
+    "size_class",
+    "num_levels",
+    "num_queries",
+    "num_pixels",
+    "num_cells",
+    "num_windows",
+    "num_rows",
+]
+
+
 def _brief_bench(run: Callable[[], Any], quantiles: Sequence[float] | None = None) -> Any:
     """Milliseconds of `run`: at these quantiles, the median without. A fifth of Triton's own time, several times a run
     of the largest kernel: users wait for it."""
@@ -64,12 +76,13 @@ def fastest(name: str, candidates: Mapping[str, Callable[[], Any]], key: tuple[A
 
     Where nothing can be timed (in the interpreter, without tuning, while a CUDA graph is captured) it is the first.
     """
+    if not INTERPRETED:
+        key = (torch.cuda.get_device_properties(torch.cuda.current_device()).name, *key)
     key = (name, *key)
     if key not in _choices and (INTERPRETED or not TUNES or torch.cuda.is_current_stream_capturing()):
         return next(iter(candidates.values()))
     if key not in _choices:
-        device = torch.cuda.get_device_properties(torch.cuda.current_device())
-        identity = repr((key, device.name, triton.__version__, torch.__version__, list(candidates)))
+        identity = repr((key, triton.__version__, torch.__version__, list(candidates)))
         cache = triton.runtime.cache.get_cache_manager(hashlib.sha256(identity.encode()).hexdigest())
         path = cache.get_file(f"{name}.json")
         if path is None:
@@ -89,23 +102,33 @@ def size_class(lanes: int) -> int:
 
 
 def autotuned(
-    configs: Sequence["triton.Config"], key: Sequence[str], adds_into: Sequence[str] = ()
+    configs: Sequence["triton.Config"],
+    key: Sequence[str],
+    adds_into: Sequence[str] = (),
+    fit: Callable[["triton.Config", Mapping[str, Any]], "triton.Config"] | None = None,
 ) -> Callable[[Callable], Any]:
     """Compile a kernel for each new `key` and `size_class`, an argument that it takes, with the fastest of `configs`.
 
     Args:
         configs: an `autotune_pool`.
-        key: names of the kernel's arguments.
+        key: names of the kernel's arguments, whose values JSON can hold: choices are kept on disk.
         adds_into: those that are a `ScatterBuffer`'s data, which every trial has to find at zero.
+        fit: makes the configuration to try of one in the pool and the kernel's arguments by name.
     """
 
+    def fitted(pool: list["triton.Config"], arguments: Mapping[str, Any], **more: Any) -> list["triton.Config"]:
+        return [fit(config, {**arguments, **more}) for config in pool] if fit else pool
+
     def decorate(kernel: Callable) -> Any:
-        # size_class is for the choice alone: not specialised, its values share one compiled kernel. So does any number
-        # of levels, of which 1 would become a constant.
-        compiled = triton.jit(kernel, do_not_specialize=["size_class", "num_levels"])
+        compiled = triton.jit(kernel, do_not_specialize=UNSPECIALISED)
         key_names = [*key, "size_class"]
         return triton.autotune(
-            list(configs), key_names, reset_to_zero=list(adds_into), do_bench=_brief_bench, cache_results=True
+            list(configs),
+            key_names,
+            prune_configs_by={"early_config_prune": fitted} if fit else None,
+            reset_to_zero=list(adds_into),
+            do_bench=_brief_bench,
+            cache_results=True,
         )(compiled)
 
     return decorate
@@ -121,6 +144,9 @@ def scatter_add(pointers, contributions, mask, scale_ptr, DETERMINISTIC: tl.cons
     """Add float32 `contributions` into a buffer of `ScatterBuffer`, whatever else adds there at the same time."""
     if DETERMINISTIC:
         scale = tl.load(scale_ptr)
+        # Integers hold neither NaN nor infinity: these spoil the factor that the result is multiplied by.
+        spoilt = contributions - contributions
+        tl.store(scale_ptr + 1 + tl.zeros(pointers.shape, tl.int32), spoilt, mask=mask & (spoilt != 0.0))
         tl.atomic_add(pointers, (contributions * scale).to(tl.int64), mask=mask, sem="relaxed")
     else:
         tl.atomic_add(pointers, contributions, mask=mask, sem="relaxed")
@@ -145,10 +171,12 @@ class ScatterBuffer:
         if self.deterministic:
             # A NaN or infinite bound makes scale and result NaN, as a floating-point sum would be.
             self.bound = bound().to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny * FIXED_POINT_ONE)
-            self.scale = FIXED_POINT_ONE / self.bound
+            # And 1, until a contribution makes it NaN.
+            self.scale = torch.stack([FIXED_POINT_ONE / self.bound, torch.ones_like(self.bound)])
 
     def result(self, dtype: torch.dtype) -> Tensor:
         """The accumulated gradient."""
-        if self.bound is None:
+        if self.bound is None or self.scale is None:
             return self.data.to(dtype)
-        return (self.data.to(torch.float64) * (self.bound.to(torch.float64) / FIXED_POINT_ONE)).to(dtype)
+        unit = self.bound.to(torch.float64) * self.scale[1] / FIXED_POINT_ONE
+        return (self.data.to(torch.float64) * unit).to(dtype)

@@ -11,8 +11,6 @@ Legend
     B batch, K classes, h x w the logits' map, H x W the full-size map; K, h, w, H, W are any positive numbers.
     logits    (B, K, h, w)
     offset    (B, 2, H, W), (dx, dy) in pixels of the full-size map
-In the kernels that read so, a program is a tile of BLOCK_P pixels of one image; pixels are lanes, classes a loop, so
-that every sum over classes has one order whatever the block size.
 """
 
 import math
@@ -23,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
+from .checks import check_count, check_floating, check_same_device, check_shape, check_sides, compute_dtype
 
 # The tiles of the PyTorch path: columns, and bytes of up-sampled logits (one row at the least). On a CPU these should
 # stay in the cache, on a GPU they should fill it.
@@ -39,6 +37,8 @@ def check_maps(logits: Tensor, offset: Tensor | None, size: tuple[int, int]) -> 
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it needs at least one class and one pixel")
     check_count("pixels in logits", logits.shape[2] * logits.shape[3])
     check_count("pixels in the output", size[0] * size[1])
+    check_sides("logits", *logits.shape[2:])
+    check_sides("the output", *size)
     if offset is not None:
         if offset.is_complex() or offset.dtype == torch.bool:
             raise TypeError(f"offset has dtype {offset.dtype}; it must hold integers or floating-point numbers")

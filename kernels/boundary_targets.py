@@ -168,6 +168,8 @@ def _boundary_targets_torch(
     if labels.numel() == 0:
         return labels.new_empty(labels.shape, dtype=torch.float32), labels.new_empty(labels.shape, dtype=torch.int64)
     saturation = _saturation(radius)
+    if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        labels = labels.long()  # PyTorch computes little with these
     # As far as the distance looks, shared by what comes before and after; the gradient looks 2 pixels each way.
     after = max(math.isqrt(saturation - 1) - 2, 2)
     labels = labels.to(_map_dtype(labels, ignore_index, saturation))

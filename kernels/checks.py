@@ -8,6 +8,9 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Kernels count the pixels of one image in 32 bits; the last tile, and a row cut into equal steps, go past the end.
 MAX_PIXELS = 1 << 30
 
+# Positions are float32.
+MAX_SIDE = 1 << 24
+
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """What coordinates and sums have: float64 for float64, float32 for the others."""
@@ -43,6 +46,12 @@ def check_count(what: str, count: int) -> None:
     """Raise ValueError if one image has more pixels or points, named by `what`, than the kernels count."""
     if count > MAX_PIXELS:
         raise ValueError(f"an image has {count} {what}; there may be at most 2**30: cut it into parts")
+
+
+def check_sides(what: str, *sides: int) -> None:
+    """Raise ValueError if a side of a map, named by `what`, is longer than float32 tells pixels apart."""
+    if max(sides, default=0) > MAX_SIDE:
+        raise ValueError(f"{what} has a side of {max(sides)} pixels; it may be at most 2**24: cut it into parts")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...], remedy: str = "") -> None:

@@ -25,12 +25,13 @@ from torch.autograd.function import once_differentiable
 from . import _sparse_attention_torch, _sparse_attention_triton, _sparse_attention_triton_backward
 from ._sparse_attention_torch import levels
 from .backend import runs_on_triton
-from .checks import check_count, check_floating, check_integer, check_same_device, check_shape
+from .checks import check_count, check_floating, check_integer, check_same_device, check_shape, check_sides
 
 # --- custom ops -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("unept::sparse_sampling", mutates_args=())
+# Not in a CUDA graph of torch.compile: the first call of a size makes tables that outlive it.
+@torch.library.custom_op("unept::sparse_sampling", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _sparse_sampling(
     value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference: Tensor | None
 ) -> Tensor:
@@ -45,7 +46,7 @@ def _(value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, refe
     return value.new_empty((value.shape[0], points.shape[1], value.shape[2] * value.shape[3]))
 
 
-@torch.library.custom_op("unept::sparse_sampling_backward", mutates_args=())
+@torch.library.custom_op("unept::sparse_sampling_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _sparse_sampling_backward(
     grad_out: Tensor,
     value: Tensor,
@@ -142,6 +143,7 @@ def _flat_shapes(spatial_shapes: Sequence[Sequence[int]], value: Tensor) -> list
     check_shape("value", value, ("B", "S", "M", "D"))
     length = sum(height * width for height, width in spatial_shapes)
     check_count("pixels in spatial_shapes", length)
+    check_sides("a level of spatial_shapes", *shapes)
     if value.shape[1] != length:
         raise ValueError(
             f"spatial_shapes {spatial_shapes} make S = {length} pixels, but value has {value.shape[1]} (shape "
@@ -150,11 +152,13 @@ def _flat_shapes(spatial_shapes: Sequence[Sequence[int]], value: Tensor) -> list
     return shapes
 
 
-def _check_samples(value: Tensor, levels: int, **named: Tensor) -> None:
+def _check_samples(value: Tensor, num_levels: int, **named: Tensor) -> None:
     """Raise unless the two tensors, points and scores in this order, fit `value`, `levels` and each other."""
     (points_name, points), (scores_name, scores) = named.items()
     batch, _, heads, _ = value.shape
-    check_shape(points_name, points, (batch, "Q", heads, levels, "N", 2), "B, M and L as in value and spatial_shapes")
+    check_shape(
+        points_name, points, (batch, "Q", heads, num_levels, "N", 2), "B, M and L as in value and spatial_shapes"
+    )
     check_shape(scores_name, scores, tuple(points.shape[:-1]), f"as {points_name} without its last dimension")
     check_count("queries", points.shape[1])
     if points.shape[4] == 0:
@@ -214,7 +218,7 @@ def ms_deform_attn(
         spatial_shapes: (L, 2), (height, width) of each level. A tensor on a GPU is read to the host, which waits for
             the GPU; a list of pairs of ints avoids that, and is required under `torch.compile`.
         level_start_index: (L,), the first row of each level in value, which spatial_shapes already tell: checked where
-            that needs no read of a device beyond the one above, otherwise unused. None will do.
+            that needs no read of a device, otherwise unused. None will do.
         sampling_locations: (B, Q, M, L, N, 2) float, (x, y) in [0, 1], pixel centres at (i + 0.5) / size.
         attention_weights: (B, Q, M, L, N) float, used as they are.
         im2col_step: accepted for the signature's sake; batches are not cut.
@@ -231,7 +235,7 @@ def ms_deform_attn(
         check_integer(spatial_shapes=spatial_shapes)
         check_shape("spatial_shapes", spatial_shapes, ("L", 2))
         spatial_shapes = spatial_shapes.tolist()
-        if isinstance(level_start_index, Tensor):
+        if isinstance(level_start_index, Tensor) and level_start_index.device.type == "cpu":
             starts = level_start_index.tolist()
     shapes = _flat_shapes(spatial_shapes, value)
     consecutive = [start for _, start, _, _ in levels(shapes)]

@@ -55,6 +55,10 @@ _POOL = autotune_pool(
 )
 
 
+# What bfloat16, of which products of float32 are made, still rounds to a finite number.
+LARGEST = tl.constexpr(3.38e38)
+
+
 @triton.jit
 def _better(largest, best, z, first):
     """Takes another block of classes, from `first` on, into the largest z and its class, the first of equals or NaN."""
@@ -110,12 +114,14 @@ def argmax_kernel(
             z, window = z_of_window(
                 high, low, table_ptr + index * padded_K, used, first, padded_K, BLOCK_K, OPERAND, NO_CLASS
             )
-            finite &= tl.abs(window.to(tl.float32)) < float("inf")
+            finite &= tl.abs(window.to(tl.float32)) < LARGEST
             found, position = tl.max(z, 1, return_indices=True)
             best = tl.where(found > largest, first + position, best)
             largest = tl.maximum(largest, found)
-        # 0 * infinity in the product: a pixel may have met what it doesn't read.
-        in_window = tl.min(tl.min(finite.to(tl.int32), 1), 0) == 1
+        # 0 * infinity in the product: a pixel may have met what it doesn't read. And where each class is at the lowest
+        # number, padding must not win.
+        above_padding = tl.where(live, largest, 0.0) > 0.9 * NO_CLASS
+        in_window = tl.min(tl.min(finite.to(tl.int32), 1), 0) + tl.min(above_padding.to(tl.int32), 0) == 2
     if in_window == 0:
         largest = tl.full(fy.shape, float("-inf"), tl.float32)
         best = tl.zeros(fy.shape, tl.int32)

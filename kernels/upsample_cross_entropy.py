@@ -209,7 +209,7 @@ def upsample_cross_entropy(
     if reduction == "sum":
         return losses.sum()
     if class_weights is None:
-        total = (target != ignore_index).sum()
+        total = (target.long() != ignore_index).sum()  # not in a type that cannot hold ignore_index
     else:
         total = _labels(target, class_weights, logits.shape[1], ignore_index, losses.dtype)[1].sum()
     return losses.sum() / torch.where(total == 0, 1, total)

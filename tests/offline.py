@@ -174,6 +174,8 @@ def report() -> Iterator[dict[str, Any]]:
             for launch, (launched, arguments) in enumerate(launches):
                 kernel = launched.fn if isinstance(launched, Autotuner) else launched
                 configs = launched.configs if isinstance(launched, Autotuner) else [fixed_config(arguments)]
+                if fit := getattr(launched, "early_config_prune", None):
+                    configs = fit(configs, {}, **arguments)
                 row = {"op": op, "kernel": qualified_name(launched), "dtype": dtype_name, "launch": launch}
                 yield {**row, **autotuning(launched, arguments, buffers)}
                 for config in configs:
@@ -199,7 +201,13 @@ def autotuning(launched: Any, arguments: dict[str, Any], buffers: list[ScatterBu
         "added_into": [name for name, argument in arguments.items() if id(argument) in data],
         "reset_to_zero": getattr(launched, "reset_to_zero", []),
         "key": getattr(launched, "keys", []),
+        "key_values": [repr_or_value(arguments[name]) for name in getattr(launched, "keys", [])],
     }
+
+
+def repr_or_value(argument: Any) -> Any:
+    """What JSON can hold; a list with its representation for all else."""
+    return argument if isinstance(argument, bool | int | str) else [repr(argument)]
 
 
 def qualified_name(launched: Any) -> str:

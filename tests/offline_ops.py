@@ -12,24 +12,36 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _encoder(dtype: torch.dtype) -> tuple[Any, ...]:
+def _encoder(dtype: torch.dtype, channels: int = 32) -> tuple[Any, ...]:
     """grad_out, value, shapes, points and scores of the ResNet-50 variant's encoder at 480x480, as its layers call it:
     B=2, L=3, N=16, M=8, D=32, 60x60 pixels a level, points and scores views of one projection."""
     shapes, length = [60, 60] * 3, 3 * 60 * 60
     projection = _meta(2, length, 8, 3 * 48, dtype=dtype)
     points, scores = projection[..., :96].view(2, length, 8, 3, 16, 2), projection[..., 96:].view(2, length, 8, 3, 16)
-    return _meta(2, length, 256, dtype=dtype), _meta(2, length, 8, 32, dtype=dtype), shapes, points, scores
+    return (
+        _meta(2, length, 8 * channels, dtype=dtype),
+        _meta(2, length, 8, channels, dtype=dtype),
+        shapes,
+        points,
+        scores,
+    )
 
 
 def _attention(
-    dtype: torch.dtype, *, method: str = "binned", padded: bool = True, reference: bool = True, gradient: bool = False
+    dtype: torch.dtype,
+    *,
+    method: str = "binned",
+    padded: bool = True,
+    reference: bool = True,
+    gradient: bool = False,
+    channels: int = 32,
 ) -> None:
     """The encoder's attention, forward and backward, with maps and gradient of the value in a given form."""
     from unept.kernels import _sparse_attention_triton as shared
     from unept.kernels import _sparse_attention_triton_value as of_value
     from unept.kernels._sparse_attention_triton_backward import backward
 
-    grad_out, *inputs = _encoder(dtype)
+    grad_out, *inputs = _encoder(dtype, channels)
     centres = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32) if reference else None
     with mock.patch.object(shared, "copy_pays", return_value=padded):
         shared.forward(*inputs, centres)
@@ -45,6 +57,12 @@ def sparse_sampling(dtype: torch.dtype) -> None:
 def sparse_sampling_masked(dtype: torch.dtype) -> None:
     """Maps masked, the value's gradient by atomics."""
     _attention(dtype, padded=False, method="atomic")
+
+
+def sparse_sampling_wide(dtype: torch.dtype) -> None:
+    """Heads of 256 channels, in both forms."""
+    _attention(dtype, channels=256)
+    _attention(dtype, channels=256, padded=False, method="atomic")
 
 
 def sparse_sampling_deterministic(dtype: torch.dtype) -> None:
@@ -147,6 +165,7 @@ def sizes_of_one(dtype: torch.dtype) -> None:
 OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
     "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
     "sparse_sampling, masked": (sparse_sampling_masked, ("bf16", "fp32")),
+    "sparse_sampling, wide": (sparse_sampling_wide, ("bf16",)),
     "sparse_sampling, deterministic": (sparse_sampling_deterministic, ("fp32",)),
     "sparse_sampling, sizes of one": (sparse_sampling_sizes_of_one, ("fp32",)),
     "ms_deform": (ms_deform, ("fp32",)),

@@ -202,11 +202,16 @@ def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, mo
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "STATE", tmp_path / "run.json")
     monkeypatch.setattr(run, "SECONDS", 2)
-    for arguments, expected in (
-        ([], "good bad slow "),
-        (["--part", "one"], "bad "),
-        (["--part", "one", "--again"], "good bad "),
+    for revision, arguments, expected in (
+        ("abc", [], "good bad slow "),
+        ("abc", ["--part", "one"], "bad "),
+        ("abc", ["--part", "one", "--again"], "good bad "),
+        ("def", ["--part", "one"], "good bad "),
+        # Files that differ from a commit may have changed again.
+        ("def-dirty", ["--part", "one"], "good bad "),
+        ("def-dirty", ["--part", "one"], "good bad "),
     ):
+        monkeypatch.setattr(run, "revision", lambda revision=revision: revision)
         ran.write_text("")
         monkeypatch.setattr(sys, "argv", ["bench.run", *arguments])
         assert run.main() == 1

@@ -65,7 +65,7 @@ def test_odd_sizes_into_poisoned_buffers(backend, deterministic, shape):
     assert_matches_reference(make_labels(backend[1], shape, kind="noise"), 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16], ids=str)
 def test_any_integer_dtype_and_stride(backend, dtype):
     labels = make_labels(backend[1])
     want = boundary_targets(labels, radius=1)

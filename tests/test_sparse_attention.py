@@ -309,6 +309,18 @@ def test_samples_outside_count_as_zero_and_have_no_gradient(backend):
     assert (grad[0, :, :, 0, 1] != 0).any()
 
 
+def test_stride_that_passes_32_bits_one_row_outside(backend, tmp_path):
+    """A corner outside a map is not read, but its address is computed."""
+    case = make_case(batch=1, queries=3, heads=1, levels=1, channels=3).to(backend[1], torch.float16)
+    case.spatial_shapes[:] = [(1, 3)]
+    case.inputs["value"] = case.inputs["value"].detach()[:, :3].clone()
+    near = attention(case)
+    storage = spread(torch.zeros(1, 3, 1, 3, dtype=torch.float16, device=backend[1]), 1, tmp_path)
+    value = storage.as_strided((1, 3, 1, 3), (0, 800_000_000, 0, 1), storage.storage_offset())
+    case.inputs["value"] = value.copy_(case.inputs["value"])
+    torch.testing.assert_close(attention(case), near)
+
+
 def test_half_offsets_that_overflow_to_infinity(backend):
     case = make_case(batch=1, queries=3, heads=1).to(backend[1], torch.float16)
     with torch.no_grad():
@@ -321,6 +333,14 @@ def test_masked_logits_take_no_part(backend):
     with torch.no_grad():
         case.inputs["logits"][:, :, :, 0] = float("-inf")  # the whole first level
         case.inputs["logits"][:, :, :, 1] += 200  # would overflow without the maximum taken off
+    check(attention, case)
+
+
+def test_a_query_whose_logits_are_all_the_lowest_number(backend):
+    """As models mask what takes no part: the softmax is uniform then."""
+    case = make_case(batch=1, queries=3, heads=1).to(backend[1], torch.float32)
+    with torch.no_grad():
+        case.inputs["logits"][:, 1] = torch.finfo(torch.float32).min
     check(attention, case)
 
 

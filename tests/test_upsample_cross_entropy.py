@@ -413,6 +413,35 @@ def test_argmax_takes_the_lowest_of_equals(backend):
     assert (upsample_argmax(logits, (7, 9)) == 1).all()
 
 
+@pytest.mark.parametrize("K", [5, 19])
+def test_argmax_where_every_class_is_at_the_lowest_number(backend, K):
+    logits = torch.randn(1, K, 6, 6)
+    logits[..., :3] = torch.finfo(torch.float32).min
+    want = F.interpolate(logits, (48, 48), mode="bilinear").argmax(1)
+    found = upsample_argmax(logits.to(backend[1]), (48, 48)).cpu()
+    assert found.max() < K
+    # Where low and ordinary numbers meet, their sum has no digits left for the latter.
+    assert torch.equal(found[..., :16], want[..., :16])
+    assert torch.equal(found[..., 32:], want[..., 32:])
+
+
+def test_nan_is_not_hidden_where_sums_are_integers(backend, deterministic):
+    logits = torch.randn(1, 3, 4, 4, device=backend[1])
+    logits[0, 1, 2, 2] = float("nan")
+    logits.requires_grad_()
+    target = torch.zeros(1, 8, 8, dtype=torch.int64, device=backend[1])
+    upsample_cross_entropy(logits, target).backward()
+    assert logits.grad.isnan().any()
+
+
+def test_ids_in_a_type_that_cannot_hold_ignore_index(backend):
+    logits = torch.randn(1, 200, 2, 2, device=backend[1])
+    target = torch.full((1, 4, 4), 156, device=backend[1])  # as a byte, -100 looks like this
+    target[0, 0, 0] = 3
+    wide = upsample_cross_entropy(logits, target, ignore_index=-100)
+    assert upsample_cross_entropy(logits, target.to(torch.uint8), ignore_index=-100) == wide
+
+
 def test_argmax_takes_the_first_nan(backend):
     logits = torch.randn(1, 6, 2, 2)
     logits[0, 1:3, 0, 0] = float("nan")
