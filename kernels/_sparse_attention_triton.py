@@ -396,8 +396,8 @@ def paired(points: Tensor) -> Tensor:
 
 
 def copy_pays(value: Tensor, points: Tensor) -> bool:
-    """Whether to read a padded copy of value. Copying moves a byte of each channel of each pixel about as fast as
-    masks cost time for a sample; predicted from instruction counts and bandwidth of an H200, not measured."""
+    """Whether a padded copy of value is worth its making: it costs time for each byte of the maps, masks do for each
+    sample. Predicted from instruction counts and the bandwidth of an H200, not measured."""
     samples = points.shape[1] * points.shape[3] * points.shape[4]
     return 8 * samples > value.shape[1] * value.shape[3] * value.itemsize
 
