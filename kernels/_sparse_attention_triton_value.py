@@ -8,7 +8,8 @@ Every sample adds weight * grad_out to its four corners.
              records of 16 bytes. A program then owns a window of 16 pixels x some rows, reads the records of its cells
              and adds tent_weights[16, records] @ grad_out[records, D] by the tensor cores. Every pixel is written
              once, in its final dtype. A cell is the square between four pixel centres; (H + 1) * (W + 1) of them, the
-             outermost half outside, hold all samples of a level that read anything.
+             outermost half outside, hold all samples of a level that read anything. NaN and infinity in grad_out
+             reach all pixels of a window.
 
 Which is faster depends on the GPU and on how many samples a pixel gets: `fastest` measures. Images are binned a few at
 a time, to bound the memory of the records.
