@@ -26,11 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import UNSPECIALISED, autotune_pool, autotuned, device_guard, size_class, tl, triton
+from ._triton import LOWEST, UNSPECIALISED, autotune_pool, autotuned, device_guard, size_class, tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The lowest finite number, which logits that take no part are often set to.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 # Pixels of zeros around each level of the padded copy.
 BORDER = 2
@@ -64,6 +62,12 @@ def program_work(order_ptr, num_heads, num_queries, BLOCK_Q: tl.constexpr):
     query = tl.load(order_ptr + tl.minimum(index, num_queries - 1)).to(tl.int64)
     program = program // tiles
     return (program // num_heads).to(tl.int64), (program % num_heads).to(tl.int64), query, index < num_queries
+
+
+@triton.jit
+def of_query(pointer, strides, batch, query, head):
+    """The first point of the queries in one image and head; strides of (B, Q, M, ...)."""
+    return pointer + batch * strides[0] + head * strides[2] + query * strides[1]
 
 
 @triton.jit
@@ -277,8 +281,8 @@ def forward_kernel(
 ):
     batch, head, queries, counts = program_work(order_ptr, num_heads, num_queries, BLOCK_Q)
     query = queries[None, :]  # [1, BLOCK_Q]
-    pairs_ptr += batch * pairs_strides[0] + head * pairs_strides[2] + query * pairs_strides[1]
-    scores_ptr += batch * scores_strides[0] + head * scores_strides[2] + query * scores_strides[1]
+    pairs_ptr = of_query(pairs_ptr, pairs_strides, batch, query, head)
+    scores_ptr = of_query(scores_ptr, scores_strides, batch, query, head)
     value_ptr += batch * value_strides[0] + head * value_strides[1]
     stride_s = WORDS if PADDED else value_strides[2]
     stride_d = 1 if PADDED else value_strides[3]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ._sparse_attention_triton import (
     LOG2_E,
-    LOWEST,
     channels,
     corner_pointers,
     fewer_queries,
@@ -21,6 +20,7 @@ from ._sparse_attention_triton import (
     load_weights,
     map_arguments,
     merged,
+    of_query,
     origin,
     program_work,
     sample_arguments,
@@ -29,7 +29,7 @@ from ._sparse_attention_triton import (
     tile_grid,
 )
 from ._sparse_attention_triton_value import grad_of_value
-from ._triton import autotune_pool, autotuned, device_guard, tl, triton
+from ._triton import LOWEST, autotune_pool, autotuned, device_guard, tl, triton
 
 POINTS_POOL = autotune_pool(
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 4}, num_warps=4),
@@ -146,8 +146,8 @@ def points_backward_kernel(
 ):
     batch, head, queries, counts = program_work(order_ptr, num_heads, num_queries, BLOCK_Q)
     query, counts = queries[None, :], counts[None, :]  # [1, BLOCK_Q]
-    pairs_ptr += batch * pairs_strides[0] + head * pairs_strides[2] + query * pairs_strides[1]
-    scores_ptr += batch * scores_strides[0] + head * scores_strides[2] + query * scores_strides[1]
+    pairs_ptr = of_query(pairs_ptr, pairs_strides, batch, query, head)
+    scores_ptr = of_query(scores_ptr, scores_strides, batch, query, head)
     value_ptr += batch * value_strides[0] + head * value_strides[1]
     stride_s = WORDS if PADDED else value_strides[2]
     stride_d = 1 if PADDED else value_strides[3]

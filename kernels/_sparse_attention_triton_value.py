@@ -34,18 +34,19 @@ from ._sparse_attention_triton import (
     load_positions,
     load_scores,
     load_weights,
+    of_query,
     origin,
     program_work,
     sample_offset,
     split_position,
 )
 from ._triton import (
-    INTERPRETED,
     UNSPECIALISED,
     ScatterBuffer,
     autotune_pool,
     autotuned,
     fastest,
+    operand,
     scatter_add,
     tl,
     triton,
@@ -56,13 +57,6 @@ WINDOW_COLUMNS = tl.constexpr(16)  # what a tensor core multiplies at a time
 
 # Bytes of the records that are held at a time; one image's at the least.
 MAX_RECORD_BYTES = 1 << 28
-
-# The products' operands. Triton's interpreter multiplies bfloat16 wrongly.
-DOT_TYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16,
-}
 
 # Three products of TensorFloat-32 are as exact as one of float32, which tensor cores don't have.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
@@ -156,8 +150,8 @@ def scatter_backward_kernel(
 ):
     batch, head, queries, counts = program_work(order_ptr, num_heads, num_queries, BLOCK_Q)
     query, counts = queries[None, :], counts[None, :]  # [1, BLOCK_Q]
-    pairs_ptr += batch * pairs_strides[0] + head * pairs_strides[2] + query * pairs_strides[1]
-    scores_ptr += batch * scores_strides[0] + head * scores_strides[2] + query * scores_strides[1]
+    pairs_ptr = of_query(pairs_ptr, pairs_strides, batch, query, head)
+    scores_ptr = of_query(scores_ptr, scores_strides, batch, query, head)
     rows = (batch * num_queries + queries) * num_heads + head  # [BLOCK_Q]
     channel = tl.arange(0, BLOCK_D)[None, :]
     grad_out = tl.load(grad_out_ptr + rows[:, None] * D + channel, mask=channel < D, other=0.0).to(tl.float32)
@@ -255,8 +249,8 @@ def bin_backward_kernel(
 ):
     batch, head, queries, counts = program_work(order_ptr, num_heads, num_queries, BLOCK_Q)
     query, counts = queries[None, :], counts[None, :]  # [1, BLOCK_Q]
-    pairs_ptr += batch * pairs_strides[0] + head * pairs_strides[2] + query * pairs_strides[1]
-    scores_ptr += batch * scores_strides[0] + head * scores_strides[2] + query * scores_strides[1]
+    pairs_ptr = of_query(pairs_ptr, pairs_strides, batch, query, head)
+    scores_ptr = of_query(scores_ptr, scores_strides, batch, query, head)
     cursor_ptr += (batch * num_heads + head) * num_cells
     if not LOCATIONS:
         reference_ptr += batch * reference_strides[0] + query * reference_strides[1]
@@ -392,22 +386,23 @@ def bin_samples(
     # The cursors move from where a cell begins to where it ends, which is where the next one begins.
     starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
     torch.sub(counts.cumsum(0, dtype=torch.int32), counts, out=starts[1:])
-    size = images * queries * heads * samples["num_levels"] * samples["N"]
-    records = torch.empty((size, 2), dtype=torch.int64, device=device)
+    records = torch.empty((images * samples_per_image(samples), 2), dtype=torch.int64, device=device)
     bin_backward_kernel[grid](cursor_ptr=starts[1:], records_ptr=records, COUNT=False, **arguments)
     return starts, records
 
 
+def samples_per_image(samples: dict[str, Any]) -> int:
+    return math.prod(samples[name] for name in ("num_queries", "num_heads", "num_levels", "N"))
+
+
 def images_at_a_time(batch: int, samples: dict[str, Any]) -> int:
-    per_image = math.prod(samples[name] for name in ("num_queries", "num_heads", "num_levels", "N"))
-    return max(1, min(batch, MAX_RECORD_BYTES // (16 * per_image)))
+    return max(1, min(batch, MAX_RECORD_BYTES // (16 * samples_per_image(samples))))
 
 
 def fits_bins(batch: int, num_cells: int, samples: dict[str, Any]) -> bool:
     """Whether cells and records of the images that are taken at a time can be counted in 32 bits."""
     images, heads = images_at_a_time(batch, samples), samples["num_heads"]
-    records = images * math.prod(samples[name] for name in ("num_queries", "num_heads", "num_levels", "N"))
-    return max(records, images * heads * num_cells) < 2**31
+    return images * max(samples_per_image(samples), heads * num_cells) < 2**31
 
 
 def grad_by_bins(
@@ -445,7 +440,7 @@ def grad_by_bins(
             D=channels,
             BLOCK_D=max(16, triton.next_power_of_2(channels)),
             ROWS=WINDOW_ROWS,
-            DOT_TYPE=DOT_TYPES[value.dtype],
+            DOT_TYPE=operand(value.dtype),
             PRECISION=PRECISION,
             enable_fp_fusion=True,
         )

@@ -3,7 +3,8 @@
 Deterministic scatter: floating-point atomics add in whatever order the programs finish, so their sum changes from run
 to run. Under `torch.use_deterministic_algorithms(True)` the kernels add integers instead, whose sum has no order: each
 contribution is multiplied by `2**38 / bound` and truncated to int64; `bound` is at least the largest contribution. One
-element then holds up to 2**25 contributions without overflow, each exact to `bound * 2**-38`.
+element then holds up to 2**25 contributions without overflow, each exact to `bound * 2**-38`. Integers hold no NaN: one
+that is met makes the whole result NaN.
 """
 
 import contextlib
@@ -43,6 +44,9 @@ except ModuleNotFoundError:
 TUNES = os.environ.get("UNEPT_AUTOTUNE", "1") != "0"
 
 FIXED_POINT_ONE = 2.0**38
+
+# Of float32, and finite: logits that take no part are often set to it.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 _choices: dict[tuple[Any, ...], str] = {}
 
@@ -137,6 +141,13 @@ def autotuned(
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's GPU the current one, where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def operand(dtype: torch.dtype) -> "tl.dtype":
+    """What matrix products of a dtype are made of. The interpreter's products of bfloat16 are wrong."""
+    if dtype == torch.bfloat16 and not INTERPRETED:
+        return tl.bfloat16
+    return tl.float16 if dtype == torch.float16 else tl.float32
 
 
 @triton.jit

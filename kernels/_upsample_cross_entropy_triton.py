@@ -8,45 +8,37 @@ The gradient of a window of 16 low-size pixels is a matrix product too,
 and 16 x BLOCK_K atomic adds instead of four for each of the 64 pixels and each class.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._triton import (
     INTERPRETED,
+    LOWEST,
     ScatterBuffer,
-    autotune_pool,
     autotuned,
     device_guard,
     scatter_add,
-    size_class,
     tl,
     triton,
 )
 from ._upsample_triton import (
+    CLASS_POOL,
     FLOAT32_PRECISION,
     GATHERED_K,
     PIXELS,
-    channels_last,
     corner_pointers,
     corners_in_tile,
     exp,
-    no_class,
     num_tiles,
-    offset_strides,
-    operand,
     padded,
     pixels_of_tile,
     split,
-    tile_shift,
+    tile_arguments,
     window_of_tile,
     z_of_corners,
     z_of_window,
-)
-
-_POOL = autotune_pool(
-    triton.Config({"BLOCK_K": 32}, num_warps=2),
-    triton.Config({"BLOCK_K": 16}, num_warps=2),
-    triton.Config({"BLOCK_K": 32}, num_warps=4),
 )
 
 
@@ -91,7 +83,7 @@ def _sum_exp(
     the window: all corners lie there, and it is finite."""
     zero = tl.zeros(fy.shape, tl.float32)
     # The lowest finite number, so that a class at -inf adds exp(-inf) and not exp(-inf + inf).
-    lowest = zero - 3.4028234663852886e38
+    lowest = zero + LOWEST
     largest, total, z_label = lowest, zero, zero
     if in_window:
         for first in range(0, num_classes, BLOCK_K):
@@ -113,7 +105,7 @@ def _sum_exp(
     return largest, total, z_label, in_window
 
 
-@autotuned(_POOL, key=["K", "HAS_OFFSET"])
+@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"])
 def losses_kernel(
     table_ptr,  # (B, h, w, padded_K): logits
     target_ptr,  # (B, H, W)
@@ -170,7 +162,7 @@ def losses_kernel(
     tl.store(losses_ptr + b * H * W + y * W + x, loss, mask=live)
 
 
-@autotuned(_POOL, key=["K", "HAS_OFFSET"], adds_into=["grad_table_ptr"])
+@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"], adds_into=["grad_table_ptr"])
 def losses_backward_kernel(
     grad_losses_ptr,  # (B, H, W)
     table_ptr,  # (B, h, w, padded_K): logits
@@ -178,7 +170,7 @@ def losses_backward_kernel(
     offset_ptr,  # (B, 2, H, W) or unused
     weights_ptr,  # (K,) or unused
     grad_table_ptr,  # (B, h, w, padded_K), contiguous, a ScatterBuffer
-    scale_ptr,  # (): of the ScatterBuffer, or None
+    scale_ptr,  # (2,): the ScatterBuffer's scale, or None
     grad_losses_stride_b,
     grad_losses_stride_h,
     grad_losses_stride_w,
@@ -273,40 +265,31 @@ def losses_backward_kernel(
             scatter_add(g11[:, None] + k[None, :], grad * (fy * fx)[:, None], mask, scale_ptr, DETERMINISTIC)
 
 
+def _label_arguments(target: Tensor, class_weights: Tensor | None, ignore_index: int) -> dict[str, Any]:
+    """What both kernels take of these."""
+    return {
+        "target_ptr": target,
+        **{f"target_stride_{axis}": stride for axis, stride in zip("bhw", target.stride(), strict=True)},
+        "weights_ptr": class_weights,
+        "weights_stride": 0 if class_weights is None else class_weights.stride(0),
+        "ignore_index": ignore_index,
+        "HAS_WEIGHTS": class_weights is not None,
+    }
+
+
 def forward(
     logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
 ) -> Tensor:
-    (B, K, h, w), (H, W) = logits.shape, target.shape[1:]
+    """losses (B, H, W), float32."""
+    (B, _, h, w), (H, W) = logits.shape, target.shape[1:]
     losses = logits.new_empty(target.shape, dtype=torch.float32)
     if losses.numel() == 0:
         return losses
     with device_guard(logits):
         losses_kernel[(num_tiles(B, (H, W), (h, w)),)](
-            channels_last(logits),
-            target,
-            offset,
-            class_weights,
-            losses,
-            *target.stride(),
-            *offset_strides(offset),
-            0 if class_weights is None else class_weights.stride(0),
-            ignore_index,
-            K,
-            padded(K),
-            h,
-            w,
-            H,
-            W,
-            h / H,
-            w / W,
-            tile_shift(H, h),
-            tile_shift(W, w),
-            size_class=size_class(B * H * W),
-            HAS_OFFSET=offset is not None,
-            HAS_WEIGHTS=class_weights is not None,
-            OPERAND=operand(logits.dtype),
-            NO_CLASS=no_class(logits.dtype),
-            enable_fp_fusion=True,
+            losses_ptr=losses,
+            **_label_arguments(target, class_weights, ignore_index),
+            **tile_arguments(logits, (H, W), offset),
         )
     return losses
 
@@ -319,6 +302,7 @@ def backward(
     class_weights: Tensor | None,
     ignore_index: int,
 ) -> Tensor:
+    """Gradient of logits (B, K, h, w)."""
     (B, K, h, w), (H, W) = logits.shape, target.shape[1:]
     if grad_losses.numel() == 0:
         return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -331,36 +315,14 @@ def backward(
     buffer = ScatterBuffer((B, h, w, padded(K)), logits.device, bound)
     with device_guard(logits):
         losses_backward_kernel[(num_tiles(B, (H, W), (h, w)),)](
-            grad_losses,
-            channels_last(logits),
-            target,
-            offset,
-            class_weights,
-            buffer.data,
-            buffer.scale,
-            *grad_losses.stride(),
-            *target.stride(),
-            *offset_strides(offset),
-            0 if class_weights is None else class_weights.stride(0),
-            ignore_index,
-            K,
-            padded(K),
-            h,
-            w,
-            H,
-            W,
-            h / H,
-            w / W,
-            tile_shift(H, h),
-            tile_shift(W, w),
-            size_class=size_class(B * H * W),
-            HAS_OFFSET=offset is not None,
-            HAS_WEIGHTS=class_weights is not None,
+            grad_losses_ptr=grad_losses,
+            **{f"grad_losses_stride_{axis}": stride for axis, stride in zip("bhw", grad_losses.stride(), strict=True)},
+            grad_table_ptr=buffer.data,
+            scale_ptr=buffer.scale,
             DETERMINISTIC=buffer.deterministic,
-            OPERAND=operand(logits.dtype),
-            NO_CLASS=no_class(logits.dtype),
             GRAD_OPERAND=grad_operand,
             GRAD_PRECISION=grad_precision,
-            enable_fp_fusion=True,
+            **_label_arguments(target, class_weights, ignore_index),
+            **tile_arguments(logits, (H, W), offset),
         )
     return buffer.result(logits.dtype)[..., :K].permute(0, 3, 1, 2).contiguous()

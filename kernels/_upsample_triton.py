@@ -14,10 +14,18 @@ Logits are read as (B, h, w, padded_K), classes last and padded to whole 16-byte
 16 * K loads of a window is a memory sector of its own, three times over; the copy is read and written once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._triton import INTERPRETED, tl, triton
+from ._triton import INTERPRETED, autotune_pool, operand, size_class, tl, triton
+
+CLASS_POOL = autotune_pool(
+    triton.Config({"BLOCK_K": 32}, num_warps=2),
+    triton.Config({"BLOCK_K": 16}, num_warps=2),
+    triton.Config({"BLOCK_K": 32}, num_warps=4),
+)
 
 TILE = 8
 PIXELS = TILE * TILE
@@ -184,13 +192,6 @@ def no_class(dtype: torch.dtype) -> float:
     return torch.finfo(torch.float16).min if dtype == torch.float16 else -1e38
 
 
-def operand(dtype: torch.dtype) -> "tl.dtype":
-    """What z is multiplied in. The interpreter's products of bfloat16 are wrong."""
-    if dtype == torch.bfloat16 and not INTERPRETED:
-        return tl.bfloat16
-    return tl.float16 if dtype == torch.float16 else tl.float32
-
-
 def tile_shift(size: int, low_size: int) -> int:
     """How far before the first pixel the tiles start, so that an edge lies half-way between two low-size pixels."""
     return -(size // low_size // 2) % TILE if size % low_size == 0 else 0
@@ -201,5 +202,27 @@ def num_tiles(B: int, size: tuple[int, int], low_size: tuple[int, int]) -> int:
     return B * rows * columns
 
 
-def offset_strides(offset: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if offset is None else offset.stride()
+def tile_arguments(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> dict[str, Any]:
+    """What all kernels over tiles take of the logits (B, K, h, w), the full size and the offset."""
+    (B, K, h, w), (H, W) = logits.shape, size
+    offset_strides = (0, 0, 0, 0) if offset is None else offset.stride()
+    return {
+        "table_ptr": channels_last(logits),
+        "offset_ptr": offset,
+        **{f"offset_stride_{axis}": stride for axis, stride in zip(("b", "xy", "h", "w"), offset_strides, strict=True)},
+        "K": K,
+        "padded_K": padded(K),
+        "h": h,
+        "w": w,
+        "H": H,
+        "W": W,
+        "scale_y": h / H,
+        "scale_x": w / W,
+        "shift_y": tile_shift(H, h),
+        "shift_x": tile_shift(W, w),
+        "size_class": size_class(B * H * W),
+        "HAS_OFFSET": offset is not None,
+        "OPERAND": operand(logits.dtype),
+        "NO_CLASS": no_class(logits.dtype),
+        "enable_fp_fusion": True,
+    }

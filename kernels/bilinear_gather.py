@@ -214,7 +214,7 @@ def gather_backward_kernel(
     points_ptr,  # (B, P, 2)
     grad_features_ptr,  # (B, C, H, W), contiguous, a ScatterBuffer
     grad_points_ptr,  # (B, P, 2), contiguous
-    scale_ptr,  # (): of the ScatterBuffer, or None
+    scale_ptr,  # (2,): the ScatterBuffer's scale, or None
     grad_out_stride_b,
     grad_out_stride_c,
     grad_out_stride_p,

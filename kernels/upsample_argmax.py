@@ -16,21 +16,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._triton import autotune_pool, autotuned, device_guard, size_class, tl, triton
+from ._triton import autotuned, device_guard, tl, triton
 from ._upsample import Where, check_maps, visit_tiles
 from ._upsample_triton import (
+    CLASS_POOL,
     GATHERED_K,
-    channels_last,
     corner_pointers,
     corners_in_tile,
-    no_class,
     num_tiles,
-    offset_strides,
-    operand,
-    padded,
     pixels_of_tile,
     split,
-    tile_shift,
+    tile_arguments,
     window_of_tile,
     z_of_corners,
     z_of_window,
@@ -46,13 +42,6 @@ def _argmax_torch(logits: Tensor, size: tuple[int, int], offset: Tensor | None) 
 
     visit_tiles(logits, size, offset, visit)
     return best
-
-
-_POOL = autotune_pool(
-    triton.Config({"BLOCK_K": 32}, num_warps=2),
-    triton.Config({"BLOCK_K": 16}, num_warps=2),
-    triton.Config({"BLOCK_K": 32}, num_warps=4),
-)
 
 
 # What bfloat16, of which products of float32 are made, still rounds to a finite number.
@@ -72,7 +61,7 @@ def _better(largest, best, z, first):
     return tl.where(better, found, largest), tl.where(better, first + position, best)
 
 
-@autotuned(_POOL, key=["K", "HAS_OFFSET"])
+@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"])
 def argmax_kernel(
     table_ptr,  # (B, h, w, padded_K): logits
     offset_ptr,  # (B, 2, H, W) or unused
@@ -134,32 +123,12 @@ def argmax_kernel(
 
 
 def _argmax_triton(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Tensor:
-    (B, K, h, w), (H, W) = logits.shape, size
+    (B, _, h, w), (H, W) = logits.shape, size
     best = torch.empty((B, H, W), dtype=torch.int64, device=logits.device)
     if best.numel() == 0:
         return best
     with device_guard(logits):
-        argmax_kernel[(num_tiles(B, size, (h, w)),)](
-            channels_last(logits),
-            offset,
-            best,
-            *offset_strides(offset),
-            K,
-            padded(K),
-            h,
-            w,
-            H,
-            W,
-            h / H,
-            w / W,
-            tile_shift(H, h),
-            tile_shift(W, w),
-            size_class=size_class(B * H * W),
-            HAS_OFFSET=offset is not None,
-            OPERAND=operand(logits.dtype),
-            NO_CLASS=no_class(logits.dtype),
-            enable_fp_fusion=True,
-        )
+        argmax_kernel[(num_tiles(B, size, (h, w)),)](best_ptr=best, **tile_arguments(logits, size, offset))
     return best
 
 
