@@ -106,3 +106,26 @@ def test_learns_boundaries_and_directions():
         optimizer.step()
     for name, term in terms.items():
         assert term.item() < 0.7 * first[name], name
+
+
+@pytest.mark.parametrize("class_weights", [None, torch.tensor([1.0, 5.0, 1.0, 1.0, 0.2])])
+def test_terms_of_parts_add_up_to_those_of_the_batch(class_weights):
+    """Also where the parts differ in ignored pixels and in boundaries; so do their gradients."""
+    output, labels = random_output(), blocks(27, 43)
+    labels[1, 9:] = 255
+    loss = UNEPTLoss(class_weights=class_weights)
+    whole = loss(output, labels)
+    targets = loss.targets(labels)
+    parts = [loss.terms(UNEPTOutput(*(m[i : i + 1] for m in output)), targets.part(i, i + 1)) for i in range(2)]
+    for name, value in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-6, atol=1e-7, msg=name)
+    gradients = torch.autograd.grad(sum(part["loss"] for part in parts), output)
+    for actual, wanted in zip(gradients, torch.autograd.grad(whole["loss"], output), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_targets_without_boundaries():
+    targets = UNEPTLoss().targets(blocks(27, 43), boundaries=False)
+    assert targets.distance is None
+    assert targets.direction is None
+    assert targets.counts.tolist() == [2 * 27 * 43 - 2 * 35, 2 * 27 * 43 - 2 * 35, 0]

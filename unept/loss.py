@@ -1,12 +1,37 @@
 """The loss of Eq. 7."""
 
+import functools
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .boundary import refinement_offset, upsample_boundary
 from .kernels import boundary_targets, upsample_cross_entropy
-from .model import STRIDE, UNEPTOutput
+from .model import STRIDE, UNEPTOutput, padded_size
+
+IGNORED_DIRECTION = 255  # of boundary_targets: no boundary pixel, or an ignored one
+
+
+class Targets(NamedTuple):
+    """What `UNEPTLoss` compares the predictions with; H and W are the labels' size, rounded up to multiples of 8."""
+
+    labels: Tensor
+    """(B, H, W) integer class ids, padded with the id that is ignored."""
+    distance: Tensor | None
+    """(B, H, W) float32, pixels to the next class (`unept.kernels.boundary_targets`); None: no spatial branch."""
+    direction: Tensor | None
+    """(B, H, W), index of the direction away from it, 255 off the boundary; None likewise."""
+    counts: Tensor
+    """(3,) float32: what the sums are divided by. The summed class weights of the pixels that count (1 each without
+    weights), for both segmentation terms; the number of pixels that count; the number of boundary pixels."""
+
+    def part(self, start: int, stop: int) -> "Targets":
+        """Of images `start` to `stop` - 1, with the counts of all: the parts' terms add up to those of the whole."""
+        labels, distance, direction = (None if t is None else t[start:stop] for t in self[:3])
+        assert labels is not None
+        return Targets(labels, distance, direction, self.counts)
 
 
 class UNEPTLoss(nn.Module):
@@ -39,6 +64,26 @@ class UNEPTLoss(nn.Module):
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
 
+    def targets(self, labels: Tensor, boundaries: bool = True) -> Targets:
+        """Boundaries, directions and counts of labels (B, H, W).
+
+        Args:
+            labels: integer class ids; their size is padded to multiples of 8, as the network pads images.
+            boundaries: False for a model without a spatial branch, which needs no distances.
+        """
+        height, width = padded_size(labels.shape[1:])
+        labels = F.pad(labels, (0, width - labels.shape[2], 0, height - labels.shape[1]), value=self.ignore_index)
+        counted = labels != self.ignore_index
+        weight = counted
+        if self.class_weights is not None:
+            weight = counted * self.class_weights[labels.long().clamp(0, len(self.class_weights) - 1)]
+        counts = [weight.sum(), counted.sum(), counted.new_zeros((), dtype=torch.int64)]
+        distance = direction = None
+        if boundaries:
+            distance, direction = boundary_targets(labels, radius=self.radius, ignore_index=self.ignore_index)
+            counts[2] = (direction != IGNORED_DIRECTION).sum()
+        return Targets(labels, distance, direction, torch.stack([count.float() for count in counts]))
+
     def forward(self, output: UNEPTOutput, labels: Tensor) -> dict[str, Tensor]:
         """Each term by name, unweighted, and their weighted sum as `loss`: float32 scalars.
 
@@ -47,26 +92,39 @@ class UNEPTLoss(nn.Module):
             labels: (B, H, W) integer, of the size of the images.
         """
         height, width = (STRIDE * n for n in output.logits.shape[2:])
-        pad = (0, width - labels.shape[-1], 0, height - labels.shape[-2]) if labels.dim() == 3 else (0, -1, 0, -1)
-        if not (0 <= pad[1] < STRIDE and 0 <= pad[3] < STRIDE):
+        if labels.dim() != 3 or padded_size(labels.shape[1:]) != (height, width):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, but the model saw images of about {height}x{width}: "
                 "give labels (B, H, W) of the size of the images"
             )
-        labels = F.pad(labels, pad, value=self.ignore_index)
+        return self.terms(output, self.targets(labels, boundaries=output.boundary is not None))
+
+    def terms(self, output: UNEPTOutput, targets: Targets) -> dict[str, Tensor]:
+        """The same from targets, whose counts may be those of a larger batch that this one is a part of.
+
+        Each term is a sum over this part's pixels, divided by `targets.counts`. So the terms of the parts of a batch add
+        up to those of the whole batch, however its ignored pixels and boundaries are spread over the parts.
+        """
+        segmentation_count, pixel_count, boundary_count = torch.where(targets.counts == 0, 1, targets.counts).unbind()
+        size = (targets.labels.shape[1], targets.labels.shape[2])
+
+        cross_entropy = functools.partial(upsample_cross_entropy, reduction="sum")
         segmentation = {"ignore_index": self.ignore_index, "class_weights": self.class_weights}
-        terms = {"segmentation": upsample_cross_entropy(output.logits, labels, **segmentation)}
+        terms = {"segmentation": cross_entropy(output.logits, targets.labels, **segmentation) / segmentation_count}
         if output.boundary is not None and output.direction is not None:
-            offset = refinement_offset(output.boundary, output.direction, (height, width))
-            distance, direction = boundary_targets(labels, radius=self.radius, ignore_index=self.ignore_index)
-            terms["refined"] = upsample_cross_entropy(output.logits, labels, offset, **segmentation)
-            terms["boundary"] = self._boundary_loss(output.boundary, distance, labels != self.ignore_index)
-            terms["direction"] = upsample_cross_entropy(output.direction, direction, ignore_index=255)
+            assert targets.distance is not None and targets.direction is not None
+            offset = refinement_offset(output.boundary, output.direction, size)
+            refined = cross_entropy(output.logits, targets.labels, offset, **segmentation)
+            direction = cross_entropy(output.direction, targets.direction, ignore_index=IGNORED_DIRECTION)
+            terms["refined"] = refined / segmentation_count
+            terms["boundary"] = self._boundary_sum(output.boundary, targets) / pixel_count
+            terms["direction"] = direction / boundary_count
         weighted = [weight * term for weight, term in zip(self.weights, terms.values(), strict=False)]
         return {"loss": torch.stack(weighted).sum(), **terms}
 
-    def _boundary_loss(self, boundary: Tensor, distance: Tensor, counted: Tensor) -> Tensor:
-        logits = upsample_boundary(boundary, (distance.shape[1], distance.shape[2]))
-        target = (distance <= self.radius).to(logits.dtype)
+    def _boundary_sum(self, boundary: Tensor, targets: Targets) -> Tensor:
+        assert targets.distance is not None
+        logits = upsample_boundary(boundary, (targets.labels.shape[1], targets.labels.shape[2]))
+        target = (targets.distance <= self.radius).to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return (loss * counted).sum() / counted.sum().clamp_min(1)
+        return (loss * (targets.labels != self.ignore_index)).sum()
