@@ -21,7 +21,9 @@ from unept import checkpoint, train
 from unept.config import DataConfig, ModelConfig, TrainConfig
 from unept.data import DatasetError, build_dataset
 from unept.model import load_model
+from unept.optimizer import build_optimizer, learning_rate_factor
 from unept.presets import PRESETS
+from unept.run_folder import run_folder
 
 OPTIONS = [
     *("--backbone", "resnet10t", "--no-pretrained-backbone", "--output-stride", "32", "--d-model", "32"),
@@ -173,12 +175,6 @@ def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkey
     assert load_model(folder).num_classes == 8
 
 
-def test_torchrun_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="without torchrun"):
-        train.train([])
-
-
 def test_other_options_are_refused_on_resume(finished, data):
     with pytest.raises(ValueError, match=r"lr \(was 0.0001, now 0.5\)"):
         train.Trainer(configuration(data, resume="auto", lr=0.5), finished[0]).train()
@@ -264,14 +260,14 @@ def test_existing_run_is_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(FileExistsError, match=r"--resume auto.*--out"):
-        train.run_folder(TrainConfig(out=tmp_path / "run"), "shapes")
-    assert train.run_folder(TrainConfig(out=tmp_path / "run", resume="auto"), "shapes") == tmp_path / "run"
+        run_folder(TrainConfig(out=tmp_path / "run"), "shapes")
+    assert run_folder(TrainConfig(out=tmp_path / "run", resume="auto"), "shapes") == tmp_path / "run"
     monkeypatch.chdir(tmp_path)
-    assert train.run_folder(TrainConfig(), "shapes") == Path("runs/shapes")
+    assert run_folder(TrainConfig(), "shapes") == Path("runs/shapes")
     for name in ("shapes", "shapes-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert train.run_folder(TrainConfig(), "shapes") == Path("runs/shapes-3")
-    assert train.run_folder(TrainConfig(resume="auto"), "shapes") == Path("runs/shapes-2")
+    assert run_folder(TrainConfig(), "shapes") == Path("runs/shapes-3")
+    assert run_folder(TrainConfig(resume="auto"), "shapes") == Path("runs/shapes-2")
 
 
 def test_learning_rates_follow_the_paper():
@@ -279,17 +275,17 @@ def test_learning_rates_follow_the_paper():
     config = TrainConfig(iterations=90)
     model = torch.nn.Module()
     model.backbone, model.rest = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    optimizer = train.build_optimizer(model, config)
+    optimizer = build_optimizer(model, config)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-4, 1e-5]
     assert optimizer.param_groups[1]["params"] == list(model.backbone.parameters())
     assert optimizer.defaults["betas"] == (0.9, 0.999)
     assert optimizer.defaults["weight_decay"] == 1e-4
-    factors = [train.learning_rate_factor(config, step) for step in range(90)]
+    factors = [learning_rate_factor(config, step) for step in range(90)]
     assert factors == [1.0] * 60 + [0.1] * 30
-    warm = [train.learning_rate_factor(TrainConfig(iterations=90, warmup=10), step) for step in range(11)]
+    warm = [learning_rate_factor(TrainConfig(iterations=90, warmup=10), step) for step in range(11)]
     assert warm == pytest.approx([i / 10 for i in range(1, 11)] + [1.0])
     cosine = TrainConfig(iterations=90, schedule="cosine")
-    assert train.learning_rate_factor(cosine, 45) == pytest.approx(0.5)
+    assert learning_rate_factor(cosine, 45) == pytest.approx(0.5)
 
 
 def test_no_argument_is_the_shapes_preset():

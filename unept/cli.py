@@ -1,55 +1,57 @@
 """What the commands share: how they end, the device, and the run folder that `unept.train` writes."""
 
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
 
 from .config import TrainConfig
+from .distributed import Device as Device
+from .distributed import choose_device as choose_device
 from .inference import InferenceConfig
 from .model import UNEPT, load_model
-
-Device = Literal["auto", "cuda", "cpu"]
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit: with what it returns (None is 0), or with 2 and one line where the input is at fault.
 
     ValueError is how this package reports bad input, OSError how a disk or a network does, FloatingPointError a loss
-    that is no number any more; anything else is a bug, and its traceback is shown.
+    that is no number any more, MemoryError too large a batch; anything else is a bug, and its traceback is shown.
     """
     try:
         status = main() or 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error of rank {rank}: {error}", file=sys.stderr)
         status = 2
     raise SystemExit(status)
 
 
 def refuse_several_processes() -> None:
-    """Raise ValueError under torchrun: several processes would each write the same run folder."""
+    """Raise ValueError under torchrun, for commands whose processes would each write the same files."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ValueError(
-            f"this process is one of {processes} (WORLD_SIZE), but training and evaluation on several GPUs are not "
-            "built yet: start it without torchrun"
+            f"this process is one of {processes} (WORLD_SIZE), but this command works in a single one: start it "
+            "without torchrun"
         )
 
 
-def choose_device(name: Device) -> torch.device:
-    """The device that an option names; `auto` is CUDA where there is a device.
-
-    Raises:
-        ValueError: `cuda` is asked for and absent.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but PyTorch finds no CUDA device here: use --device cpu, or leave it away")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+@contextlib.contextmanager
+def out_of_memory(advice: str) -> Iterator[None]:
+    """Turn PyTorch's errors about memory, a GPU's or the machine's, into a MemoryError that ends in `advice`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise MemoryError(f"out of memory {advice}") from error
+        raise
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from . import cli, visual
+from . import cli, distributed, visual
 from .boundary import upsample_boundary
 from .data import SegmentationDataset, evaluation_loader
 from .inference import InferenceConfig, infer
@@ -92,8 +91,8 @@ def evaluate_model(
         DatasetError: a file of the data set breaks a rule.
     """
     _check(model, dataset)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    loader = evaluation_loader(dataset, rank, world_size, workers)
+    world_size = distributed.world_size()
+    loader = evaluation_loader(dataset, distributed.rank(), world_size, workers)
     refined, unrefined = (_Tally(dataset, boundary_tolerance, device) for _ in range(2))
     start = time.perf_counter()
     for image, labels in tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False):
@@ -203,13 +202,21 @@ def evaluate_run(options: EvaluateConfig) -> None:
     Raises:
         FileNotFoundError, ValueError: see `unept.cli.load_run`, `unept.data.build_dataset` and `evaluate_model`.
     """
-    cli.refuse_several_processes()
     device = cli.choose_device(options.device)
+    with distributed.process_group(device):
+        _evaluate_run(options, device)
+
+
+def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
     trained, model = cli.load_run(options.run, device)
     dataset = trained.data.build(options.split, options.root)
     config = cli.as_trained(options.inference, trained)
     tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
-    scores = evaluate_model(model, dataset, config, device, tolerance, progress=True, workers=options.workers)
+    progress = distributed.is_main()
+    with cli.out_of_memory("with whole images: --window sees them in parts, --window-batch fewer of these at once"):
+        scores = evaluate_model(model, dataset, config, device, tolerance, progress, options.workers)
+    if not distributed.is_main():
+        return
     print(format_table(scores, dataset.classes))
     record = {"split": options.split, "classes": list(dataset.classes), **scores, "inference": asdict(config)}
     json_path, picture_path = options.run / "evaluation.json", options.run / "evaluation.png"

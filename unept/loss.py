@@ -102,8 +102,8 @@ class UNEPTLoss(nn.Module):
     def terms(self, output: UNEPTOutput, targets: Targets) -> dict[str, Tensor]:
         """The same from targets, whose counts may be those of a larger batch that this one is a part of.
 
-        Each term is a sum over this part's pixels, divided by `targets.counts`. So the terms of the parts of a batch add
-        up to those of the whole batch, however its ignored pixels and boundaries are spread over the parts.
+        Each term is a sum over this part's pixels, divided by `targets.counts`. So the terms of a batch's parts add up
+        to those of the whole batch, however its ignored pixels and boundaries are spread over the parts.
         """
         segmentation_count, pixel_count, boundary_count = torch.where(targets.counts == 0, 1, targets.counts).unbind()
         size = (targets.labels.shape[1], targets.labels.shape[2])
@@ -112,7 +112,7 @@ class UNEPTLoss(nn.Module):
         segmentation = {"ignore_index": self.ignore_index, "class_weights": self.class_weights}
         terms = {"segmentation": cross_entropy(output.logits, targets.labels, **segmentation) / segmentation_count}
         if output.boundary is not None and output.direction is not None:
-            assert targets.distance is not None and targets.direction is not None
+            assert targets.direction is not None
             offset = refinement_offset(output.boundary, output.direction, size)
             refined = cross_entropy(output.logits, targets.labels, offset, **segmentation)
             direction = cross_entropy(output.direction, targets.direction, ignore_index=IGNORED_DIRECTION)

@@ -1,34 +1,33 @@
 """Train a model (Sec. 4.2, Training): `python -m unept.train [PRESET] [--options]`."""
 
+import contextlib
 import inspect
-import json
-import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import cli, visual
+from . import cli, distributed
 from .checkpoint import checkpoints, load_latest, save_checkpoint, save_model, write_atomically
 from .config import TrainConfig
-from .data import DatasetError
+from .data import DatasetError, SegmentationDataset
 from .data.loader import training_loader
 from .data.transforms import train_transform
-from .evaluate import draw_samples, evaluate_model, format_table, json_ready
+from .evaluate import draw_samples, evaluate_model, format_table
 from .inference import InferenceConfig
-from .loss import UNEPTLoss
+from .loss import Targets, UNEPTLoss
 from .model import UNEPT
+from .optimizer import build_optimizer, learning_rate_factor
 from .presets import PRESETS
-
-# Options that may differ between a run and its continuation: they don't change the result.
-FREE_TO_CHANGE = {"out", "resume", "device", "log_every", "eval_every", "checkpoint_every", "num_samples", "workers"}
-FREE_TO_CHANGE |= {"root", "pretrained_backbone", "backbone_weights"}  # data and weights may have moved
+from .recorder import Recorder
+from .run_folder import check_same_run, continues, run_folder
 
 
 def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
@@ -39,45 +38,6 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
     presets = {name: (inspect.getdoc(preset) or "", preset()) for name, preset in PRESETS.items()}
     config = tyro.extras.overridable_config_cli(presets, prog="python -m unept.train", args=args)
     return args[0], config
-
-
-def run_folder(config: TrainConfig, preset: str) -> Path:
-    """Where the run goes: `config.out`, else runs/PRESET with a number if need be.
-
-    Raises:
-        FileExistsError: `config.out` holds a run and `resume` is not `auto`.
-    """
-    if config.out is not None:
-        if (config.out / "config.json").exists() and config.resume != "auto":
-            raise FileExistsError(
-                f"{config.out} holds a run already: continue it with --resume auto, or choose another folder with --out"
-            )
-        return config.out
-    number, folder = 1, Path("runs") / preset
-    following = folder
-    while following.exists():
-        folder, number = following, number + 1
-        following = Path("runs") / f"{preset}-{number}"
-    return folder if config.resume == "auto" else following
-
-
-def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """What the learning rates are multiplied with at a step, counted from 0."""
-    warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    if config.schedule == "step":
-        return warmup * (0.1 if step >= config.iterations * 2 / 3 else 1.0)
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
-
-
-def build_optimizer(model: UNEPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with the backbone's own learning rate (Sec. 4.2)."""
-    backbone = list(model.backbone.parameters())
-    ids = {id(p) for p in backbone}
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) not in ids], "lr": config.lr},
-        {"params": backbone, "lr": config.backbone_lr},
-    ]
-    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -97,20 +57,27 @@ class Trainer:
     The folder holds config.json, metrics.jsonl (a line for every `log_every` steps and every evaluation), TensorBoard
     events, checkpoints/, samples/, curves.png, and in model/ the best model so far by validation mIoU.
 
+    Where a process group is initialised, every rank makes one: each trains on its share of each batch, all hold the
+    same model, and rank 0 writes.
+
     Args:
         config: of the run.
         out: the folder.
+        device: None: as `config` says.
+
+    Raises:
+        ValueError: the batch can't be split over the ranks, or the data or weights can't be used.
     """
 
-    def __init__(self, config: TrainConfig, out: Path):
+    def __init__(self, config: TrainConfig, out: Path, device: torch.device | None = None):
         self.config, self.out = config, out
-        self.device = cli.choose_device(config.device)
+        self.device = device or distributed.choose_device(config.device)
+        self.local_batch = distributed.from_main(self._local_batch)
         cuda = self.device.type == "cuda"
         torch.manual_seed(config.seed)
         data = config.data
-        self.train_set, self.validation_set = data.build("train"), data.build("val")
-        for dataset in (self.train_set, self.validation_set):
-            dataset.check(sample=20)
+        self.train_set, self.validation_set = distributed.from_main(self._data_sets)
+        self.resumes = distributed.from_main(lambda: continues(config, out))
         self.model = UNEPT(
             len(self.train_set.classes),
             classes=self.train_set.classes,
@@ -118,51 +85,49 @@ class Trainer:
             **self._model_options(),
         ).to(self.device)
         self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index).to(self.device)
+        self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
+        compiled = cuda if config.compile == "auto" else config.compile == "on"
+        self.network = distributed.parallel(self.model, self.device)
+        self.predict, self.terms = self.network, self.loss.terms
+        if compiled:
+            self.predict, self.terms = torch.compile(self.predict), torch.compile(self.terms)
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(config, step)
         )
-        self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
-        compiled = cuda if config.compile == "auto" else config.compile == "on"
-        self.terms = torch.compile(self._terms) if compiled else self._terms
         self.inference = InferenceConfig(short_side=data.short_side, refine_scale=config.refine_scale, amp=config.amp)
         self.step = 0
         self.best = -1.0
         self.scores: dict[str, Any] = {}
         self.pending: list[Tensor] = []  # terms of the steps since the last log line, on the device
-        self.lines: list[dict[str, Any]] = []
+        self.recorder: Recorder | None = None  # of rank 0
 
     def train(self) -> dict[str, Any]:
         """Run to the end, from the last checkpoint if the run resumes; returns the last evaluation's scores."""
         self._open()
         config = self.config
-        loader = training_loader(
-            self.train_set,
-            train_transform(
-                config.data.crop_size,
-                short_side=config.data.short_side,
-                scale=config.data.scale,
-                category_cap=config.data.category_cap,
-                flip=config.data.flip,
-                photometric=config.data.photometric,
-                fill=tuple(round(255 * mean) for mean in self.model.backbone.mean),
-            ),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=self.step,
-            workers=config.data.workers,
+        batches = iter(self._loader())
+        bar = tqdm(
+            total=config.iterations,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not distributed.is_main(),
         )
-        batches = iter(loader)
-        bar = tqdm(total=config.iterations, initial=self.step, unit="step", dynamic_ncols=True)
+        advice = self._memory_advice()
         self.model.train()
         self.clock = time.perf_counter()
         while self.step < config.iterations:
             try:
                 images, labels = next(batches)
             except DatasetError:
-                self._save()  # the run goes on from here once the file is mended
+                if (
+                    distributed.world_size() == 1
+                ):  # the others don't know of it, and can't take part in what saving asks
+                    self._save()  # the run goes on from here once the file is mended
                 raise
-            self.pending.append(self.optimize(images.to(self.device), labels.to(self.device)))
+            with cli.out_of_memory(advice):
+                self.pending.append(self.optimize(images.to(self.device), labels.to(self.device)))
             self.step += 1
             bar.update()
             last = self.step == config.iterations
@@ -173,35 +138,105 @@ class Trainer:
             if self.step % config.checkpoint_every == 0 or last:
                 self._save()
         bar.close()
-        self.writer.close()
+        if self.recorder is not None:
+            self.recorder.close()
         return self.scores or self._score()  # a run that was finished already has not been evaluated by this process
 
-    def _terms(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            output = self.model(images)
-        return self.loss(output, labels)
-
     def optimize(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimiser step on a batch; returns the loss terms, stacked, on the device."""
-        parts = self.config.accumulate
-        total = None
-        for image_part, label_part in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            terms = self.terms(image_part, label_part)
-            (terms["loss"] / parts).backward()
-            self.term_names = list(terms)
-            stacked = torch.stack([term.detach() for term in terms.values()]) / parts
-            total = stacked if total is None else total + stacked
+        """One optimiser step on this rank's share of a batch; returns its loss terms, stacked, on the device.
+
+        Every term is normalised by the whole batch's pixels, so that neither the number of ranks nor `accumulate`
+        changes the gradient. (Batch normalisation does see `accumulate`: its statistics are those of a part.)
+        """
+        self._seed_step()
+        with torch.no_grad():
+            targets = self.loss.targets(labels, boundaries=self.model.refines)
+            targets = targets._replace(counts=distributed.mean_over_ranks(targets.counts))
+        size = len(images) // self.config.accumulate
+        starts = range(0, len(images), size)
+        terms = [self._backward(images[i : i + size], targets.part(i, i + size), i == starts[-1]) for i in starts]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
-        assert total is not None
-        return total
+        return torch.stack(terms).sum(0)
+
+    def _backward(self, images: Tensor, targets: Targets, last: bool) -> Tensor:
+        """Add the gradients of one part of the batch; with the last one, they are averaged over the ranks."""
+        waits = isinstance(self.network, DistributedDataParallel) and not last
+        with self.network.no_sync() if waits else contextlib.nullcontext():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                output = self.predict(images)
+            terms = self.terms(output, targets)
+            terms["loss"].backward()
+        self.term_names = list(terms)
+        return torch.stack([term.detach() for term in terms.values()])
+
+    def _seed_step(self) -> None:
+        """Dropout's random numbers follow from the run's seed, the step and the rank: a run resumes without a state."""
+        (seed,) = np.random.SeedSequence((self.config.seed, 2, self.step, distributed.rank())).generate_state(
+            1, np.uint64
+        )
+        torch.manual_seed(int(seed))
+
+    def _loader(self) -> Any:
+        data = self.config.data
+        return training_loader(
+            self.train_set,
+            train_transform(
+                data.crop_size,
+                short_side=data.short_side,
+                scale=data.scale,
+                category_cap=data.category_cap,
+                flip=data.flip,
+                photometric=data.photometric,
+                fill=tuple(round(255 * mean) for mean in self.model.backbone.mean),
+            ),
+            batch_size=self.local_batch,
+            seed=self.config.seed,
+            start_step=self.step,
+            workers=data.workers,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+
+    def _local_batch(self) -> int:
+        """Images an optimiser step that this rank sees."""
+        batch, parts, ranks = self.config.batch_size, self.config.accumulate, distributed.world_size()
+        if batch % (ranks * parts):
+            raise ValueError(
+                f"batch_size {batch} can't be split over {ranks} processes in {parts} parts each: make it a multiple "
+                f"of {ranks * parts} (--batch-size), or change --accumulate or torchrun's --nproc-per-node"
+            )
+        return batch // ranks
+
+    def _data_sets(self) -> list[SegmentationDataset]:
+        """Of training and validation, after a look at some of their files."""
+        datasets = [self.config.data.build(split) for split in ("train", "val")]
+        for dataset in datasets:
+            dataset.check(sample=20)
+        return datasets
+
+    def _memory_advice(self) -> str:
+        config, (height, width) = self.config, self.config.data.crop_size
+        at_once = self.local_batch // config.accumulate
+        smaller = (
+            f"--accumulate {config.accumulate * 2} keeps the batch and sees it in twice as many parts"
+            if at_once % 2 == 0
+            else "--batch-size takes fewer images"
+        )
+        return (
+            f"with {at_once} images of {height}x{width} at once (batch_size "
+            f"{config.batch_size}): {smaller}; --crop-size makes images smaller; --amp bf16 halves most of the rest. "
+            "--resume auto goes on from the last checkpoint"
+        )
 
     def _flush(self) -> dict[str, float]:
         """Mean of each term over the steps since the last log line; the one place where losses come to the host."""
-        history = torch.stack(self.pending).cpu()
+        history = distributed.mean_over_ranks(torch.stack(self.pending)).cpu()
         finite = history.isfinite()
         if not finite.all():
+            if not distributed.is_main():  # which says it
+                raise SystemExit(2)
             first = int((~finite.all(dim=1)).nonzero()[0])
             bad = [name for name, ok in zip(self.term_names, finite[first], strict=True) if not ok]
             culprits = [name for name in bad if name != "loss"] or bad
@@ -224,12 +259,8 @@ class Trainer:
         return shown if memory is None else {**shown, "GiB": f"{memory:.1f}"}
 
     def _write(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(json_ready(line)) + "\n")
-        for name, value in line.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self.writer.add_scalar(name, value, line["step"])
+        if self.recorder is not None:
+            self.recorder.write(line)
 
     def _score(self) -> dict[str, Any]:
         tolerance, workers = self.config.boundary_tolerance, self.config.data.workers
@@ -238,30 +269,36 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.pending:
             self._flush()  # a diverged model must not become the best
-        self.scores = self._score()
-        self._write({"step": self.step, **{k: v for k, v in self.scores.items() if isinstance(v, (int, float))}})
-        if self.config.num_samples:
-            picture = self.out / "samples" / f"step_{self.step:08d}.png"
-            draw_samples(self.model, self.validation_set, self.config.num_samples, self.inference, self.device, picture)
-        visual.curves(self.lines, self.out / "curves.png")
-        if self.best < 0 or self.scores["mIoU"] > self.best:
+        with cli.out_of_memory("during the evaluation, which sees whole images: --window sees them in parts"):
+            self.scores = self._score()
+        better = self.best < 0 or self.scores["mIoU"] > self.best
+        if better:
             self.best = self.scores["mIoU"]
-            save_model(self.model, self.out / "model")
+        if self.recorder is not None:
+            self._write({"step": self.step, **{k: v for k, v in self.scores.items() if isinstance(v, (int, float))}})
+            if self.config.num_samples:
+                picture = self.out / "samples" / f"step_{self.step:08d}.png"
+                count = self.config.num_samples
+                draw_samples(self.model, self.validation_set, count, self.inference, self.device, picture)
+            self.recorder.draw_curves()
+            if better:
+                save_model(self.model, self.out / "model")
         self.model.train()
         self.clock = time.perf_counter()
 
     def _save(self) -> None:
         if self.pending:
             self._flush()  # never overwrite a good checkpoint with a diverged one
+        pending = [distributed.mean_over_ranks(terms) for terms in self.pending]
+        if not distributed.is_main():
+            return
         state = {
             "step": self.step,
             "classes": self.model.classes,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
-            "pending": self.pending,
+            "pending": pending,
             "best": self.best,
         }
         save_checkpoint(self.out / "checkpoints", self.step, state)
@@ -269,34 +306,29 @@ class Trainer:
     def _model_options(self) -> dict[str, Any]:
         """Of `UNEPT`; a run that continues has its weights in the checkpoint and needs no others."""
         options = self.config.model.options()
-        if self.config.resume == "auto" and checkpoints(self.out / "checkpoints"):
+        if distributed.from_main(lambda: self.resumes and bool(checkpoints(self.out / "checkpoints"))):
             options.update(pretrained_backbone=False, backbone_weights=None)
         return options
 
     def _open(self) -> None:
         """Make the run folder, or continue the run in it."""
-        state = None
-        if self.config.resume == "auto" and (self.out / "config.json").exists():
-            self._check_same_run()
-            state = load_latest(self.out / "checkpoints", torch.device("cpu"))
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out / "config.json", self.config.to_json().encode())
+        state = distributed.from_main(self._open_folder)
         if state is not None:
             self._restore(state)
-        self.lines = [line for line in _read_lines(self.out / "metrics.jsonl") if line["step"] <= self.step]
-        write_atomically(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-        self.writer = SummaryWriter(str(self.out), purge_step=self.step + 1)
+        if distributed.is_main():
+            self.recorder = Recorder(self.out, self.step)
 
-    def _check_same_run(self) -> None:
-        def flat(config: TrainConfig) -> dict[str, Any]:
-            options = json.loads(config.to_json())
-            return {**options.pop("model"), **options.pop("data"), **options}
-
-        before, now = flat(TrainConfig.from_json(self.out / "config.json")), flat(self.config)
-        changed = [k for k in now if k not in FREE_TO_CHANGE and before[k] != now[k]]
-        if changed:
-            listed = ", ".join(f"{k} (was {before[k]}, now {now[k]})" for k in changed)
-            raise ValueError(f"the run in {self.out} can't be continued with other options: {listed}")
+    def _open_folder(self) -> dict[str, Any] | None:
+        """Rank 0's part of it; returns the state to continue from."""
+        state = None
+        if self.resumes and (self.out / "config.json").exists():
+            check_same_run(self.config, self.out)
+            state = load_latest(self.out / "checkpoints", torch.device("cpu"))
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        if (launch := distributed.launch_id()) is not None:
+            (self.out / "launch").write_text(launch)
+        write_atomically(self.out / "config.json", self.config.to_json().encode())
+        return state
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["classes"] != self.model.classes:
@@ -310,38 +342,29 @@ class Trainer:
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.step, self.best = state["step"], state["best"]
         self.pending = [terms.to(self.device) for terms in state["pending"]]
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, without the torn last line that a killed process may leave."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def train(args: list[str] | None = None) -> None:
     """Train as the command line asks (see `unept.config.TrainConfig`) and print the final table.
 
+    Under torchrun every process runs this; rank 0 writes and prints.
+
     Raises:
         ValueError, OSError: options, data or weights that can't be used; the message says what to do.
         FloatingPointError: the loss became NaN or infinite.
+        MemoryError: the GPU's or the machine's memory is used up.
     """
-    cli.refuse_several_processes()
     preset, config = parse(args)
-    out = run_folder(config, preset)
-    trainer = Trainer(config, out)
-    scores = trainer.train()
-    print(format_table(scores, trainer.model.classes))
-    print(f"\nRun folder  {out}\nModel       {out / 'model'} (best validation mIoU {trainer.best:.4f})")
-    print(f"Pictures    {out / 'samples'}, {out / 'curves.png'}")
-    print(f"Try it      python -m unept.predict IMAGE --run {out}")
+    device = distributed.choose_device(config.device)
+    with distributed.process_group(device):
+        out = distributed.from_main(lambda: run_folder(config, preset))
+        trainer = Trainer(config, out, device)
+        scores = trainer.train()
+        if distributed.is_main():
+            print(format_table(scores, trainer.model.classes))
+            print(f"\nRun folder  {out}\nModel       {out / 'model'} (best validation mIoU {trainer.best:.4f})")
+            print(f"Pictures    {out / 'samples'}, {out / 'curves.png'}")
+            print(f"Try it      python -m unept.predict IMAGE --run {out}")
 
 
 def main() -> None:

@@ -1,0 +1,183 @@
+"""Several processes under torchrun, on one machine or many (Sec. 4.2: synchronised batch normalisation).
+
+Every function also works in a process that is alone, where there is nothing to do.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
+from timm.layers.norm_act import SyncBatchNormAct
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Device = Literal["auto", "cuda", "cpu"]
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Number of this process, counted from 0 over all machines."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes files: rank 0."""
+    return rank() == 0
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started this process anew, because one of the processes had ended (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launch_id() -> str | None:
+    """What tells this start of torchrun from others, and stays when it starts its processes anew; None without it."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"process {os.getppid()}" if run == "none" else run  # "none" where no --rdzv-id was given
+
+
+def choose_device(name: Device) -> torch.device:
+    """The device that an option names; `auto` is CUDA where there is a device. Under torchrun each process has its own.
+
+    Raises:
+        ValueError: `cuda` is asked for and absent, or this machine has fewer devices than processes.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch finds no CUDA device here: use --device cpu, or leave it away")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= found:
+        raise ValueError(
+            f"torchrun started process {local_rank + 1} on this machine, but PyTorch finds {found} CUDA devices here: "
+            f"use --nproc-per-node {found}, or --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    # An hour: the others wait while rank 0 draws pictures and writes, and on a cold start while each compiles.
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1), device_id=device if cuda else None
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What `function` gives on rank 0, on all ranks; an error is raised on rank 0, and ends the others silently."""
+    if world_size() == 1:
+        return function()
+    result: list[Any] = [None, False]
+    error: Exception | None = None
+    if is_main():
+        try:
+            result = [function(), False]
+        except Exception as raised:  # passed on below: the others would wait for ever
+            error, result = raised, [None, True]
+    dist.broadcast_object_list(result, src=0)
+    if error is not None:
+        raise error
+    if result[1]:
+        raise SystemExit(2)
+    return result[0]
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """In place: the mean of every rank's."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with synchronised batch normalisation, its gradients averaged over the ranks in each backward.
+
+    Returns:
+        The model itself for one process, else a DistributedDataParallel around it. Parameters and buffers keep their
+        names in the model itself.
+    """
+    if world_size() == 1:
+        return model
+    # timm's conversion knows timm's layers, whose activation torch's own would drop.
+    model = convert_sync_batchnorm(model)
+    if device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, nn.SyncBatchNorm):  # refuses tensors on a CPU
+                module.__class__ = _CPUSyncBatchNormAct if isinstance(module, SyncBatchNormAct) else _CPUSyncBatchNorm
+    devices = [device.index] if device.type == "cuda" else None
+    # Statistics are the same on all ranks without being sent: they come from synchronised means.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Differentiable: the gradient of a sum is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """Sum over the ranks."""
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """The same of the gradient."""
+        return _SumOverRanks.apply(grad.contiguous())
+
+
+class _CPUSyncBatchNorm(nn.SyncBatchNorm):
+    """Batch normalisation over the batches of all ranks, by two differentiable sums."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, ...) to the same."""
+        if not self.training:
+            return super().forward(input)
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum if self.momentum is not None else 1 / int(self.num_batches_tracked)
+        axes = [0, *range(2, input.dim())]
+        count = input.new_tensor([input.numel() // input.shape[1]])
+        dist.all_reduce(count)
+        mean = _SumOverRanks.apply(input.sum(axes)) / count
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        centred = input - mean.view(shape)
+        variance = _SumOverRanks.apply(centred.square().sum(axes)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), momentum)
+        normalised = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.weight is None:
+            return normalised
+        return normalised * self.weight.view(shape) + self.bias.view(shape)
+
+
+class _CPUSyncBatchNormAct(_CPUSyncBatchNorm):
+    """The same with the dropout and activation of timm's layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
+        return self.act(self.drop(super().forward(input)))
