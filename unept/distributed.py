@@ -11,8 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
-from timm.layers.norm_act import SyncBatchNormAct
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -120,15 +119,13 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    # timm's conversion knows timm's layers, whose activation torch's own would drop.
-    model = convert_sync_batchnorm(model)
-    if device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.SyncBatchNorm):  # refuses tensors on a CPU
-                module.__class__ = _CPUSyncBatchNormAct if isinstance(module, SyncBatchNormAct) else _CPUSyncBatchNorm
-    devices = [device.index] if device.type == "cuda" else None
-    # Statistics are the same on all ranks without being sent: they come from synchronised means.
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if device.type == "cuda":
+        model = convert_sync_batchnorm(model)  # timm's: torch's own drops the activation of timm's layers
+        return DistributedDataParallel(model, device_ids=[device.index], gradient_as_bucket_view=True)
+    for module in model.modules():  # torch's SyncBatchNorm refuses a CPU
+        if (synchronised := _ON_CPU.get(type(module))) is not None:
+            module.__class__ = synchronised
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -147,37 +144,34 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(grad.contiguous())
 
 
-class _CPUSyncBatchNorm(nn.SyncBatchNorm):
-    """Batch normalisation over the batches of all ranks, by two differentiable sums."""
+def _synchronised_batch_norm(norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
+    """Batch normalisation (B, C, H, W) over all ranks, by differentiable sums which updates the statistics."""
+    assert norm.num_batches_tracked is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
+    x = input if input.dtype == torch.float64 else input.float()
+    count = x.new_tensor(x.numel() // x.shape[1])
+    dist.all_reduce(count)
+    mean = _SumOverRanks.apply(x.sum((0, 2, 3))) / count
+    centred = x - mean[:, None, None]
+    variance = _SumOverRanks.apply(centred.square().sum((0, 2, 3))) / count
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
+    normalised = centred * (variance + norm.eps).rsqrt()[:, None, None]
+    return (normalised * norm.weight[:, None, None] + norm.bias[:, None, None]).to(input.dtype)
 
+
+class _SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, ...) to the same."""
-        if not self.training:
-            return super().forward(input)
-        assert self.num_batches_tracked is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum if self.momentum is not None else 1 / int(self.num_batches_tracked)
-        axes = [0, *range(2, input.dim())]
-        count = input.new_tensor([input.numel() // input.shape[1]])
-        dist.all_reduce(count)
-        mean = _SumOverRanks.apply(input.sum(axes)) / count
-        shape = (1, -1, *[1] * (input.dim() - 2))
-        centred = input - mean.view(shape)
-        variance = _SumOverRanks.apply(centred.square().sum(axes)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), momentum)
-        normalised = centred * (variance + self.eps).rsqrt().view(shape)
-        if self.weight is None:
-            return normalised
-        return normalised * self.weight.view(shape) + self.bias.view(shape)
+        return _synchronised_batch_norm(self, input) if self.training else super().forward(input)
 
 
-class _CPUSyncBatchNormAct(_CPUSyncBatchNorm):
-    """The same with the dropout and activation of timm's layer."""
+class _SyncBatchNormAct(BatchNormAct2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(_synchronised_batch_norm(self, x))) if self.training else super().forward(x)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) to the same."""
-        return self.act(self.drop(super().forward(input)))
+
+_ON_CPU: dict[type, type] = {nn.BatchNorm2d: _SyncBatchNorm, BatchNormAct2d: _SyncBatchNormAct}
