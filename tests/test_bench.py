@@ -10,6 +10,7 @@ from bench import (
     harness,
     report,
     run,
+    scaling,
     test_attention,
     test_boundary_targets,
     test_context_branch,
@@ -231,3 +232,18 @@ def test_aims_name_groups_and_variants_that_exist():
         for where in filter(None, (aim.slow, aim.fast)):
             # The name of the context branch's group has the dtype of the device that this runs on.
             assert where in known or where[0].startswith("context branch"), where
+
+
+def test_scaling_by_hand():
+    """Two links: 4 processes in one machine hide 120 MB behind the backward, 16 over the network don't."""
+    step = scaling.Step(images=2, seconds=0.03, gradient_bytes=120_000_000, norms=50)
+    machine = scaling.Machine(gpus=8, link=100e9, network=5e9, latency=(10e-6, 40e-6))
+    alone, inside, outside = (scaling.scaled(step, n, machine) for n in (1, 4, 16))
+    assert (alone.all_reduce, alone.norms, alone.seconds, alone.efficiency) == (0, 0, 0.03, 1)
+    assert inside.all_reduce == pytest.approx(1.8e-3)
+    assert inside.seconds == pytest.approx(0.03 + 100 * 10e-6)
+    assert outside.all_reduce == pytest.approx(45e-3)
+    assert outside.seconds == pytest.approx(0.03 + 100 * 40e-6 + (45e-3 - 20e-3))
+    rows = scaling.table(step, machine).splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["1", "8", "64"]
+    assert rows[1].split("|")[2].strip() == "16"
