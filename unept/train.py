@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import cli, visual
 from .checkpoint import checkpoints, load_latest, save_checkpoint, save_model, write_atomically
 from .config import TrainConfig
-from .data import DatasetError
+from .data import DatasetError, check_splits
 from .data.loader import training_loader
 from .data.transforms import train_transform
 from .evaluate import draw_samples, evaluate_model, format_table, json_ready
@@ -335,6 +335,8 @@ def train(args: list[str] | None = None) -> None:
     """
     cli.refuse_several_processes()
     preset, config = parse(args)
+    if config.check_data:
+        return check_splits(config.data.build, config.data.workers)
     out = run_folder(config, preset)
     trainer = Trainer(config, out)
     scores = trainer.train()
