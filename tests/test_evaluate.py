@@ -160,7 +160,7 @@ def test_table():
     assert table[4].split() == ["nowhere", "-", "-", "-", "0.00"]
     assert len({len(line) for line in table[:6]}) == 1
     assert table[7].split() == ["mIoU", "71.88", "76.97"]
-    assert "boundary F within 3 px; 3 images, 12.3 images/s" in table[-1]
+    assert table[-1].startswith("Halves, 3 classes. All in percent; boundary F within 3 px; 3 images, 12.3 images/s")
 
 
 def test_samples_are_spread_over_the_data_set(tmp_path, monkeypatch):
@@ -179,6 +179,7 @@ def test_command(run_folder, command):
     assert status == 0
     assert "boundary F within 2 px; 3 images" in out  # the tolerance of the run
     record = json.loads((run_folder / "evaluation.json").read_text())
+    assert record["dataset"] == "Shapes, 8 classes"
     assert len(record["iou"]) == len(record["classes"]) == 8
     assert 0 <= record["mIoU"] <= 1
     assert record["inference"]["scales"] == [0.5, 1.0]

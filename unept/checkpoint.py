@@ -24,7 +24,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        kept = f"; the one before is intact: {path.parent}" if any(path.parent.iterdir()) else ""
+        kept = f"; the one before is intact: {path.parent}" if any(path.parent.glob(f"*{path.suffix}")) else ""
         raise OSError(error.errno, f"{error.strerror} while writing {path}{kept}") from error
     temporary.replace(path)
     _sync_folder(path.parent)

@@ -67,7 +67,7 @@ class ModelConfig:
 class DataConfig:
     """The data set and its augmentation (Sec. 4.2, Training)."""
 
-    dataset: Literal["shapes", "camvid", "folder"] = "shapes"
+    dataset: Literal["shapes", "camvid", "folder", "ade20k", "cityscapes", "pascal_context"] = "shapes"
     """Which one; see `unept.data`."""
     root: Path | None = None
     """Its folder on disk. `shapes` is made in memory and has none."""
@@ -77,6 +77,8 @@ class DataConfig:
     """Where `folder` has its labels, under the root."""
     classes_file: str = "classes.txt"
     """Where `folder` has its class list, under the root."""
+    background: bool = True
+    """Whether the background of `pascal_context` is a class (60 classes, as in the paper) or ignored (59)."""
     crop_size: tuple[int, int] = (480, 480)
     """Height and width of a training sample, cropped or padded."""
     short_side: int | None = None
@@ -102,8 +104,9 @@ class DataConfig:
 
     def build(self, split: str, root: Path | None = None) -> SegmentationDataset:
         """The data set's `split`, from another root if one is given; see `unept.data.build_dataset` for errors."""
-        places = ("images", "labels", "classes_file") if self.dataset == "folder" else ()
-        return build_dataset(self.dataset, root or self.root, split, **{name: getattr(self, name) for name in places})
+        own = {"folder": ("images", "labels", "classes_file"), "pascal_context": ("background",)}
+        options = {name: getattr(self, name) for name in own.get(self.dataset, ())}
+        return build_dataset(self.dataset, root or self.root, split, **options)
 
 
 @dataclass
@@ -118,6 +121,8 @@ class TrainConfig:
     """Run folder. None: runs/PRESET, or runs/PRESET-2 and so on if that exists."""
     resume: Literal["auto", "never"] = "never"
     """auto: continue the run in the run folder from its last checkpoint, if there is one."""
+    check_data: bool = False
+    """Only read every training and validation file, with `workers` processes, and report those that break a rule."""
     iterations: int = 160_000
     """Optimiser steps."""
     batch_size: int = 16

@@ -81,16 +81,16 @@ def evaluate_model(
         workers: processes that read the data; 0: this one.
 
     Returns:
-        Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`, the same three
-        ending in `_unrefined`, `mean_accuracy`; lists by class `iou`, `accuracy`, `class_boundary_f` and `share` (of
-        the counted pixels); and `boundary_tolerance`, `images` (their number), `images_per_s` (reading and scoring
-        included).
+        `dataset`, its description; shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`,
+        `boundary_f`, the same three ending in `_unrefined`, `mean_accuracy`; lists by class `iou`, `accuracy`,
+        `class_boundary_f` and `share` (of the counted pixels); and `boundary_tolerance`, `images` (their number),
+        `images_per_s` (reading and scoring included).
 
     Raises:
         ValueError: the model and the data set have different numbers of classes, or the data set is empty.
         DatasetError: a file of the data set breaks a rule.
     """
-    _check(model, dataset)
+    check_classes(model, dataset)
     world_size = distributed.world_size()
     loader = evaluation_loader(dataset, distributed.rank(), world_size, workers)
     refined, unrefined = (_Tally(dataset, boundary_tolerance, device) for _ in range(2))
@@ -109,6 +109,7 @@ def evaluate_model(
     truth = refined.regions.matrix.sum(1)
     plain = unrefined.regions.scores()
     return {
+        "dataset": dataset.description,
         "mIoU": regions.mean_iou,
         "pixAcc": regions.pixel_accuracy,
         "boundary_f": boundaries.mean_f,
@@ -126,7 +127,8 @@ def evaluate_model(
     }
 
 
-def _check(model: UNEPT, dataset: SegmentationDataset) -> None:
+def check_classes(model: UNEPT, dataset: SegmentationDataset) -> None:
+    """Raise ValueError if a model does not predict the classes of a data set, or the data set is empty."""
     if model.num_classes != len(dataset.classes):
         raise ValueError(
             f"the model predicts {model.num_classes} classes, but the data set has {len(dataset.classes)}: "
@@ -146,7 +148,7 @@ def draw_samples(
     model: UNEPT, dataset: SegmentationDataset, count: int, config: InferenceConfig, device: torch.device, path: Path
 ) -> None:
     """Draw `count` images spread evenly over the data set and what the model makes of them (`visual.sample_panel`)."""
-    _check(model, dataset)
+    check_classes(model, dataset)
     count = min(count, len(dataset))
     samples = []
     for i in (n * len(dataset) // count for n in range(count)):
@@ -177,8 +179,8 @@ def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
         values = f"{_percent(scores[key]):>10}  {_percent(scores[key + '_unrefined']):>10}"
         lines.append(f"{label:{len('boundary F')}}  {values}")
     lines.append(
-        f"All in percent; boundary F within {scores['boundary_tolerance']} px; {scores['images']} images, "
-        f"{scores['images_per_s']:.1f} images/s."
+        f"{scores['dataset']}. All in percent; boundary F within {scores['boundary_tolerance']} px; "
+        f"{scores['images']} images, {scores['images_per_s']:.1f} images/s."
     )
     return "\n".join(lines)
 

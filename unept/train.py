@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import cli, distributed
 from .checkpoint import checkpoints, load_latest, save_checkpoint, save_model, write_atomically
 from .config import TrainConfig
-from .data import DatasetError, SegmentationDataset
+from .data import DatasetError, SegmentationDataset, check_splits
 from .data.loader import training_loader
 from .data.transforms import train_transform
 from .evaluate import draw_samples, evaluate_model, format_table
@@ -355,6 +355,9 @@ def train(args: list[str] | None = None) -> None:
         MemoryError: the GPU's or the machine's memory is used up.
     """
     preset, config = parse(args)
+    if config.check_data:
+        cli.refuse_several_processes()
+        return check_splits(config.data.build, config.data.workers)
     device = distributed.choose_device(config.device)
     with distributed.process_group(device):
         out = distributed.from_main(lambda: run_folder(config, preset))

@@ -4,32 +4,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .ade20k import ADE20K
 from .base import SPLITS, DatasetError, FileDataset, SegmentationDataset
 from .camvid import CamVid
+from .check import check_splits
+from .cityscapes import Cityscapes
 from .folder import ImageFolder
-from .loader import TrainingSampler, TransformedDataset, evaluation_loader, training_loader
+from .loader import TrainingSampler, TransformedDataset, evaluation_loader, image_loader, training_loader
+from .pascal_context import PascalContext
 from .shapes import Shapes
 from .transforms import eval_transform, train_transform
 
 __all__ = [
+    "ADE20K",
     "DATASETS",
     "SPLITS",
     "CamVid",
+    "Cityscapes",
     "DatasetError",
     "FileDataset",
     "ImageFolder",
+    "PascalContext",
     "SegmentationDataset",
     "Shapes",
     "TrainingSampler",
     "TransformedDataset",
     "build_dataset",
+    "check_splits",
     "eval_transform",
     "evaluation_loader",
+    "image_loader",
     "train_transform",
     "training_loader",
 ]
 
-DATASETS: dict[str, Callable[..., SegmentationDataset]] = {"shapes": Shapes, "camvid": CamVid, "folder": ImageFolder}
+DATASETS: dict[str, Callable[..., SegmentationDataset]] = {
+    "shapes": Shapes,
+    "camvid": CamVid,
+    "folder": ImageFolder,
+    "ade20k": ADE20K,
+    "cityscapes": Cityscapes,
+    "pascal_context": PascalContext,
+}
 
 
 def build_dataset(
@@ -38,10 +54,10 @@ def build_dataset(
     """A dataset by name.
 
     Args:
-        name: `"shapes"`, `"camvid"` or `"folder"`.
+        name: a key of `DATASETS`.
         root: the folder with the files; None for `shapes`, which has none.
         split: `"train"`, `"val"` or `"test"`.
-        options: of that dataset's class: `Shapes`, `CamVid` or `ImageFolder`.
+        options: of that dataset's class.
 
     Raises:
         ValueError: if there is no such dataset or split, or the dataset needs a root and none is given.

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
+from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
 IGNORE_INDEX = 255
@@ -20,6 +21,9 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 # What PIL raises for a file that is missing, unreadable, truncated, corrupt or absurdly large.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+Pair = tuple[Path, Path | None]
 
 
 class DatasetError(ValueError):
@@ -36,11 +40,28 @@ class SegmentationDataset(Dataset):
         classes: the K class names, by training id.
         palette: (r, g, b) of each class, 0..255.
         ignore_index: 255.
+        has_server: whether predictions can be sent to a server of the benchmark.
     """
 
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     ignore_index: int = IGNORE_INDEX
+    has_server: bool = False
+
+    @property
+    def description(self) -> str:
+        """What results say that they are of: the dataset and its classes."""
+        return f"{type(self).__name__}, {len(self.classes)} classes"
+
+    @property
+    def file_ids(self) -> tuple[int, ...]:
+        """The id of each of the K classes in label files, and in predictions that others are to read."""
+        return tuple(range(len(self.classes)))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels; without them only `image`, `name` and `check` are to be had."""
+        return True
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -48,12 +69,21 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         raise NotImplementedError
 
+    def image(self, i: int) -> tv_tensors.Image:
+        """The image of sample `i` alone."""
+        return self[i][0]
+
     def name(self, i: int) -> str:
         """The stem for files about sample `i`, different for every sample."""
         raise NotImplementedError
 
-    def check(self, sample: int | None = None) -> None:
+    def check(self, sample: int | None = None, workers: int = 0, progress: str | None = None) -> None:
         """Read all samples, or `sample` of them spread evenly over the dataset, and raise if any breaks a rule.
+
+        Args:
+            sample: how many; None: all.
+            workers: processes that read; 0: this one.
+            progress: what to call a progress bar; None: no bar.
 
         Raises:
             DatasetError: naming the first five bad samples and counting the others.
@@ -62,34 +92,51 @@ class SegmentationDataset(Dataset):
         if sample is not None and sample < 1:
             raise ValueError(f"sample is {sample}; give how many files to check, at least 1, or None for all")
         count = len(self) if sample is None else min(sample, len(self))
-        problems = []
-        for i in range(count):
-            try:
-                self[i * len(self) // count]
-            except DatasetError as error:
-                problems.append(str(error))
+        reader = _Problems(self, [i * len(self) // count for i in range(count)])
+        # With a generator of its own, it leaves the global random state as it was.
+        loader = DataLoader(reader, batch_size=None, num_workers=workers, generator=torch.Generator())
+        bar = tqdm(loader, desc=progress, unit="image", disable=progress is None, leave=False)
+        problems = [problem for problem in bar if problem]
         if len(problems) > 5:
             problems[5:] = [f"... and {len(problems) - 5} more of the {count} samples that were checked"]
         if problems:
             raise DatasetError("\n".join(problems))
 
 
+class _Problems(Dataset):
+    """What is wrong with each of the samples `indices`: a message, or an empty one."""
+
+    def __init__(self, dataset: SegmentationDataset, indices: list[int]):
+        self.read = dataset.__getitem__ if dataset.labelled else dataset.image
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> str:
+        try:
+            self.read(self.indices[i])
+        except DatasetError as error:
+            return str(error)
+        return ""
+
+
 class FileDataset(SegmentationDataset):
-    """Pairs of an image file and a label file of the same size.
+    """Pairs of an image file and a label file of the same size; in a split without labels, images alone.
 
     Images may be gray, palette, RGBA, CMYK or 16 bits deep; they come out RGB, and upright as their EXIF tag says.
     Labels hold one id a pixel (modes L and P; the colours of a palette are not looked at).
 
     Args:
-        pairs: (image, label) paths.
+        pairs: (image, label) paths; a label is None where there is none.
         classes: the K names.
         palette: the K colours.
-        label_ids: training id (0..K-1 or 255) of every id that label files may hold.
+        label_ids: training id (0..K-1 or 255) of every id that label files may hold; every class has one.
     """
 
     def __init__(
         self,
-        pairs: list[tuple[Path, Path]],
+        pairs: list[Pair],
         classes: tuple[str, ...],
         palette: tuple[tuple[int, int, int], ...],
         label_ids: Mapping[int, int],
@@ -101,19 +148,38 @@ class FileDataset(SegmentationDataset):
         for file_id, training_id in label_ids.items():
             self._training_id[file_id] = training_id
 
+    @property
+    def file_ids(self) -> tuple[int, ...]:
+        """The id of each of the K classes in label files: the inverse of `label_ids`."""
+        return tuple(int(np.flatnonzero(self._training_id == k)[0]) for k in range(len(self.classes)))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every image has a label."""
+        return all(label is not None for _, label in self.pairs)
+
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         image_path, label_path = self.pairs[i]
-        image = read_image(image_path)
+        if label_path is None:
+            raise DatasetError(
+                f"{image_path} has no label: this split is there to be predicted (unept.submission), "
+                "not to train or evaluate on; take the split val"
+            )
+        image = self.image(i)
         ids = read_label_ids(label_path)
         if ids.shape != image.shape[1:]:
             raise DatasetError(_sizes_differ(image_path, tuple(image.shape[1:]), label_path, ids.shape))
         labels = self._training_id[ids]
         if labels.min() < 0:
             raise DatasetError(self._unknown_ids(label_path, ids))
-        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(labels.astype(np.uint8)))
+        return image, tv_tensors.Mask(torch.from_numpy(labels.astype(np.uint8)))
+
+    def image(self, i: int) -> tv_tensors.Image:
+        """The image of sample `i`; its label is not read."""
+        return tv_tensors.Image(read_image(self.pairs[i][0]))
 
     def name(self, i: int) -> str:
         """The stem of the image's file name."""
@@ -129,33 +195,64 @@ class FileDataset(SegmentationDataset):
         )
 
 
-def find_pairs(images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    """(image, label) paths of every image in folder `images`, by name; the label is `labels/<stem>.png`.
+def find_pairs(images: Path, labels: Path, image_ending: str = "", label_ending: str = ".png") -> list[Pair]:
+    """(image, label) paths of the images in folder `images`, by name; see `list_images` and `with_labels`."""
+    return with_labels(list_images(images, image_ending), labels, image_ending, label_ending)
 
-    Labels without an image are left out. Hidden files are not looked at.
+
+def list_images(folder: Path, ending: str = "") -> list[Path]:
+    """The images directly in `folder` whose stems end in `ending`, by name. Hidden files are not looked at.
 
     Raises:
-        DatasetError: if a folder is missing or holds no image, two images share a stem, or an image has no label.
+        DatasetError: if the folder is missing or holds no such image, or two images share a stem.
     """
-    for folder in (images, labels):
-        if not folder.is_dir():
-            raise DatasetError(f"there is no folder {folder}: check the dataset's root folder and split")
-    files = sorted(p for p in images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    require_folder(folder)
+    files = sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.endswith(ending) and not p.name.startswith(".")
+    )
     if not files:
-        raise DatasetError(f"{images} holds no images: put files ending in {', '.join(IMAGE_SUFFIXES)} directly in it")
+        endings = ", ".join(ending + suffix for suffix in IMAGE_SUFFIXES)
+        raise DatasetError(f"{folder} holds no images: put files ending in {endings} directly in it")
     by_stem: dict[str, Path] = {}
     for file in files:
         other = by_stem.setdefault(file.stem, file)
         if other != file:
             raise DatasetError(f"{other} and {file.name} would share one label: rename or remove one of them")
-    label_names = {p.name for p in labels.iterdir()}
-    missing = [file for file in files if f"{file.stem}.png" not in label_names]
+    return files
+
+
+def with_labels(files: list[Path], labels: Path, image_ending: str = "", label_ending: str = ".png") -> list[Pair]:
+    """(image, label) paths: the label of `<name><image_ending>.jpg` is `labels/<name><label_ending>`.
+
+    Labels without an image are left out.
+
+    Raises:
+        DatasetError: if the folder is missing, or an image has no label.
+    """
+    require_folder(labels)
+    names = [file.stem.removesuffix(image_ending) + label_ending for file in files]
+    there = {p.name for p in labels.iterdir()}
+    missing = [i for i, name in enumerate(names) if name not in there]
     if missing:
+        file = files[missing[0]]
         raise DatasetError(
-            f"{len(missing)} of {len(files)} images in {images} have no label, the first being {missing[0].name}: "
-            f"add {labels / missing[0].stem}.png, or remove the image"
+            f"{len(missing)} of {len(files)} images in {file.parent} have no label, the first being {file.name}: "
+            f"add {labels / names[missing[0]]}, or remove the image"
         )
-    return [(file, labels / f"{file.stem}.png") for file in files]
+    return [(file, labels / name) for file, name in zip(files, names, strict=True)]
+
+
+def require_folder(folder: Path) -> None:
+    """Raise DatasetError if there is no such folder."""
+    if not folder.is_dir():
+        raise DatasetError(f"there is no folder {folder}: check the dataset's root folder and split")
+
+
+def unpacked(root: str | Path, *names: str) -> Path:
+    """The first of the folders `names` in `root`, else `root`: archives unpack to a folder of their own."""
+    return next((Path(root) / name for name in names if (Path(root) / name).is_dir()), Path(root))
 
 
 def read_image(path: Path) -> Tensor:

@@ -153,6 +153,30 @@ def evaluation_loader(
     return _loader(TransformedDataset(dataset, transform or eval_transform()), keys, 1, workers, pin_memory)
 
 
+def image_loader(dataset: SegmentationDataset, workers: int = 0, pin_memory: bool | None = None) -> DataLoader:
+    """The images as they are, one after another, uint8 (1, 3, H, W); labels are not read.
+
+    Args:
+        dataset: what to read.
+        workers: processes that read; 0: this one.
+        pin_memory: as in `training_loader`.
+    """
+    return _loader(_Images(dataset), range(len(dataset)), 1, workers, pin_memory)
+
+
+class _Images(Dataset):
+    """The images of `dataset`, or the DatasetError that there is instead."""
+
+    def __init__(self, dataset: SegmentationDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i: int) -> Tensor | DatasetError:
+        try:
+            return self.dataset.image(i).as_subclass(torch.Tensor)
+        except DatasetError as error:
+            return error
+
+
 def _loader(dataset: Dataset, sampler: Any, batch_size: int, workers: int, pin_memory: bool | None) -> DataLoader:
     return _Loader(
         dataset,
