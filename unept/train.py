@@ -21,7 +21,6 @@ from .data import DatasetError
 from .data.loader import training_loader
 from .data.transforms import train_transform
 from .evaluate import draw_samples, evaluate_model, format_table, json_ready
-from .inference import InferenceConfig
 from .loss import UNEPTLoss
 from .model import UNEPT
 from .presets import PRESETS
@@ -125,7 +124,7 @@ class Trainer:
         self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
         compiled = cuda if config.compile == "auto" else config.compile == "on"
         self.terms = torch.compile(self._terms) if compiled else self._terms
-        self.inference = InferenceConfig(short_side=data.short_side, refine_scale=config.refine_scale, amp=config.amp)
+        self.inference = config.inference()
         self.step = 0
         self.best = -1.0
         self.scores: dict[str, Any] = {}
