@@ -116,6 +116,7 @@ def test_scores_of_a_known_prediction():
     assert scores["accuracy"][:2] == pytest.approx([1, 11 / 16])
     assert math.isnan(scores["iou"][2])
     assert scores["share"] == pytest.approx([15 / 31, 16 / 31, 0])
+    assert scores["left_out"] == ["nowhere"]
     assert (scores["images"], scores["boundary_tolerance"]) == (3, 3)
     # Boundary columns of the truth 15 | 16, of the prediction 19 | 20: 4 off; tolerance 4 finds them.
     assert scores["boundary_f_unrefined"] == 0
@@ -160,7 +161,10 @@ def test_table():
     assert table[4].split() == ["nowhere", "-", "-", "-", "0.00"]
     assert len({len(line) for line in table[:6]}) == 1
     assert table[7].split() == ["mIoU", "71.88", "76.97"]
-    assert table[-1].startswith("Halves, 3 classes. All in percent; boundary F within 3 px; 3 images, 12.3 images/s")
+    assert table[-2].startswith("Halves, 3 classes. All in percent; boundary F within 3 px; 3 images, 12.3 images/s")
+    assert table[-1].startswith("mIoU leaves out 1 of 3 classes, found neither in the labels nor in the predictions")
+    complete = evaluate.format_table(scores | {"left_out": []}, Halves.classes).splitlines()
+    assert complete == table[:-1]
 
 
 def test_samples_are_spread_over_the_data_set(tmp_path, monkeypatch):
@@ -185,7 +189,11 @@ def test_command(run_folder, command):
     assert record["inference"]["scales"] == [0.5, 1.0]
     assert record["inference"]["flip"] is True
     assert record["inference"]["window"] == 96
+    assert record["inference"]["window_stride"] == 64
     assert record["inference"]["refine_scale"] == 2  # of the run
+    assert record["left_out"] == [n for n, iou in zip(record["classes"], record["iou"], strict=True) if iou is None]
+    line = "scales 0.5 1 with flip; images at their own size; windows of 96 with stride 64; refined by 2 px."
+    assert f"Protocol: {line}\n" in out
     assert f"{100 * record['mIoU']:.2f}" in out
     assert (run_folder / "evaluation.png").stat().st_size > 5000
 
@@ -197,6 +205,46 @@ def test_command_line_wins_over_the_run(run_folder, command):
     record = json.loads((run_folder / "evaluation.json").read_text())
     assert record["inference"]["refine_scale"] == 1
     assert record["split"] == "val"
+
+
+RUN = {"window": 480, "window_stride": 240, "refine": False, "refine_scale": 2}
+RUN_LINE = "scale 1 without flip; short side 512; windows of 480 with stride 240; not refined"
+
+
+@pytest.mark.parametrize(
+    ("run", "chosen", "line"),
+    [
+        ({}, {}, "scale 1 without flip; short side 512; whole images; refined by 1 px"),
+        (RUN, {}, RUN_LINE),
+        (RUN, {"flip": True}, RUN_LINE.replace("without", "with")),
+        (RUN, {"refine": True}, RUN_LINE.replace("not refined", "refined by 2 px")),
+        (RUN, {"window": 96}, RUN_LINE.replace("480 with stride 240", "96 with stride 64")),
+        (RUN, {"window": 480, "window_stride": 320}, RUN_LINE.replace("240", "320")),
+        (RUN, {"window": 0}, RUN_LINE.replace("windows of 480 with stride 240", "whole images")),
+        (RUN, {"short_side": 0}, RUN_LINE.replace("short side 512", "images at their own size")),
+        ({"model": ModelConfig(context_queries="learned")}, {"refine": True}, "not refined"),
+    ],
+    ids=["all", "none", "flip", "refine", "window", "stride", "whole", "own-size", "no-boundaries"],
+)
+def test_the_protocol_of_the_run_fills_in_what_is_left_open(run, chosen, line):
+    trained = TrainConfig(data=DataConfig(short_side=512), **run)
+    config = cli.as_trained(InferenceConfig(**chosen), trained)
+    assert config.describe().endswith(line)
+    # Nothing is left to be filled in: None is no window and the image's own size.
+    assert cli.as_trained(config, TrainConfig()) == config
+    assert config.window != 0
+    assert config.short_side != 0
+
+
+def test_the_run_says_whether_to_refine(tmp_path, command):
+    save_run(tmp_path, num_classes=8)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"refine": true', '"refine": false'))
+    for flags, refined in ((), False), (("--refine",), True), (("--no-refine",), False):
+        status, out, _ = command(tmp_path, *flags)
+        assert status == 0
+        assert ("refined by 2 px" if refined else "not refined") in out
+        assert json.loads((tmp_path / "evaluation.json").read_text())["inference"]["refine"] is refined
 
 
 def test_a_class_that_does_not_occur_is_null_in_json(tmp_path):

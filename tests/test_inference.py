@@ -3,11 +3,14 @@
 import itertools
 import math
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unept.boundary import DIRECTIONS
 from unept.inference import MIRRORED, PAPER_SCALES, InferenceConfig, infer, predict_ids, window_starts
@@ -187,6 +190,33 @@ def test_windows_agree_with_the_whole_image_where_context_does_not_matter(window
     assert max(shape[0] for shape in model.calls) == min(window_batch, 24)
 
 
+@pytest.mark.parametrize("window_batch", [1, 4])
+def test_the_network_sees_every_window_of_every_view_once(window_batch):
+    """Once as it is and once mirrored; a view that fits into the window is seen whole."""
+    images, seen = random_images(2, 60, 85), Counter()
+
+    class Witness(FakeModel):
+        def forward(self, images: Tensor) -> UNEPTOutput:
+            seen.update((crop.shape, crop.numpy().tobytes()) for crop in images)
+            return super().forward(images)
+
+    model, scales, window, stride = Witness(), (0.5, 1.0, 1.75), 48, 40
+    config = InferenceConfig(scales=scales, flip=True, window=window, window_stride=stride, window_batch=window_batch)
+    infer(model, images, config)
+    expected = Counter()
+    padded = F.pad(model.normalized(images), (0, 3, 0, 4))
+    for view in (padded, *(F.interpolate(padded, n, mode="bilinear", antialias=True) for n in ((32, 48), (112, 152)))):
+        height, width = view.shape[2:]
+        for i, j in itertools.product(range(4), range(4)):
+            # Steps of 40 until 48 pixels reach the end; the last of them is drawn back to end there.
+            top, left = min(i * stride, max(height - window, 0)), min(j * stride, max(width - window, 0))
+            if ((i - 1) * stride + window < height and (j - 1) * stride + window < width) or (i, j) == (0, 0):
+                for crop in view[:, :, top : top + window, left : left + window]:
+                    expected.update((c.shape, c.numpy().tobytes()) for c in (crop, crop.flip(-1)))
+    assert len(expected) == 2 * 2 * (1 + 2 * 2 + 3 * 4)
+    assert seen == expected
+
+
 def test_overlapping_windows_are_averaged(unept):
     """A real network sees different context in each window: the mean of both where two overlap."""
     images = random_images(1, 32, 40)
@@ -214,6 +244,8 @@ def test_a_window_longer_than_one_side(unept):
         ({"scales": (0.01,)}, [(8, 8)]),
         ({"short_side": 66}, [(80, 96)]),
         ({"short_side": 33}, [(33, 47)]),
+        ({"short_side": 0, "window": 0}, [(33, 47)]),
+        ({"window": 0, "flip": True}, [(40, 48)] * 2),
         ({"short_side": 66, "scales": (0.5,)}, [(40, 48)]),
     ],
     ids=str,
@@ -230,6 +262,66 @@ def test_no_view_outlives_its_turn():
     infer(model, random_images(1, 64, 64), InferenceConfig(scales=PAPER_SCALES, flip=True, window=32, window_batch=3))
     assert len(model.calls) > 30
     assert model.most_held <= 1
+
+
+class ConstantModel(nn.Module):
+    """Takes no memory of its own."""
+
+    refines = True
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+
+    def normalized(self, images: Tensor) -> Tensor:
+        return images.float() if images.dtype == torch.uint8 else images
+
+    def forward(self, images: Tensor) -> UNEPTOutput:
+        maps = torch.zeros(()).expand(len(images), self.num_classes + 9, images.shape[2] // 8, images.shape[3] // 8)
+        return UNEPTOutput(*maps.split([self.num_classes, 1, 8], dim=1))
+
+
+class LiveBytes(TorchDispatchMode):
+    """The peak of what all tensors hold that are made meanwhile, in bytes, each storage counted once."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return made
+
+
+@pytest.mark.parametrize(("num_classes", "height", "width", "window"), [(19, 1024, 2048, 768), (150, 512, 683, 480)])
+def test_memory_of_twelve_views_is_bounded(num_classes, height, width, window):
+    """All that is held beside the network's activations: never two volumes of logits at full resolution.
+
+    It grows neither with the number of views, beyond two maps on the canvas (the running sum and what is added to it)
+    and the view before, nor with the number of windows.
+    """
+    model, image = ConstantModel(num_classes), torch.zeros(3, height, width, dtype=torch.uint8)
+
+    def peak_of(function, scales: tuple[float, ...], **options) -> int:
+        with LiveBytes() as live:
+            function(model, image, InferenceConfig(scales=scales, flip=True, window=window, **options))
+        return live.peak
+
+    volume = num_classes * height * width * 4
+    peak = peak_of(predict_ids, PAPER_SCALES)
+    print(f"\n12 views of {width}x{height}, {num_classes} classes: {peak / 2**20:.0f} MiB, {peak / volume:.2f} volumes")
+    assert peak <= 2 * volume
+    canvas = (num_classes + 9) * height * width * 4 * 1.75**2 / 64
+    alone = peak_of(infer, PAPER_SCALES[-1:])
+    assert peak <= alone + 3.1 * canvas
+    assert peak_of(infer, PAPER_SCALES[-1:], window_stride=window // 4) <= alone * 1.01
 
 
 def test_a_single_image_without_batch(unept):
@@ -283,14 +375,16 @@ def test_maps_of_any_resolution_cover_the_padded_image():
         ({"scales": (1.0, 0.0)}, "positive"),
         ({"scales": (float("nan"),)}, "positive"),
         ({"window": 100}, "window is 100; it must be a positive multiple of 8"),
-        ({"window": 0}, "window is 0"),
+        ({"window": -8}, "window is -8"),
         ({"window": 32, "window_stride": 12}, "window_stride is 12"),
         ({"window": 32, "window_stride": 40}, "window_stride is 40 and window 32"),
-        ({"window_stride": 32}, "window None"),
+        ({"window_stride": 32}, "window None; give a window that is at least as large, or no stride"),
+        ({"window": 0, "window_stride": 32}, "window 0"),
+        ({"window": 32, "window_stride": 0}, "window_stride is 0"),
         ({"window_batch": 0}, "window_batch is 0"),
         ({"refine_scale": 0}, "refine_scale is 0"),
         ({"refine_scale": 128}, "refine_scale is 128"),
-        ({"short_side": 0}, "short_side is 0"),
+        ({"short_side": -1}, "short_side is -1"),
     ],
     ids=str,
 )
@@ -299,6 +393,21 @@ def test_bad_options(options, message):
         InferenceConfig(**options)
 
 
-@pytest.mark.parametrize(("window", "stride"), [(480, 320), (768, 512), (32, 16), (8, 8)])
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "scale 1 without flip; images at their own size; whole images; refined by 1 px"),
+        (
+            {"scales": PAPER_SCALES, "flip": True, "window": 480, "short_side": 512, "refine": False},
+            "scales 0.5 0.75 1 1.25 1.5 1.75 with flip; short side 512; windows of 480 with stride 320; not refined",
+        ),
+    ],
+    ids=["plain", "paper"],
+)
+def test_a_protocol_in_one_line(options, line):
+    assert InferenceConfig(**options).describe() == line
+
+
+@pytest.mark.parametrize(("window", "stride"), [(480, 320), (768, 512), (32, 16), (8, 8), (0, 0), (None, 0)])
 def test_default_stride_is_two_thirds(window, stride):
     assert InferenceConfig(window=window).stride == stride

@@ -175,9 +175,24 @@ def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkey
     assert load_model(folder).num_classes == 8
 
 
-def test_other_options_are_refused_on_resume(finished, data):
-    with pytest.raises(ValueError, match=r"lr \(was 0.0001, now 0.5\)"):
-        train.Trainer(configuration(data, resume="auto", lr=0.5), finished[0]).train()
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.5}, r"lr \(was 0.0001, now 0.5\)"),
+        # It does not change the training, but which model is the best.
+        ({"window": 32, "refine": False}, r"window \(was None, now 32\), refine \(was True, now False\)"),
+    ],
+    ids=["recipe", "protocol"],
+)
+def test_other_options_are_refused_on_resume(finished, data, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.Trainer(configuration(data, resume="auto", **changes), finished[0]).train()
+
+
+def test_validation_follows_the_protocol_of_the_run(data, tmp_path):
+    config = configuration(data, window=32, window_stride=16, refine=False, refine_scale=2)
+    assert train.Trainer(config, tmp_path).inference == config.inference()
+    assert config.inference().describe().endswith("windows of 32 with stride 16; not refined")
 
 
 def test_other_class_count_is_refused_on_resume(finished, data, tmp_path):
@@ -314,6 +329,8 @@ def test_help_explains_every_option(preset, capsys):
         (TrainConfig, {"iterations": 0}, "must be positive"),
         (TrainConfig, {"batch_size": 0}, "must be positive"),
         (TrainConfig, {"num_samples": -1}, "0 or more"),
+        (TrainConfig, {"window": 100}, "window is 100; it must be a positive multiple of 8"),
+        (TrainConfig, {"refine_scale": 128}, "between 1 and 127"),
         (DataConfig, {"crop_size": (4, 64)}, "under 8 pixels"),
         (DataConfig, {"dataset": "shapes", "root": Path("x")}, "leave --root away"),
         (ModelConfig, {"dropout": 1.0}, r"not in \[0, 1\)"),

@@ -89,10 +89,15 @@ def has_model(folder: Path) -> bool:
 
 
 def as_trained(inference: InferenceConfig, config: TrainConfig) -> InferenceConfig:
-    """Inference options with what was left open filled in from the run."""
+    """Inference options with what was left open filled in from the run, so that they say all that will be done."""
+    chosen = {name: value for name, value in vars(inference).items() if value not in (None, "auto")}
+    if "window" in chosen:
+        chosen.setdefault("window_stride", None)  # the run's stride belongs to the run's window
+    filled = dataclasses.replace(config.inference(), **chosen)
     return dataclasses.replace(
-        inference,
-        amp=config.amp if inference.amp == "auto" else inference.amp,
-        short_side=config.data.short_side if inference.short_side is None else inference.short_side,
-        refine_scale=config.refine_scale if inference.refine_scale is None else inference.refine_scale,
+        filled,
+        window=filled.window or None,
+        window_stride=filled.stride or None,
+        short_side=filled.short_side or None,
+        refine=filled.refine and config.model.context_queries == "spatial",
     )

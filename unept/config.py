@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from .data import SegmentationDataset, build_dataset
+from .inference import InferenceConfig
 
 
 def _require(condition: bool, message: str) -> None:
@@ -159,6 +160,13 @@ class TrainConfig:
     """Steps between checkpoints; the last two are kept."""
     boundary_tolerance: int = 3
     """Pixels within which a boundary counts as found, in the boundary F-score."""
+    window: int | None = None
+    """Slide a square window of this many pixels over larger images, at validation, and unless they are told otherwise
+    in evaluate and predict. None: whole images."""
+    window_stride: int | None = None
+    """Pixels from window to window. None: 2/3 of the window."""
+    refine: bool = True
+    """Refine the prediction at the boundaries, likewise at validation, in evaluate and in predict."""
     refine_scale: int = 1
     """Pixels that a boundary pixel's prediction is read inside of its segment, at inference."""
     num_samples: int = 4
@@ -174,6 +182,18 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("warmup", "boundary_tolerance", "num_samples"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        self.inference()  # which checks its options
+
+    def inference(self) -> InferenceConfig:
+        """The protocol of the run's validation, and of what is done with its model later (`unept.cli.as_trained`)."""
+        return InferenceConfig(
+            window=self.window,
+            window_stride=self.window_stride,
+            refine=self.refine,
+            refine_scale=self.refine_scale,
+            short_side=self.data.short_side,
+            amp=self.amp,
+        )
 
     def to_json(self) -> str:
         """As text that `from_json` reads."""

@@ -83,8 +83,9 @@ def evaluate_model(
     Returns:
         `dataset`, its description; shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`,
         `boundary_f`, the same three ending in `_unrefined`, `mean_accuracy`; lists by class `iou`, `accuracy`,
-        `class_boundary_f` and `share` (of the counted pixels); and `boundary_tolerance`, `images` (their number),
-        `images_per_s` (reading and scoring included).
+        `class_boundary_f` and `share` (of the counted pixels); `left_out`, the names of the classes that have no IoU
+        (`ConfusionMatrix.scores`); and `boundary_tolerance`, `images` (their number), `images_per_s` (reading and
+        scoring included).
 
     Raises:
         ValueError: the model and the data set have different numbers of classes, or the data set is empty.
@@ -99,8 +100,7 @@ def evaluate_model(
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
         size = labels.shape[1:]
-        ids = predicted_ids(output, size, refine=config.refine, refine_scale=config.refine_scale or 1)
-        refined.update(ids, labels)
+        refined.update(predicted_ids(output, size, **config.refinement), labels)
         unrefined.update(predicted_ids(output, size, refine=False), labels)
     if world_size > 1:
         refined.all_reduce()
@@ -121,6 +121,7 @@ def evaluate_model(
         "accuracy": list(regions.accuracy),
         "class_boundary_f": list(boundaries.f),
         "share": (truth / truth.sum()).tolist(),
+        "left_out": [name for name, iou in zip(dataset.classes, regions.iou, strict=True) if math.isnan(iou)],
         "boundary_tolerance": boundary_tolerance,
         "images": len(dataset),
         "images_per_s": len(dataset) / (time.perf_counter() - start),
@@ -182,6 +183,11 @@ def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
         f"{scores['dataset']}. All in percent; boundary F within {scores['boundary_tolerance']} px; "
         f"{scores['images']} images, {scores['images_per_s']:.1f} images/s."
     )
+    if left_out := scores["left_out"]:
+        lines.append(
+            f"mIoU leaves out {len(left_out)} of {len(classes)} classes, found neither in the labels nor in the "
+            "predictions; one that is only predicted counts as 0."
+        )
     return "\n".join(lines)
 
 
@@ -219,7 +225,7 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
         scores = evaluate_model(model, dataset, config, device, tolerance, progress, options.workers)
     if not distributed.is_main():
         return
-    print(format_table(scores, dataset.classes))
+    print(f"{format_table(scores, dataset.classes)}\nProtocol: {config.describe()}.")
     record = {"split": options.split, "classes": list(dataset.classes), **scores, "inference": asdict(config)}
     json_path, picture_path = options.run / "evaluation.json", options.run / "evaluation.png"
     json_path.write_text(json.dumps(json_ready(record), indent=2) + "\n")

@@ -10,10 +10,11 @@ summed up on one canvas at 1/8 of the largest view; class scores are never held 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from .boundary import DIRECTIONS
@@ -35,44 +36,63 @@ class InferenceConfig:
     flip: bool = False
     """See every scale mirrored as well."""
     window: int | None = None
-    """Slide a square window of this many pixels, a multiple of 8, over views that are larger. None: whole images."""
+    """Slide a square window of this many pixels, a multiple of 8, over views that are larger. 0: whole images. None: as
+    the run was validated, else whole images."""
     window_stride: int | None = None
     """Pixels from window to window, a multiple of 8. None: 2/3 of the window."""
     window_batch: int = 4
     """Windows that go through the network at once; fewer take less memory."""
-    refine: bool = True
-    """Read the prediction of boundary pixels inside of their segment (Sec. 3.2)."""
+    refine: tyro.conf.DisallowNone[bool | None] = None
+    """Read the prediction of boundary pixels inside of their segment (Sec. 3.2). None: as the run was validated, else
+    yes."""
     refine_scale: int | None = None
-    """How many pixels inside. None: as the run was trained, else 1."""
+    """How many pixels inside. None: as the run was validated, else 1."""
     short_side: int | None = None
-    """Pixels that the image's short side has at scale 1. None: as the run was trained, else the image's own."""
+    """Pixels that the image's short side has at scale 1. 0: as many as it has. None: as the run was trained, else 0."""
     amp: Literal["auto", "bf16", "off"] = "auto"
     """Autocast to bfloat16. auto: on CUDA only."""
 
     def __post_init__(self) -> None:
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales are {self.scales}; give at least one, all of them positive")
-        for name in ("window", "window_stride"):
-            pixels = getattr(self, name)
+        for name, pixels in (("window", self.window or None), ("window_stride", self.window_stride)):
             if pixels is not None and (pixels < STRIDE or pixels % STRIDE):
                 raise ValueError(f"{name} is {pixels}; it must be a positive multiple of {STRIDE}")
-        if self.window_stride is not None and (self.window is None or self.window_stride > self.window):
+        if self.window_stride is not None and self.window_stride > (self.window or 0):
             raise ValueError(
-                f"window_stride is {self.window_stride} and window {self.window}; the window must be at least as large"
+                f"window_stride is {self.window_stride} and window {self.window}; give a window that is at least as "
+                "large, or no stride"
             )
         if self.window_batch < 1:
             raise ValueError(f"window_batch is {self.window_batch}; it must be at least 1")
         if self.refine_scale is not None and not 1 <= self.refine_scale <= 127:
             raise ValueError(f"refine_scale is {self.refine_scale}; it must be between 1 and 127 pixels")
-        if self.short_side is not None and self.short_side < 1:
-            raise ValueError(f"short_side is {self.short_side}; it must be at least 1")
+        if self.short_side is not None and self.short_side < 0:
+            raise ValueError(f"short_side is {self.short_side}; it must be at least 1, or 0 for the image's own")
 
     @property
     def stride(self) -> int:
-        """Pixels from window to window, a multiple of 8."""
-        if self.window_stride is not None:
-            return self.window_stride
-        return max(STRIDE, (self.window or 0) * 2 // 3 // STRIDE * STRIDE)
+        """Pixels from window to window, a multiple of 8; 0 without windows."""
+        if not self.window:
+            return 0
+        return self.window_stride or max(STRIDE, self.window * 2 // 3 // STRIDE * STRIDE)
+
+    @property
+    def refinement(self) -> dict[str, Any]:
+        """Arguments `refine` and `refine_scale` of `unept.model.predicted_ids`."""
+        return {"refine": self.refine is not False, "refine_scale": self.refine_scale or 1}
+
+    def describe(self) -> str:
+        """The protocol in one line: all that two results must share to be compared."""
+        scales = " ".join(f"{scale:g}" for scale in self.scales)
+        return "; ".join(
+            [
+                f"scale{'s' * (len(self.scales) > 1)} {scales} {'with' if self.flip else 'without'} flip",
+                f"short side {self.short_side}" if self.short_side else "images at their own size",
+                f"windows of {self.window} with stride {self.stride}" if self.window else "whole images",
+                f"refined by {self.refine_scale or 1} px" if self.refine is not False else "not refined",
+            ]
+        )
 
 
 def infer(model: UNEPT, images: Tensor, config: InferenceConfig) -> UNEPTOutput:
@@ -108,7 +128,7 @@ def infer(model: UNEPT, images: Tensor, config: InferenceConfig) -> UNEPTOutput:
 def predict_ids(model: UNEPT, images: Tensor, config: InferenceConfig) -> Tensor:
     """Class ids (B, H, W) int64 of images (B, 3, H, W) or (3, H, W), refined as `config` says; see `infer`."""
     output = infer(model, images, config)
-    return predicted_ids(output, images.shape[-2:], refine=config.refine, refine_scale=config.refine_scale or 1)
+    return predicted_ids(output, images.shape[-2:], **config.refinement)
 
 
 def _autocast(device_type: str, amp: str) -> torch.autocast:
@@ -122,8 +142,8 @@ def _is_plain(images: Tensor, config: InferenceConfig) -> bool:
     return (
         config.scales == (1.0,)
         and not config.flip
-        and config.short_side in (None, min(height, width))
-        and (config.window is None or max(height, width) <= config.window)
+        and config.short_side in (None, 0, min(height, width))
+        and (not config.window or max(height, width) <= config.window)
     )
 
 
@@ -149,11 +169,11 @@ def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=True)
 
 
-def _view_probabilities(model: UNEPT, view: Tensor, config: InferenceConfig) -> Tensor:
-    """(B, C, h, w) float32 of a view (B, 3, 8 h, 8 w), the average of itself and its mirror image if `config` flips."""
-    maps = _probabilities(model, view, config)
+def _probabilities(model: UNEPT, images: Tensor, config: InferenceConfig) -> Tensor:
+    """(B, C, h, w) float32 of images (B, 3, 8 h, 8 w), averaged with those of their mirror images if `config` flips."""
+    maps = _as_probabilities(model(images))
     if config.flip:
-        maps = (maps + _unmirrored(_probabilities(model, view.flip(-1), config), model.num_classes)) / 2
+        maps = (maps + _unmirrored(_as_probabilities(model(images.flip(-1))), model.num_classes)) / 2
     return maps
 
 
@@ -166,11 +186,14 @@ def _unmirrored(maps: Tensor, num_classes: int) -> Tensor:
     return maps
 
 
-def _probabilities(model: UNEPT, view: Tensor, config: InferenceConfig) -> Tensor:
-    """(B, C, h, w) float32 of a view (B, 3, 8 h, 8 w), seen whole or through windows."""
+def _view_probabilities(model: UNEPT, view: Tensor, config: InferenceConfig) -> Tensor:
+    """(B, C, h, w) float32 of a view (B, 3, 8 h, 8 w), seen whole or through windows.
+
+    It is the windows that are mirrored, each where it is: a mirrored view would take the memory of a second one.
+    """
     height, width = view.shape[2:]
-    if config.window is None or max(height, width) <= config.window:
-        return _as_probabilities(model(view))
+    if not config.window or max(height, width) <= config.window:
+        return _probabilities(model, view, config)
     rows, columns = min(config.window, height), min(config.window, width)
     corners = [
         (b, y, x)
@@ -184,7 +207,7 @@ def _probabilities(model: UNEPT, view: Tensor, config: InferenceConfig) -> Tenso
     for start in range(0, len(corners), config.window_batch):
         chosen = corners[start : start + config.window_batch]
         crops = torch.stack([view[b, :, y : y + rows, x : x + columns] for b, y, x in chosen])
-        for (b, y, x), maps in zip(chosen, _as_probabilities(model(crops)), strict=True):
+        for (b, y, x), maps in zip(chosen, _probabilities(model, crops, config), strict=True):
             at_y, at_x = slice(y // STRIDE, (y + rows) // STRIDE), slice(x // STRIDE, (x + columns) // STRIDE)
             total[b, :, at_y, at_x] += maps
             count[b, :, at_y, at_x] += 1

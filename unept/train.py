@@ -21,7 +21,6 @@ from .data import DatasetError, SegmentationDataset, check_splits
 from .data.loader import training_loader
 from .data.transforms import train_transform
 from .evaluate import draw_samples, evaluate_model, format_table
-from .inference import InferenceConfig
 from .loss import Targets, UNEPTLoss
 from .model import UNEPT
 from .optimizer import build_optimizer, learning_rate_factor
@@ -75,7 +74,6 @@ class Trainer:
         self.local_batch = distributed.from_main(self._local_batch)
         cuda = self.device.type == "cuda"
         torch.manual_seed(config.seed)
-        data = config.data
         self.train_set, self.validation_set = distributed.from_main(self._data_sets)
         self.resumes = distributed.from_main(lambda: continues(config, out))
         self.model = UNEPT(
@@ -95,7 +93,7 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(config, step)
         )
-        self.inference = InferenceConfig(short_side=data.short_side, refine_scale=config.refine_scale, amp=config.amp)
+        self.inference = config.inference()
         self.step = 0
         self.best = -1.0
         self.scores: dict[str, Any] = {}
