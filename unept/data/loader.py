@@ -7,7 +7,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -87,29 +87,36 @@ class Sample(NamedTuple):
     skipped: Sequence[str]
 
 
-def read_or_next(
-    dataset: SegmentationDataset, index: int
+def read_sample(
+    dataset: SegmentationDataset, index: int, on_bad_sample: OnBadSample = "error"
 ) -> tuple[int, tuple[tv_tensors.Image, tv_tensors.Mask], list[str]]:
-    """The sample at `index`, or else the next one that can be read, the first coming after the last.
+    """The sample at `index`; with `"skip"`, else the next one that can be read, the first coming after the last.
 
     Returns:
         Its index, itself, and what is wrong with each of those before it.
 
     Raises:
-        DatasetError: not one of the data set can be read.
+        DatasetError: it can't be read; with `"skip"`, none of the data set can.
     """
+    if on_bad_sample == "error":
+        return index, dataset[index], []
     errors: list[str] = []
-    for i in (*range(index, len(dataset)), *range(index)):
+    for i in itertools.chain(range(index, len(dataset)), range(index)):
         try:
             return i, dataset[i], errors
         except DatasetError as error:
             errors.append(str(error))
-    raise DatasetError(f"none of the data set's {len(dataset)} samples can be read; the first of them: {errors[0]}")
+    raise DatasetError(f"none of the data set's {len(dataset)} samples can be read. {errors[0]}")
+
+
+def report_skipped(errors: Iterable[str]) -> None:
+    """Say on stderr which samples were passed over, and why; each only once."""
+    for error in errors:
+        _report(error)
 
 
 @functools.cache
-def report_skipped(error: str) -> None:
-    """Say on stderr that a sample was passed over, and why; the same one only once."""
+def _report(error: str) -> None:
     tqdm.write(f"skipped: {error}", file=sys.stderr)
 
 
@@ -122,13 +129,13 @@ class TransformedDataset(Dataset):
     Args:
         dataset: what to read.
         transform: of its images and masks.
-        replace: take the next sample that can be read for one that can't; see `read_or_next`.
+        on_bad_sample: see `read_sample`.
     """
 
-    def __init__(self, dataset: SegmentationDataset, transform: Transform, replace: bool = False):
+    def __init__(self, dataset: SegmentationDataset, transform: Transform, on_bad_sample: OnBadSample = "error"):
         self.dataset = dataset
         self.transform = transform
-        self.replace = replace
+        self.on_bad_sample = on_bad_sample
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -136,15 +143,11 @@ class TransformedDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample | DatasetError:
         start = time.perf_counter()
         index, sample_seed = key
-        skipped: list[str] = []
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would seed every CUDA device as well.
             torch.default_generator.manual_seed(sample_seed)
             try:
-                if self.replace:
-                    _, pair, skipped = read_or_next(self.dataset, index)
-                else:
-                    pair = self.dataset[index]
+                _, pair, skipped = read_sample(self.dataset, index, self.on_bad_sample)
             except DatasetError as error:
                 return error
             tensors = tuple(tensor.as_subclass(Tensor) for tensor in self.transform(*pair))
@@ -184,20 +187,24 @@ class _Loader(DataLoader):
     leave_out = False
 
     def __iter__(self) -> Iterator[Any]:
+        error = None
         for batch in super().__iter__():
             if isinstance(batch, DatasetError):
                 if not self.leave_out:
-                    raise batch
+                    error = batch
+                    break
                 self._count([str(batch)])
                 continue
             if isinstance(batch, Batch):
                 self._count(batch.skipped)
             yield batch
+        # Not in the loop: its workers would live as long as the error's traceback, and then be waited for in vain.
+        if error is not None:
+            raise error
 
     def _count(self, errors: Sequence[str]) -> None:
         self.skipped += len(errors)
-        for error in errors:
-            report_skipped(error)
+        report_skipped(errors)
 
 
 def training_loader(
@@ -232,7 +239,7 @@ def training_loader(
     """
     start_sample = start_step * batch_size * world_size
     sampler = TrainingSampler(len(dataset), seed, start_sample, rank, world_size)
-    samples = TransformedDataset(dataset, transform, replace=on_bad_sample == "skip")
+    samples = TransformedDataset(dataset, transform, on_bad_sample)
     return _loader(samples, sampler, batch_size, workers, pin_memory, _collate)
 
 
@@ -281,7 +288,6 @@ def _loader(
         sampler=sampler,
         num_workers=workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        persistent_workers=workers > 0,
         collate_fn=collate,
         # Without a generator of its own, every iterator would draw its workers' base seed from the global one.
         generator=torch.Generator(),
