@@ -162,6 +162,32 @@ def test_bad_image_in_the_middle_of_a_run_loses_nothing(data, tmp_path, workers)
     assert again.step == 6
 
 
+def test_bad_images_are_skipped_where_asked_for(data, tmp_path, capsys):
+    """Training and validation go on without them; their number is kept over a resumed run."""
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    config = configuration(root, iterations=6, checkpoint_every=3, eval_every=3)
+    config.data.on_bad_sample, config.data.workers = "skip", 0
+    trainer = train.Trainer(config, tmp_path / "run")
+    for victim in ("train/3.png", "val/1.png"):  # after the check at the start
+        (root / "images" / victim).write_bytes(b"torn")
+    scores = trainer.train()
+    assert (scores["images"], scores["skipped"]) == (2, 1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    counts = [line["skipped"] for line in lines if "loss" in line]
+    assert counts[-1] == 2, "one in each of the two epochs"
+    assert f"{counts[-1]} times another image stood in" in capsys.readouterr().out
+    assert all(
+        line[key] > 0 for line in lines if "loss" in line for key in ("step_images_per_s", "loader_images_per_s")
+    )
+    (tmp_path / "run" / "checkpoints" / "step_00000006.pt").unlink()
+    for victim in ("train/3.png", "val/1.png"):
+        shutil.copy(data / "images" / victim, root / "images" / victim)
+    again = train.Trainer(dataclasses.replace(config, resume="auto"), tmp_path / "run")
+    again.train()
+    assert again.skipped_before == counts[0]
+
+
 def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     checkpoint.save_model(finished[1].model, folder)

@@ -94,6 +94,9 @@ class DataConfig:
     """Random brightness, contrast, saturation and hue."""
     workers: int = 2
     """Processes that load training data; 0 loads in the main process."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """A file that can't be read, or breaks a rule: error stops the run, to be continued when it is mended. skip trains
+    on the next image instead, leaves it out of evaluations, and counts how often."""
 
     def __post_init__(self) -> None:
         _require(min(self.crop_size) >= 8, f"crop_size {self.crop_size} is under 8 pixels")

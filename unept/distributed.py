@@ -110,6 +110,11 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sum_over_ranks(count: int, device: torch.device) -> int:
+    """The sum of every rank's count; waits for it."""
+    return round(mean_over_ranks(torch.tensor(float(count), device=device)).item() * world_size())
+
+
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with synchronised batch normalisation, its gradients averaged over the ranks in each backward.
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from . import cli, distributed, visual
 from .boundary import upsample_boundary
-from .data import SegmentationDataset, evaluation_loader
+from .data import DatasetError, SegmentationDataset, evaluation_loader
+from .data.loader import OnBadSample, read_sample, report_skipped
 from .inference import InferenceConfig, infer
 from .metrics import BoundaryFScore, ConfusionMatrix
 from .model import UNEPT, padded_size, predicted_ids
@@ -39,6 +40,8 @@ class EvaluateConfig:
     """auto: CUDA where there is a device."""
     workers: int = 2
     """Processes that read the data; 0 reads in the main process."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """A file that can't be read, or breaks a rule: error stops; skip leaves its image out, and says how many."""
 
 
 class _Tally:
@@ -66,6 +69,7 @@ def evaluate_model(
     boundary_tolerance: float,
     progress: bool = False,
     workers: int = 0,
+    on_bad_sample: OnBadSample = "error",
 ) -> dict[str, Any]:
     """Scores with and without refinement, from one pass of the network over the data set.
 
@@ -79,21 +83,22 @@ def evaluate_model(
         boundary_tolerance: pixels within which a boundary counts as found.
         progress: show a bar.
         workers: processes that read the data; 0: this one.
+        on_bad_sample: `"error"` raises for an image or label that can't be read, `"skip"` leaves its image out.
 
     Returns:
         `dataset`, its description; shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`,
         `boundary_f`, the same three ending in `_unrefined`, `mean_accuracy`; lists by class `iou`, `accuracy`,
         `class_boundary_f` and `share` (of the counted pixels); `left_out`, the names of the classes that have no IoU
-        (`ConfusionMatrix.scores`); and `boundary_tolerance`, `images` (their number), `images_per_s` (reading and
-        scoring included).
+        (`ConfusionMatrix.scores`); and `boundary_tolerance`, `images` (their number), `skipped` (how many more
+        were left out), `images_per_s` (reading and scoring included).
 
     Raises:
         ValueError: the model and the data set have different numbers of classes, or the data set is empty.
-        DatasetError: a file of the data set breaks a rule.
+        DatasetError: a file of the data set breaks a rule; with `"skip"`, all images were left out.
     """
     check_classes(model, dataset)
     world_size = distributed.world_size()
-    loader = evaluation_loader(dataset, distributed.rank(), world_size, workers)
+    loader = evaluation_loader(dataset, distributed.rank(), world_size, workers, on_bad_sample=on_bad_sample)
     refined, unrefined = (_Tally(dataset, boundary_tolerance, device) for _ in range(2))
     start = time.perf_counter()
     for image, labels in tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False):
@@ -105,6 +110,10 @@ def evaluate_model(
     if world_size > 1:
         refined.all_reduce()
         unrefined.all_reduce()
+    skipped = distributed.sum_over_ranks(loader.skipped, device)
+    if skipped == len(dataset):
+        raise DatasetError(f"none of the {skipped} images could be read: see the reasons above")
+    images = len(dataset) - skipped
     regions, boundaries = refined.regions.scores(), refined.boundaries.scores()
     truth = refined.regions.matrix.sum(1)
     plain = unrefined.regions.scores()
@@ -123,8 +132,9 @@ def evaluate_model(
         "share": (truth / truth.sum()).tolist(),
         "left_out": [name for name, iou in zip(dataset.classes, regions.iou, strict=True) if math.isnan(iou)],
         "boundary_tolerance": boundary_tolerance,
-        "images": len(dataset),
-        "images_per_s": len(dataset) / (time.perf_counter() - start),
+        "images": images,
+        "skipped": skipped,
+        "images_per_s": images / (time.perf_counter() - start),
     }
 
 
@@ -146,14 +156,25 @@ def check_classes(model: UNEPT, dataset: SegmentationDataset) -> None:
 
 
 def draw_samples(
-    model: UNEPT, dataset: SegmentationDataset, count: int, config: InferenceConfig, device: torch.device, path: Path
+    model: UNEPT,
+    dataset: SegmentationDataset,
+    count: int,
+    config: InferenceConfig,
+    device: torch.device,
+    path: Path,
+    on_bad_sample: OnBadSample = "error",
 ) -> None:
-    """Draw `count` images spread evenly over the data set and what the model makes of them (`visual.sample_panel`)."""
+    """Draw `count` images spread evenly over the data set and what the model makes of them (`visual.sample_panel`).
+
+    With `on_bad_sample` `"skip"`, the next image is drawn for one that can't be read.
+    """
     check_classes(model, dataset)
     count = min(count, len(dataset))
     samples = []
     for i in (n * len(dataset) // count for n in range(count)):
-        image, truth = (tensor.as_subclass(Tensor) for tensor in dataset[i])
+        i, pair, skipped = read_sample(dataset, i, on_bad_sample)
+        report_skipped(skipped)
+        image, truth = (tensor.as_subclass(Tensor) for tensor in pair)
         output = infer(model, image.to(device), config)
         size = (truth.shape[0], truth.shape[1])
         prediction = predicted_ids(output, size, refine=False)[0]
@@ -179,9 +200,10 @@ def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
     for label, key in (("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f")):
         values = f"{_percent(scores[key]):>10}  {_percent(scores[key + '_unrefined']):>10}"
         lines.append(f"{label:{len('boundary F')}}  {values}")
+    unread = f" ({scores['skipped']} more left out, as they can't be read)" if scores["skipped"] else ""
     lines.append(
         f"{scores['dataset']}. All in percent; boundary F within {scores['boundary_tolerance']} px; "
-        f"{scores['images']} images, {scores['images_per_s']:.1f} images/s."
+        f"{scores['images']} images{unread}, {scores['images_per_s']:.1f} images/s."
     )
     if left_out := scores["left_out"]:
         lines.append(
@@ -220,9 +242,10 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
     dataset = trained.data.build(options.split, options.root)
     config = cli.as_trained(options.inference, trained)
     tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
+    reading: dict[str, Any] = {"workers": options.workers, "on_bad_sample": options.on_bad_sample}
     progress = distributed.is_main()
     with cli.out_of_memory("with whole images: --window sees them in parts, --window-batch fewer of these at once"):
-        scores = evaluate_model(model, dataset, config, device, tolerance, progress, options.workers)
+        scores = evaluate_model(model, dataset, config, device, tolerance, progress, **reading)
     if not distributed.is_main():
         return
     print(f"{format_table(scores, dataset.classes)}\nProtocol: {config.describe()}.")

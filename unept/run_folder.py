@@ -10,6 +10,7 @@ from .config import TrainConfig
 # Options that may differ between a run and its continuation: they don't change the result.
 FREE_TO_CHANGE = {"out", "resume", "device", "log_every", "eval_every", "checkpoint_every", "num_samples", "workers"}
 FREE_TO_CHANGE |= {"root", "pretrained_backbone", "backbone_weights"}  # data and weights may have moved
+FREE_TO_CHANGE |= {"check_data", "on_bad_sample"}  # after a file was found to be bad
 
 
 def run_folder(config: TrainConfig, preset: str) -> Path:

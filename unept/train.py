@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from . import cli, distributed
 from .checkpoint import checkpoints, load_latest, save_checkpoint, save_model, write_atomically
 from .config import TrainConfig
 from .data import DatasetError, SegmentationDataset, check_splits
-from .data.loader import training_loader
+from .data.loader import Batch, training_loader
+from .data.photometric import distort
 from .data.transforms import train_transform
 from .evaluate import draw_samples, evaluate_model, format_table
 from .loss import Targets, UNEPTLoss
@@ -27,6 +27,7 @@ from .optimizer import build_optimizer, learning_rate_factor
 from .presets import PRESETS
 from .recorder import Recorder
 from .run_folder import check_same_run, continues, run_folder
+from .throughput import Throughput
 
 
 def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
@@ -86,9 +87,10 @@ class Trainer:
         self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
         compiled = cuda if config.compile == "auto" else config.compile == "on"
         self.network = distributed.parallel(self.model, self.device)
-        self.predict, self.terms = self.network, self.loss.terms
+        self.predict, self.terms, self.distort = self.network, self.loss.terms, distort
         if compiled:
             self.predict, self.terms = torch.compile(self.predict), torch.compile(self.terms)
+            self.distort = torch.compile(self.distort)
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(config, step)
@@ -99,12 +101,15 @@ class Trainer:
         self.scores: dict[str, Any] = {}
         self.pending: list[Tensor] = []  # terms of the steps since the last log line, on the device
         self.recorder: Recorder | None = None  # of rank 0
+        self.throughput = Throughput(self.device, config.data.workers, distributed.world_size())
+        self.skipped_before = 0  # bad samples, of all ranks, before the run was resumed
 
     def train(self) -> dict[str, Any]:
         """Run to the end, from the last checkpoint if the run resumes; returns the last evaluation's scores."""
         self._open()
         config = self.config
-        batches = iter(self._loader())
+        self.loader = self._loader()
+        batches = iter(self.loader)
         bar = tqdm(
             total=config.iterations,
             initial=self.step,
@@ -114,18 +119,18 @@ class Trainer:
         )
         advice = self._memory_advice()
         self.model.train()
-        self.clock = time.perf_counter()
+        self.throughput.go()
         while self.step < config.iterations:
             try:
-                images, labels = next(batches)
+                batch = next(batches)
             except DatasetError:
                 if (
                     distributed.world_size() == 1
                 ):  # the others don't know of it, and can't take part in what saving asks
                     self._save()  # the run goes on from here once the file is mended
                 raise
-            with cli.out_of_memory(advice):
-                self.pending.append(self.optimize(images.to(self.device), labels.to(self.device)))
+            with cli.out_of_memory(advice), self.throughput.step(len(batch.images), batch.seconds):
+                self.pending.append(self.optimize(*self._on_device(batch)))
             self.step += 1
             bar.update()
             last = self.step == config.iterations
@@ -136,6 +141,8 @@ class Trainer:
             if self.step % config.checkpoint_every == 0 or last:
                 self._save()
         bar.close()
+        if (skipped := self._skipped()) and distributed.is_main():
+            print(f"{skipped} times another image stood in for one that can't be read")
         if self.recorder is not None:
             self.recorder.close()
         return self.scores or self._score()  # a run that was finished already has not been evaluated by this process
@@ -157,6 +164,19 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return torch.stack(terms).sum(0)
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Its images, their colours distorted, and its labels."""
+        images = batch.images.to(self.device, non_blocking=True)
+        if batch.strengths is not None:
+            images = self.distort(images, batch.strengths.to(self.device, non_blocking=True))
+        return images, batch.labels.to(self.device, non_blocking=True)
+
+    def _skipped(self) -> int:
+        """Bad samples that others stood in for, in all of the run."""
+        if self.config.data.on_bad_sample == "error":
+            return 0
+        return self.skipped_before + distributed.sum_over_ranks(self.loader.skipped, self.device)
 
     def _backward(self, images: Tensor, targets: Targets, last: bool) -> Tensor:
         """Add the gradients of one part of the batch; with the last one, they are averaged over the ranks."""
@@ -195,6 +215,7 @@ class Trainer:
             workers=data.workers,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            on_bad_sample=data.on_bad_sample,
         )
 
     def _local_batch(self) -> int:
@@ -246,13 +267,16 @@ class Trainer:
         return dict(zip(self.term_names, history.mean(dim=0).tolist(), strict=True))
 
     def _log(self) -> dict[str, str]:
-        means = self._flush()
-        elapsed, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        rate = len(self.pending) * self.config.batch_size / elapsed
+        means, rates = self._flush(), self.throughput.rates()
         self.pending.clear()
         lr = self.optimizer.param_groups[0]["lr"]
-        self._write({"step": self.step, **means, "lr": lr, "images_per_s": rate})
-        shown = {"loss": f"{means['loss']:.3f}", "lr": f"{lr:.1e}", "img/s": f"{rate:.1f}"}
+        line = {"step": self.step, **means, "lr": lr, **rates}
+        shown = {"loss": f"{means['loss']:.3f}", "lr": f"{lr:.1e}"}
+        for label, key in (("img/s", "images_per_s"), ("step", "step_images_per_s"), ("loader", "loader_images_per_s")):
+            shown[label] = f"{rates[key]:.1f}"
+        if self.config.data.on_bad_sample == "skip":
+            line["skipped"] = self._skipped()
+        self._write(line)
         memory = peak_memory(self.device)
         return shown if memory is None else {**shown, "GiB": f"{memory:.1f}"}
 
@@ -262,9 +286,18 @@ class Trainer:
 
     def _score(self) -> dict[str, Any]:
         tolerance, workers = self.config.boundary_tolerance, self.config.data.workers
-        return evaluate_model(self.model, self.validation_set, self.inference, self.device, tolerance, workers=workers)
+        return evaluate_model(
+            self.model,
+            self.validation_set,
+            self.inference,
+            self.device,
+            tolerance,
+            workers=workers,
+            on_bad_sample=self.config.data.on_bad_sample,
+        )
 
     def _evaluate(self) -> None:
+        self.throughput.stop()
         if self.pending:
             self._flush()  # a diverged model must not become the best
         with cli.out_of_memory("during the evaluation, which sees whole images: --window sees them in parts"):
@@ -276,18 +309,19 @@ class Trainer:
             self._write({"step": self.step, **{k: v for k, v in self.scores.items() if isinstance(v, (int, float))}})
             if self.config.num_samples:
                 picture = self.out / "samples" / f"step_{self.step:08d}.png"
-                count = self.config.num_samples
-                draw_samples(self.model, self.validation_set, count, self.inference, self.device, picture)
+                where = (self.config.num_samples, self.inference, self.device, picture)
+                draw_samples(self.model, self.validation_set, *where, self.config.data.on_bad_sample)
             self.recorder.draw_curves()
             if better:
                 save_model(self.model, self.out / "model")
         self.model.train()
-        self.clock = time.perf_counter()
+        self.throughput.go()
 
     def _save(self) -> None:
         if self.pending:
             self._flush()  # never overwrite a good checkpoint with a diverged one
         pending = [distributed.mean_over_ranks(terms) for terms in self.pending]
+        skipped = self._skipped()
         if not distributed.is_main():
             return
         state = {
@@ -298,6 +332,7 @@ class Trainer:
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "pending": pending,
             "best": self.best,
+            "skipped": skipped,
         }
         save_checkpoint(self.out / "checkpoints", self.step, state)
 
@@ -338,7 +373,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.skipped_before = state["step"], state["best"], state["skipped"]
         self.pending = [terms.to(self.device) for terms in state["pending"]]
 
 

@@ -144,14 +144,16 @@ class FileDataset(SegmentationDataset):
         self.pairs = pairs
         self.classes = classes
         self.palette = palette
-        self._training_id: np.ndarray = np.full(256, -1, dtype=np.int16)  # -1: no label may hold this id
+        self._known: np.ndarray = np.zeros(256, dtype=bool)  # the ids that labels may hold
+        self._training_id: np.ndarray = np.zeros(256, dtype=np.uint8)
         for file_id, training_id in label_ids.items():
+            self._known[file_id] = True
             self._training_id[file_id] = training_id
 
     @property
     def file_ids(self) -> tuple[int, ...]:
         """The id of each of the K classes in label files: the inverse of `label_ids`."""
-        return tuple(int(np.flatnonzero(self._training_id == k)[0]) for k in range(len(self.classes)))
+        return tuple(int(np.flatnonzero(self._known & (self._training_id == k))[0]) for k in range(len(self.classes)))
 
     @property
     def labelled(self) -> bool:
@@ -172,23 +174,22 @@ class FileDataset(SegmentationDataset):
         ids = read_label_ids(label_path)
         if ids.shape != image.shape[1:]:
             raise DatasetError(_sizes_differ(image_path, tuple(image.shape[1:]), label_path, ids.shape))
-        labels = self._training_id[ids]
-        if labels.min() < 0:
-            raise DatasetError(self._unknown_ids(label_path, ids))
-        return image, tv_tensors.Mask(torch.from_numpy(labels.astype(np.uint8)))
+        counts = torch.bincount(torch.from_numpy(ids).flatten(), minlength=256).numpy()
+        if counts[~self._known].any():
+            raise DatasetError(self._unknown_ids(label_path, counts))
+        return image, tv_tensors.Mask(torch.from_numpy(self._training_id.take(ids)))
 
     def image(self, i: int) -> tv_tensors.Image:
         """The image of sample `i`; its label is not read."""
-        return tv_tensors.Image(read_image(self.pairs[i][0]))
+        return tv_tensors.Image(_read_image(self.pairs[i][0]))
 
     def name(self, i: int) -> str:
         """The stem of the image's file name."""
         return self.pairs[i][0].stem
 
-    def _unknown_ids(self, path: Path, ids: np.ndarray) -> str:
-        counts = np.bincount(ids.ravel(), minlength=256)
-        bad = [f"id {i} in {counts[i]} pixels" for i in range(256) if counts[i] and self._training_id[i] < 0]
-        allowed = ", ".join(_ranges([i for i in range(256) if self._training_id[i] >= 0]))
+    def _unknown_ids(self, path: Path, counts: np.ndarray) -> str:
+        bad = [f"id {i} in {counts[i]} pixels" for i in range(256) if counts[i] and not self._known[i]]
+        allowed = ", ".join(_ranges([i for i in range(256) if self._known[i]]))
         return (
             f"{path} holds {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}, outside the class list: "
             f"the {len(self.classes)} classes allow {allowed}. Correct the label, or add the class to the list"
@@ -261,9 +262,15 @@ def read_image(path: Path) -> Tensor:
     Raises:
         DatasetError: if the file is missing, truncated, corrupt or of floating point.
     """
+    return _read_image(path).contiguous()
+
+
+def _read_image(path: Path) -> Tensor:
+    """As `read_image`, but with the channels innermost in memory, as PIL has them: resampling is faster so."""
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+            image: Image.Image = file
+            ImageOps.exif_transpose(image, in_place=True)
     except UNREADABLE as error:
         raise DatasetError(_unreadable(path, error)) from error
     if image.mode == "F":
@@ -272,7 +279,9 @@ def read_image(path: Path) -> Tensor:
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     elif "transparency" in image.info:
         image = image.convert("RGBA")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_label_ids(path: Path) -> np.ndarray:

@@ -1,19 +1,24 @@
 """Training and evaluation transforms (Sec. 4.2), on uint8 tv_tensors.
 
 Each takes `(image, mask)`: a `tv_tensors.Image`, uint8 (3, H, W), and a `tv_tensors.Mask`, uint8 (H, W), and gives the
-same. Randomness comes from torch's global generator. Normalisation is the model's, by its backbone's mean and std.
+same. Randomness comes from torch's global generator. Colours are distorted later, on the device (`photometric`), and
+normalisation is the model's, by its backbone's mean and std.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from math import ceil
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from .base import IGNORE_INDEX
+from .photometric import DrawDistortion
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: what a normalised image holds zero for
 CROP_TRIES = 10
@@ -28,7 +33,7 @@ def train_transform(
     photometric: bool = True,
     fill: Sequence[int] = MEAN_COLOUR,
 ) -> v2.Compose:
-    """Random scale, random crop, horizontal flip, photometric distortion, padding to the crop size.
+    """Random scale, random crop, horizontal flip, padding to the crop size; strengths of a photometric distortion.
 
     Args:
         crop_size: of the result, (height, width) or one int for both.
@@ -36,22 +41,20 @@ def train_transform(
         scale: the smallest and the largest random scale, uniform in between.
         category_cap: draw up to 10 crops until no class has this share of the pixels that count; 1 or more: the first.
         flip: mirror half of the images.
-        photometric: distort brightness, contrast, saturation and hue.
+        photometric: give `(image, mask, strengths)`, for `photometric.distort` to change brightness, contrast,
+            saturation and hue of the batch.
         fill: (r, g, b) of the padding right of and below a small image; the mask is padded with 255.
 
     Raises:
         ValueError: if crop_size, short_side or scale is not positive, or scale's bounds are swapped.
     """
-    height, width = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
-    steps: list[v2.Transform] = [
-        RandomShortSide(short_side, scale),
-        CategoryCapCrop((height, width), category_cap),
-    ]
+    size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
+    steps: list[v2.Transform] = [RandomScaledCrop(size, short_side, scale, category_cap)]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
     if photometric:
-        steps.append(PhotometricDistortion())
-    steps.append(PadTo((height, width), fill))
+        steps.append(DrawDistortion())
+    steps.append(PadTo(size, fill))
     return v2.Compose(steps)
 
 
@@ -60,78 +63,99 @@ def eval_transform(short_side: int | None = None) -> v2.Transform:
     return v2.Identity() if short_side is None else ResizeImage(short_side)
 
 
-class RandomShortSide(v2.Transform):
-    """Scale image and mask by one random factor, relative to the size where the shorter side is `short_side`.
+class Span(NamedTuple):
+    """One axis of a crop that is also resampled: `size` pixels, `step` pixels of the image each, from `start` on."""
 
-    The image is resampled bilinearly with antialiasing; the mask takes the nearest pixel by centres, so that it is not
-    shifted against the image.
+    start: int
+    step: float
+    size: int
+
+    def source(self, length: int) -> slice:
+        """The image's pixels that the crop's are made of, on an axis of `length`; at least what interpolation reads."""
+        return slice(self.start, min(length, self.start + ceil((self.size + 1) * self.step) + 1))
+
+    def nearest(self, length: int) -> np.ndarray:
+        """The image's pixel at the centre of each of the crop's."""
+        centres = self.start + (np.arange(self.size) + 0.5) * self.step
+        return np.minimum(centres.astype(np.int64), length - 1)
+
+
+def scaled_crop(image: Tensor, rows: Span, columns: Span) -> Tensor:
+    """A crop of a resized image, uint8 (3, H, W) to (3, rows.size, columns.size), without resizing all of it.
+
+    Bilinear with antialiasing. Pixels before the first row and column are not looked at, as at an image's border.
+    """
+    source = image[:, rows.source(image.shape[1]), columns.source(image.shape[2])]
+    # One billionth: the size below is rounded down, and must not fall short of the crop.
+    factors = (1 / rows.step * (1 + 1e-9), 1 / columns.step * (1 + 1e-9))
+    resized = interpolate(source[None], scale_factor=factors, mode="bilinear", antialias=True)[0]
+    return resized[:, : rows.size, : columns.size].contiguous()
+
+
+def scaled_mask_crop(mask: Tensor, rows: Span, columns: Span) -> Tensor:
+    """The same of a mask, uint8 (H, W): each pixel takes the nearest by centres, so that none is shifted."""
+    # NumPy's take is several times as fast on uint8 as torch's index_select.
+    taken = mask.numpy().take(rows.nearest(mask.shape[0]), 0).take(columns.nearest(mask.shape[1]), 1)
+    return torch.from_numpy(taken)
+
+
+class RandomScaledCrop(v2.Transform):
+    """Scale at random, then crop at random, trying again while one class fills too much of the pixels that count.
+
+    The scale is relative to the size where the shorter side is `short_side`, None: the image's own. The tenth crop is
+    taken as it is. A side that is smaller than the crop stays whole. Only what the crop shows is resampled; for that
+    its corner lies on a corner of one of the image's own pixels.
     """
 
-    def __init__(self, short_side: int | None = None, scale: tuple[float, float] = (0.5, 2.0)):
+    def __init__(
+        self,
+        size: tuple[int, int],
+        short_side: int | None = None,
+        scale: tuple[float, float] = (0.5, 2.0),
+        category_cap: float = 0.75,
+    ):
         super().__init__()
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale is {scale}; give (smallest, largest), both above 0")
+        self.size = tuple(_positive("crop_size", side) for side in size)
         self.short_side = _positive("short_side", short_side)
         self.scale = scale
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the size."""
-        height, width = F.get_size(flat_inputs[0])
-        factor = torch.empty(()).uniform_(*self.scale).item()
-        if self.short_side is not None:
-            factor *= self.short_side / min(height, width)
-        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize one input."""
-        if isinstance(inpt, tv_tensors.Mask):
-            # v2's own mask resize is mode="nearest", which rounds down: up to half a pixel off the image.
-            resized = interpolate(inpt.as_subclass(torch.Tensor)[None, None], params["size"], mode="nearest-exact")
-            return tv_tensors.wrap(resized[0, 0], like=inpt)
-        return F.resize(inpt, params["size"], antialias=True)
-
-
-class CategoryCapCrop(v2.Transform):
-    """Crop at random, trying again while one class fills `category_cap` or more of the pixels that count.
-
-    The tenth crop is taken as it is. A side that is smaller than the crop stays whole.
-    """
-
-    def __init__(self, size: tuple[int, int], category_cap: float = 0.75):
-        super().__init__()
-        self.height, self.width = (_positive("crop_size", side) for side in size)
         self.category_cap = category_cap
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the crop."""
-        (mask,) = (item for item in flat_inputs if isinstance(item, tv_tensors.Mask))
-        height, width = F.get_size(mask)
-        box = {"height": min(self.height, height), "width": min(self.width, width)}
+        """Draw the scale and the crop, and take the mask's."""
+        (mask,) = (item.as_subclass(Tensor) for item in flat_inputs if isinstance(item, tv_tensors.Mask))
+        factor = torch.empty(()).uniform_(*self.scale).item()
+        if self.short_side is not None:
+            factor *= self.short_side / min(mask.shape)
+        axes = [(length, *_scaled(length, factor, crop)) for length, crop in zip(mask.shape, self.size, strict=True)]
         for _ in range(CROP_TRIES):
-            box["top"] = int(torch.randint(height - box["height"] + 1, ()))
-            box["left"] = int(torch.randint(width - box["width"] + 1, ()))
-            if self.category_cap >= 1 or self._is_varied(F.crop(mask, **box)):
+            rows, columns = (
+                Span(int(torch.randint(int(length - size * step) + 1, ())), step, size) for length, step, size in axes
+            )
+            cropped = scaled_mask_crop(mask, rows, columns)
+            if self.category_cap >= 1 or self._is_varied(cropped):
                 break
-        return box
+        return {"rows": rows, "columns": columns, "mask": cropped}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Crop one input."""
-        return F.crop(inpt, **params)
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.wrap(params["mask"], like=inpt)
+        return tv_tensors.wrap(scaled_crop(inpt.as_subclass(Tensor), params["rows"], params["columns"]), like=inpt)
 
-    def _is_varied(self, mask: torch.Tensor) -> bool:
+    def _is_varied(self, mask: Tensor) -> bool:
         counts = torch.bincount(mask.flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
         return bool(counts.max() < self.category_cap * counts.sum())
 
 
-class PhotometricDistortion(v2.RandomPhotometricDistort):
-    """Brightness, contrast, saturation and hue, each with probability 0.5, in the ranges and the order of SSD.
-
-    (Liu et al., "SSD: Single Shot MultiBox Detector", 2016.) Channels are not permuted: colour tells classes apart.
-    """
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the strengths."""
-        return super().make_params(flat_inputs) | {"channel_permutation": None}
+def _scaled(length: int, factor: float, crop: int) -> tuple[float, int]:
+    """A `Span`'s step and size on an axis of `length` that is scaled and then cropped."""
+    scaled = max(1, round(length * factor))
+    if abs(scaled - length) * min(crop, length) < length:
+        # Over the crop it moves no pixel by one: torch would take such an axis as it is, and the mask must match it.
+        scaled = length
+    return length / scaled, min(crop, scaled)
 
 
 class PadTo(v2.Transform):
@@ -144,9 +168,17 @@ class PadTo(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Pad one input."""
-        height, width = F.get_size(inpt)
-        padding = [0, 0, max(0, self.size[1] - width), max(0, self.size[0] - height)]
-        return F.pad(inpt, padding, fill=IGNORE_INDEX if isinstance(inpt, tv_tensors.Mask) else list(self.fill))
+        height, width = inpt.shape[-2:]
+        if height >= self.size[0] and width >= self.size[1]:
+            return inpt
+        padded = torch.empty(*inpt.shape[:-2], max(height, self.size[0]), max(width, self.size[1]), dtype=inpt.dtype)
+        if isinstance(inpt, tv_tensors.Mask):
+            padded.fill_(IGNORE_INDEX)
+        else:
+            for channel, value in zip(padded, self.fill, strict=True):
+                channel.fill_(value)
+        padded[..., :height, :width] = inpt
+        return tv_tensors.wrap(padded, like=inpt)
 
 
 class ResizeImage(v2.Transform):
