@@ -157,10 +157,11 @@ def picture_row(pictures: Mapping[str, Tensor], path: Path, star: tuple[float, f
 
 
 def heat(values: Tensor, image: Tensor, alpha: float = 0.65) -> Tensor:
-    """Values (H, W) >= 0 in colour, dark to bright up to their 99.5 % quantile, over an image (3, H, W) uint8."""
-    top = np.quantile(values.cpu().numpy(), 0.995)
-    colors = torch.from_numpy(colormaps["inferno"]((values.cpu() / max(top, 1e-12)).clamp(0, 1).numpy())[..., :3])
-    return image.cpu().float().lerp(colors.permute(2, 0, 1).float() * 255, alpha).round().to(torch.uint8)
+    """Values (H, W) in colour, dark to bright from 0.5 % to 99.5 % of them, over an image (3, H, W) uint8."""
+    low, high = np.quantile(values.cpu().numpy(), (0.005, 0.995))
+    share = (values.cpu().numpy() - low) / max(high - low, 1e-12)
+    colors = torch.from_numpy(colormaps["inferno"](share.clip(0, 1), bytes=True)[..., :3]).permute(2, 0, 1)
+    return image.cpu().float().lerp(colors.float(), alpha).round().to(torch.uint8)
 
 
 def curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -227,16 +228,17 @@ def sampled_points(points: SampledPoints, image: Tensor, caption: str, path: Pat
         caption: above the picture.
         path: of the picture.
     """
-    num_heads, num_levels, _ = points.weights.shape
+    num_heads, num_levels, num_points = points.weights.shape
     height, width = points.covered
     figure = Figure(figsize=(4.2 * num_levels + 1, 8.4 * height / width + 1.2), dpi=DPI, layout="compressed")
     axes = figure.subplots(2, num_levels, squeeze=False)
     picture = _pixels(image.float().lerp(torch.full_like(image, 255, dtype=torch.float32), 0.45).to(torch.uint8))
-    heads = torch.arange(num_heads)[:, None].expand(points.weights.shape[0], points.weights.shape[2])
-    colors = {"weight": ("viridis", 0.0, float(points.weights.max())), "head": ("tab20", -0.5, 19.5)}
+    count = 10 if num_heads <= 10 else 20  # colours
+    heads = (torch.arange(num_heads) % count)[:, None].expand(-1, num_points)
+    colors = {"weight": ("viridis", 0.0, float(points.weights.max())), "head": (f"tab{count}", -0.5, count - 0.5)}
     for row, (what, (cmap, low, high)) in zip(axes, colors.items(), strict=True):
         for level, axis in enumerate(row):
-            value = points.weights[:, level] if what == "weight" else heads % 20
+            value = points.weights[:, level] if what == "weight" else heads
             axis.imshow(picture)
             drawn = _scatter(axis, points, level, value, cmap=cmap, vmin=low, vmax=high)
             axis.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), facecolor="0.85")
@@ -247,17 +249,14 @@ def sampled_points(points: SampledPoints, image: Tensor, caption: str, path: Pat
         rows, columns = points.shapes[level]
         share = float(points.weights[:, level].sum() / num_heads)
         outside = int((~points.inside[:, level]).sum())
-        note = f", {outside} points outside" if outside else ""
+        note = f", {outside} outside (x)" if outside else ""
         axis.set_title(f"scale {level + 1} ({rows}x{columns}): {share:.0%} of the weight{note}", fontsize=9)
-    marks = [Line2D([], [], color=colormaps["tab20"](m % 20), marker="o", linestyle="") for m in range(num_heads)]
-    figure.legend(
-        marks,
-        [f"head {m + 1}" for m in range(num_heads)],
-        loc="outside lower center",
-        ncols=min(num_heads, 10),
-        fontsize=9,
-        frameon=False,
-    )
+    dots = [colormaps[f"tab{count}"](m % count) for m in range(num_heads)]
+    marks = [
+        Line2D([], [], color=color, marker="o", linestyle="", label=f"head {m}")
+        for m, color in enumerate(dots, start=1)
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=10, fontsize=9, frameon=False)
     figure.suptitle(caption, fontsize=11)
     figure.savefig(path, bbox_inches="tight")
 
@@ -270,13 +269,15 @@ def _scatter(axis: Any, points: SampledPoints, level: int, value: Tensor, **colo
     area = 22 * points.weights[:, level] * points.weights[0].numel()
     for marker, chosen in (("x", ~points.inside[:, level]), ("o", points.inside[:, level])):
         x, y = xy[chosen].unbind(-1)
-        edge = {"edgecolors": "black", "linewidths": 0.4} if marker == "o" else {"linewidths": 1.2, "clip_on": False}
-        drawn = axis.scatter(x, y, s=area[chosen].clamp(4, 200), c=value[chosen], marker=marker, **edge, **colors)
+        edge = {"edgecolors": "black", "linewidths": 0.4} if marker == "o" else {"linewidths": 1.4}
+        drawn = axis.scatter(
+            x, y, s=area[chosen].clamp(9, 200), c=value[chosen], marker=marker, clip_on=False, **edge, **colors
+        )
     return drawn
 
 
 def _star(axis: Any, xy: tuple[float, float]) -> None:
-    axis.plot(*xy, marker="*", markersize=15, color="lime", markeredgecolor="black", markeredgewidth=0.8)
+    axis.plot(*xy, marker="*", markersize=14, zorder=0.9, color="lime", markeredgecolor="black", markeredgewidth=0.8)
 
 
 def class_comparison(

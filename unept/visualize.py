@@ -48,7 +48,7 @@ class VisualizeConfig:
     out: Path = Path("visualizations")
     """Folder for the pictures."""
     pictures: tuple[Picture, ...] = get_args(Picture)
-    """Which: refinement (predictions before and after, Fig. 3, 4), pyramid (principal components of the features,
+    """Which: refinement (predictions before and after it, Fig. 3 and 4), pyramid (principal components of features,
     Fig. 5), attention (of a ViT backbone, Fig. 6), points (that a query samples, Fig. 7)."""
     query: tuple[float, float] | None = None
     """(x, y) in pixels of the image: whose points and attention to show. None: the centre of the image."""
@@ -70,6 +70,8 @@ class VisualizeConfig:
             raise ValueError(f"pictures is empty; give some of {', '.join(get_args(Picture))}")
         if self.layer is not None and self.layer < 1:
             raise ValueError(f"layer is {self.layer}; layers count from 1")
+        if not self.inference.refine:
+            raise ValueError("--no-refine leaves nothing to compare: choose other pictures with --pictures instead")
 
 
 def most_different(first: Tensor, second: Tensor) -> tuple[int, int, int, int]:
@@ -173,8 +175,8 @@ def compare_classes(first: Path, second: Path) -> tuple[list[tuple[str, float, f
     one, other = load_evaluation(first), load_evaluation(second)
     if one["classes"] != other["classes"]:
         raise ValueError(
-            f"{first} has {len(one['classes'])} classes and {second} {len(other['classes'])}, and they are not the same "
-            "in the same order: compare runs on one class list"
+            f"the {len(one['classes'])} classes of {first} and the {len(other['classes'])} of {second} differ in name "
+            "or order: compare runs on one class list"
         )
     if one["split"] != other["split"]:
         raise ValueError(
@@ -197,8 +199,11 @@ def run_names(first: Path, second: Path) -> tuple[str, str]:
 
 def draw_image(
     options: VisualizeConfig, config: InferenceConfig, model: UNEPT, layer: SparseSamplingAttention, file: Path
-) -> None:
-    """Draw the pictures of one image that the options name and the network has; print what was drawn or why not.
+) -> list[str]:
+    """Draw the pictures of one image that the options name, and print where they are.
+
+    Returns:
+        Which pictures the network does not allow, and why.
 
     Raises:
         DatasetError: the image can't be read, or the query lies outside of it.
@@ -213,6 +218,7 @@ def draw_image(
             f"--query X Y from 0 0 to {width - 1} {height - 1}"
         )
     recording = record(model, image, config, query, layer)
+    missing = []
     for picture in dict.fromkeys(options.pictures):
         path = options.out / f"{file.stem}_{picture}.png"
         note = ""
@@ -228,12 +234,13 @@ def draw_image(
             else:
                 caption = f"{file.stem}: what one query of the {options.points_of.replace('-', ' ')} reads"
                 visual.sampled_points(recording.points, image.cpu(), caption, path)
-        except NotInModel as missing:
+        except NotInModel as error:
             if len(set(options.pictures)) == 1:
                 raise
-            print(missing)
-            continue
-        print(f"{path}{note}")
+            missing.append(str(error))
+        else:
+            print(f"{path}{note}")
+    return missing
 
 
 def visualize(options: VisualizeConfig) -> int:
@@ -264,10 +271,13 @@ def visualize(options: VisualizeConfig) -> int:
     config = cli.as_trained(options.inference, trained)
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"Model of {run}")
-    failed = 0
+    failed, told = 0, set()
     for file in files:
         try:
-            draw_image(options, config, model, layer, file)
+            for line in draw_image(options, config, model, layer, file):
+                if line not in told:
+                    print(line)
+                    told.add(line)
         except DatasetError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
