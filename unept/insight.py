@@ -67,7 +67,7 @@ def record(
         seen["features"] = [feature[0].float().cpu() for feature in output]
 
     def note_points(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen["points"] = _sampled(attention, *args, covered=seen["covered"], position=query)
+        seen["points"] = points_of_query(attention, *args, covered=seen["covered"], position=query)
 
     once = dataclasses.replace(config, scales=(1.0,), flip=False, window=None, window_stride=None)
     with contextlib.ExitStack() as stack:
@@ -100,7 +100,7 @@ def _attention_maps(backbone: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _sampled(
+def points_of_query(
     attention: SparseSamplingAttention,
     query: Tensor,
     value: Tensor,
@@ -110,9 +110,14 @@ def _sampled(
     covered: tuple[float, float],
     position: tuple[float, float],
 ) -> SampledPoints:
-    """The points of the query nearest to `position`, (x, y) in pixels of the image; first the module's own arguments.
+    """Where a query samples, and with which weights (Eq. 3), as the attention itself computes it.
 
-    An encoder's queries are the pixels of all levels, the first level's come first: these are meant.
+    Args:
+        attention: whose `sampling` is asked.
+        query, value, shapes, reference_points: what its `forward` gets; the first image of the batch counts.
+        covered: (height, width) in pixels of the image that each map covers.
+        position: (x, y) in pixels of the image; the nearest query is meant. An encoder's queries are the pixels of all
+            levels one after another: of these, one of the first level.
     """
     first = shapes[0][0] * shapes[0][1] if query.shape[1] == sum(h * w for h, w in shapes) else query.shape[1]
     scale = reference_points.new_tensor([covered[1], covered[0]])  # (x, y)
@@ -189,7 +194,7 @@ def rollout(attention: Sequence[Tensor]) -> Tensor:
 def joint_attention(model: UNEPT, recording: Recording, query: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """How much the image's class token, and the token at the query, attend to each token of the grid: (h, w) each.
 
-    Without a class token the first is the average over all tokens. Rows of `rollout`, over the backbone's whole depth.
+    Rows of `rollout` over all of the backbone's depth; without a class token the first is the average of the grid's.
 
     Raises:
         NotInModel: the backbone has no attention over all of the image.
@@ -208,7 +213,7 @@ def joint_attention(model: UNEPT, recording: Recording, query: tuple[float, floa
         min(int((at + 0.5) / length * count), count - 1)
         for at, length, count in zip(query, recording.covered[::-1], (width, height), strict=True)
     )
-    overall = joint[0] if prefix else joint.mean(dim=0)
+    overall = joint[0] if getattr(body, "cls_token", None) is not None else joint[prefix:].mean(dim=0)
     return tuple(m.view(height, width) for m in (overall, joint[prefix + row * width + column]))
 
 
