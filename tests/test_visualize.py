@@ -108,9 +108,10 @@ def test_points_are_where_the_operator_reads():
     reference = reference_grid(shapes, torch.device("cpu"))
     output = attention(query, value, shapes, reference)
     row, column = 22, 31
+    position = (31 * 8, 22 * 8 + 7)  # in that cell of the first level, yet nearer to a centre of the second
     with torch.no_grad():
         points = insight.points_of_query(
-            attention, query, value, shapes, reference, covered=(320, 480), position=(column * 8 + 3, row * 8 + 5)
+            attention, query, value, shapes, reference, covered=(320, 480), position=position
         )
     assert bool(points.inside.all())
     mean = (points.weights[..., None] * (points.xy + 0.5) / torch.tensor([480, 320])).sum(dim=(1, 2))  # (M, 2)
@@ -244,10 +245,10 @@ def test_attention_maps_are_those_of_the_network(vit):
 def test_joint_attention_of_the_query(vit):
     recording = recorded(vit, noise(30, 48))
     joint = insight.rollout([block[0] for block in recording.attention])
-    overall, at_query = insight.joint_attention(vit, recording, (40, 17))  # column 2, row 1 of 2x3 tokens
+    overall, at_query = insight.joint_attention(vit, recording, (20, 17))  # column 1, row 1 of 2x3 tokens
     assert overall.shape == at_query.shape == (2, 3)
     torch.testing.assert_close(overall.flatten(), joint[0, 1:])
-    torch.testing.assert_close(at_query.flatten(), joint[1 + 5, 1:])
+    torch.testing.assert_close(at_query.flatten(), joint[1 + 4, 1:])
 
 
 def test_joint_attention_without_a_class_token(vit):
@@ -269,10 +270,12 @@ def test_other_backbones_have_no_joint_attention(vit, shape, message):
 def test_recording_leaves_the_network_as_it_was(vit):
     image = noise(32, 48)
     before = vit.train()(image[None]).logits
-    fused = [block.attn.fused_attn for block in vit.backbone.features.model.blocks]
+    blocks = vit.backbone.features.model.blocks
+    for block in blocks:
+        block.attn.fused_attn = True
     recorded(vit, image)
     assert vit.training
-    assert [block.attn.fused_attn for block in vit.backbone.features.model.blocks] == fused
+    assert all(block.attn.fused_attn for block in blocks)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
     torch.testing.assert_close(vit(image[None]).logits, before)
     vit.eval()
@@ -335,6 +338,26 @@ def test_refinement_picture(model, tmp_path, monkeypatch, scale):
     assert 20 + scale <= left + width
     torch.testing.assert_close(sample.boundary, torch.full((16, 32), 5.0).sigmoid())
     assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_the_window_is_framed_and_enlarged(tmp_path, monkeypatch):
+    rows = []
+
+    class Recorder(visual.Figure):
+        def savefig(self, path, **options):
+            for axis in self.axes:
+                frames = [(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in axis.patches]
+                rows.append((axis.images[0].get_array(), frames))
+            super().savefig(path, **options)
+
+    monkeypatch.setattr(visual, "Figure", Recorder)
+    ids = torch.randint(0, 3, (20, 30))
+    sample = visual.Sample("a", noise(20, 30), None, ids, ids, torch.rand(20, 30))
+    visual.refinement_panel(sample, (3, 12, 5, 7), CLASSES, PALETTE, tmp_path / "a.png")
+    for (whole, frames), (window, none) in zip(rows[:4], rows[4:], strict=True):
+        assert set(frames) == {(11.5, 2.5, 7, 5)}
+        assert none == []
+        assert np.array_equal(window, whole[3:8, 12:19])
 
 
 # Two runs side by side

@@ -152,7 +152,7 @@ def sampling_layer(model: UNEPT, name: Attention, layer: int | None) -> SparseSa
 
 
 def principal_components(features: Tensor, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Principal components of features (P, C), P points of C channels; `count` is at most C.
+    """Principal components of features (P, C), P points of C channels; at most C of them.
 
     Returns:
         scores: (P, count), the centred features along the components.
@@ -173,7 +173,7 @@ def feature_colors(feature: Tensor) -> tuple[Tensor, float]:
     The first three principal components become red, green and blue, each from its 1 % to its 99 % quantile. Fewer than
     three channels leave the other colours dark.
     """
-    scores, _, share = principal_components(feature.flatten(1).T, min(3, feature.shape[0]))
+    scores, _, share = principal_components(feature.flatten(1).T)
     low, high = (torch.quantile(scores[:: max(1, len(scores) // 2**20)], q, dim=0) for q in (0.01, 0.99))
     colors = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     return F.pad(colors, (0, 3 - colors.shape[1])).T.unflatten(1, feature.shape[1:]), float(share.sum())
