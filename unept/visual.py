@@ -242,7 +242,7 @@ def sampled_points(points: SampledPoints, image: Tensor, caption: str, path: Pat
             axis.imshow(picture)
             drawn = _scatter(axis, points, level, value, cmap=cmap, vmin=low, vmax=high)
             axis.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), facecolor="0.85")
-            _star(axis, points.query)
+            _star(axis, points.query, filled=False)  # hides no point
         if what == "weight":
             figure.colorbar(drawn, ax=row, label="weight", shrink=0.9, pad=0.01)
     for level, axis in enumerate(axes[0]):
@@ -256,7 +256,7 @@ def sampled_points(points: SampledPoints, image: Tensor, caption: str, path: Pat
         Line2D([], [], color=color, marker="o", linestyle="", label=f"head {m}")
         for m, color in enumerate(dots, start=1)
     ]
-    figure.legend(handles=marks, loc="outside lower center", ncols=10, fontsize=9, frameon=False)
+    figure.legend(handles=marks, loc="outside lower center", ncols=4 * num_levels, fontsize=9, frameon=False)
     figure.suptitle(caption, fontsize=11)
     figure.savefig(path, bbox_inches="tight")
 
@@ -276,8 +276,10 @@ def _scatter(axis: Any, points: SampledPoints, level: int, value: Tensor, **colo
     return drawn
 
 
-def _star(axis: Any, xy: tuple[float, float]) -> None:
-    axis.plot(*xy, marker="*", markersize=14, zorder=0.9, color="lime", markeredgecolor="black", markeredgewidth=0.8)
+def _star(axis: Any, xy: tuple[float, float], filled: bool = True) -> None:
+    for color, width in (("black", 3.5), ("lime", 1.5)):
+        face = "lime" if filled else "none"
+        axis.plot(*xy, marker="*", markersize=15, markerfacecolor=face, markeredgecolor=color, markeredgewidth=width)
 
 
 def class_comparison(

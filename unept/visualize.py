@@ -31,6 +31,11 @@ from .model import UNEPT, UNEPTOutput, padded_size, predicted_ids
 from .predict import find_images, newest_run
 
 Picture = Literal["refinement", "pyramid", "attention", "points"]
+ATTENTIONS: dict[Attention, str] = {
+    "decoder": "decoder's cross-attention",
+    "decoder-self": "decoder's self-attention",
+    "encoder": "encoder's self-attention",
+}
 MAX_CLASSES = 20  # of the comparison, as in Fig. 8
 ZOOM = 4  # the enlarged window has 1 / ZOOM of the image's height and width
 
@@ -232,7 +237,7 @@ def draw_image(
             elif picture == "attention":
                 draw_attention(model, image, recording, query, path)
             else:
-                caption = f"{file.stem}: what one query of the {options.points_of.replace('-', ' ')} reads"
+                caption = f"{file.stem}: what a query of the {ATTENTIONS[options.points_of]} reads"
                 visual.sampled_points(recording.points, image.cpu(), caption, path)
         except NotInModel as error:
             if len(set(options.pictures)) == 1:
