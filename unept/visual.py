@@ -1,4 +1,4 @@
-"""Pictures: label maps in colour, panels of samples, training curves, bars of classes.
+"""Pictures: label maps in colour, panels of samples, sampled points, training curves, bars of classes.
 
 Letters: H, W height and width, K number of classes. A palette holds an (r, g, b) for each class, 0..255. Ids from 0 to
 K - 1 are classes; any other (ignored) is black.
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
@@ -28,14 +30,31 @@ class Sample(NamedTuple):
     """Shown beside the row."""
     image: Tensor
     """(3, H, W) uint8, RGB."""
-    truth: Tensor
-    """(H, W) class ids, as the next two."""
+    truth: Tensor | None
+    """(H, W) class ids, as the next two; None where it is not known."""
     prediction: Tensor
     """Without refinement."""
     refined: Tensor | None
     """With refinement; None for a model without boundary head."""
     boundary: Tensor | None
     """(H, W) probability of a boundary; None likewise."""
+
+
+class SampledPoints(NamedTuple):
+    """Where one query of a sparse sampling attention reads, M heads, L levels, N points. Tensors on the CPU."""
+
+    query: tuple[float, float]
+    """(x, y) of the query in pixels of the image."""
+    xy: Tensor
+    """(M, L, N, 2): (x, y) of the points in pixels of the image, pixel centres at integers."""
+    weights: Tensor
+    """(M, L, N): attention weights; those of a head sum to 1."""
+    inside: Tensor
+    """(M, L, N) bool: whether a point reads any pixel of its map; one that does not counts as zero."""
+    shapes: list[tuple[int, int]]
+    """(H_l, W_l) of the maps."""
+    covered: tuple[float, float]
+    """(height, width) in pixels of the image that each map covers from the upper left corner, padding included."""
 
 
 def colorize(ids: Tensor, palette: Palette) -> Tensor:
@@ -78,6 +97,26 @@ def sample_panel(samples: Sequence[Sample], classes: Sequence[str], palette: Pal
 
     Columns that no sample has (refined and boundary of a model without a spatial branch) are left out.
     """
+    _sample_figure(samples, classes, palette)[0].savefig(path, bbox_inches="tight")
+
+
+def refinement_panel(
+    sample: Sample, window: tuple[int, int, int, int], classes: Sequence[str], palette: Palette, path: Path
+) -> None:
+    """The sample whole and, below it, a window of it enlarged: (top, left, height, width) in pixels (Fig. 3, 4)."""
+    top, left, height, width = window
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    maps = (None if m is None else m[..., rows, columns] for m in sample[1:])
+    figure, axes = _sample_figure([sample, Sample("enlarged", *maps)], classes, palette)
+    for axis in axes[0]:
+        for color, linewidth in (("black", 3), ("white", 1.5)):  # seen on dark and on light pictures
+            frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color=color, linewidth=linewidth)
+            axis.add_patch(frame)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def _sample_figure(samples: Sequence[Sample], classes: Sequence[str], palette: Palette) -> tuple[Figure, np.ndarray]:
+    """The figure of `sample_panel` and its axes, a row for each sample."""
     rows = [_pictures(sample, palette) for sample in samples]
     columns = list(rows[0])
     ratio = max(sample.image.shape[1] / sample.image.shape[2] for sample in samples)
@@ -86,17 +125,43 @@ def sample_panel(samples: Sequence[Sample], classes: Sequence[str], palette: Pal
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for axes_row, row, sample in zip(axes, rows, samples, strict=True):
         for axis, column in zip(axes_row, columns, strict=True):
-            enlarged = row[column].shape[1] < COLUMN * DPI  # then keep the pixels visible
-            axis.imshow(row[column], interpolation="nearest" if enlarged else "antialiased")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            _show(axis, row[column])
         axes_row[0].set_ylabel(sample.name, fontsize=8)
     for axis, column in zip(axes[0], columns, strict=True):
         axis.set_title(column, fontsize=11)
-    ids = torch.cat([ids.flatten().cpu() for sample in samples for ids in (sample.truth, sample.prediction)]).unique()
-    patches = [Patch(color=np.array(palette[k]) / 255, label=classes[k]) for k in ids.tolist() if k < len(classes)]
+    shown = [ids.flatten().cpu() for sample in samples for ids in (sample.truth, sample.prediction) if ids is not None]
+    ids = torch.cat(shown).unique().tolist()
+    patches = [Patch(color=np.array(palette[k]) / 255, label=classes[k]) for k in ids if k < len(classes)]
     figure.legend(handles=patches, loc="outside lower center", ncols=int(width / 1.7), fontsize=9, frameon=False)
+    return figure, axes
+
+
+def picture_row(pictures: Mapping[str, Tensor], path: Path, star: tuple[float, float] | None = None) -> None:
+    """Pictures (3, H, W) uint8 of one size side by side under their captions.
+
+    Args:
+        pictures: by caption.
+        path: of the picture.
+        star: (x, y) in pixels, marked on each.
+    """
+    height, width = next(iter(pictures.values())).shape[1:]
+    size = (COLUMN * len(pictures), COLUMN * height / width + 0.6)
+    figure = Figure(figsize=size, dpi=DPI, layout="compressed")
+    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
+    for axis, (caption, picture) in zip(axes, pictures.items(), strict=True):
+        _show(axis, _pixels(picture))
+        axis.set_title(caption, fontsize=9)
+        if star is not None:
+            _star(axis, star)
     figure.savefig(path, bbox_inches="tight")
+
+
+def heat(values: Tensor, image: Tensor, alpha: float = 0.65) -> Tensor:
+    """Values (H, W) in colour, dark to bright from 0.5 % to 99.5 % of them, over an image (3, H, W) uint8."""
+    low, high = np.quantile(values.cpu().numpy(), (0.005, 0.995))
+    share = (values.cpu().numpy() - low) / max(high - low, 1e-12)
+    colors = torch.from_numpy(colormaps["inferno"](share.clip(0, 1), bytes=True)[..., :3]).permute(2, 0, 1)
+    return image.cpu().float().lerp(colors.float(), alpha).round().to(torch.uint8)
 
 
 def curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -151,6 +216,100 @@ def class_bars(scores: Mapping[str, Any], classes: Sequence[str], path: Path) ->
     figure.savefig(path)
 
 
+def sampled_points(points: SampledPoints, image: Tensor, caption: str, path: Path) -> None:
+    """The points that one query reads, a column for each level: coloured by weight above, by head below (Fig. 7).
+
+    A point's area grows with its weight. The frame is the map's, padding included; points that lie wholly outside of
+    it, which count as zero, are drawn as crosses where they are nearest to it.
+
+    Args:
+        points: of the query.
+        image: (3, H, W) uint8.
+        caption: above the picture.
+        path: of the picture.
+    """
+    num_heads, num_levels, num_points = points.weights.shape
+    height, width = points.covered
+    figure = Figure(figsize=(4.2 * num_levels + 1, 8.4 * height / width + 1.2), dpi=DPI, layout="compressed")
+    axes = figure.subplots(2, num_levels, squeeze=False)
+    picture = _pixels(image.float().lerp(torch.full_like(image, 255, dtype=torch.float32), 0.45).to(torch.uint8))
+    count = 10 if num_heads <= 10 else 20  # colours
+    heads = (torch.arange(num_heads) % count)[:, None].expand(-1, num_points)
+    colors = {"weight": ("viridis", 0.0, float(points.weights.max())), "head": (f"tab{count}", -0.5, count - 0.5)}
+    for row, (what, (cmap, low, high)) in zip(axes, colors.items(), strict=True):
+        for level, axis in enumerate(row):
+            value = points.weights[:, level] if what == "weight" else heads
+            axis.imshow(picture)
+            drawn = _scatter(axis, points, level, value, cmap=cmap, vmin=low, vmax=high)
+            axis.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), facecolor="0.85")
+            _star(axis, points.query, filled=False)  # hides no point
+        if what == "weight":
+            figure.colorbar(drawn, ax=row, label="weight", shrink=0.9, pad=0.01)
+    for level, axis in enumerate(axes[0]):
+        rows, columns = points.shapes[level]
+        share = float(points.weights[:, level].sum() / num_heads)
+        outside = int((~points.inside[:, level]).sum())
+        note = f", {outside} outside (x)" if outside else ""
+        axis.set_title(f"scale {level + 1} ({rows}x{columns}): {share:.0%} of the weight{note}", fontsize=9)
+    dots = [colormaps[f"tab{count}"](m % count) for m in range(num_heads)]
+    marks = [
+        Line2D([], [], color=color, marker="o", linestyle="", label=f"head {m}")
+        for m, color in enumerate(dots, start=1)
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=4 * num_levels, fontsize=9, frameon=False)
+    figure.suptitle(caption, fontsize=11)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def _scatter(axis: Any, points: SampledPoints, level: int, value: Tensor, **colors: Any) -> Any:
+    """Draw the points of a level, coloured by `value` (M, N); gives what a colour bar needs."""
+    height, width = points.covered
+    xy = torch.minimum(points.xy[:, level].clamp_min(-0.5), torch.tensor([width - 0.5, height - 0.5]))
+    # An even weighting, 1 / (L N) each, gives marks of 22 square points.
+    area = 22 * points.weights[:, level] * points.weights[0].numel()
+    for marker, chosen in (("x", ~points.inside[:, level]), ("o", points.inside[:, level])):
+        x, y = xy[chosen].unbind(-1)
+        edge = {"edgecolors": "black", "linewidths": 0.4} if marker == "o" else {"linewidths": 1.4}
+        drawn = axis.scatter(
+            x, y, s=area[chosen].clamp(9, 200), c=value[chosen], marker=marker, clip_on=False, **edge, **colors
+        )
+    return drawn
+
+
+def _star(axis: Any, xy: tuple[float, float], filled: bool = True) -> None:
+    for color, width in (("black", 3.5), ("lime", 1.5)):
+        face = "lime" if filled else "none"
+        axis.plot(*xy, marker="*", markersize=15, markerfacecolor=face, markeredgecolor=color, markeredgewidth=width)
+
+
+def class_comparison(
+    rows: Sequence[tuple[str, float, float]], labels: tuple[str, str], means: tuple[float, float], path: Path
+) -> None:
+    """IoU of classes of two runs as pairs of bars, in the order given, with the difference beside them (Fig. 8).
+
+    Args:
+        rows: of each class its name and the two IoU, from 0 to 1.
+        labels: names of the two runs.
+        means: their mIoU over all classes.
+        path: of the picture.
+    """
+    figure = Figure(figsize=(7.5, 1.4 + 0.42 * len(rows)), dpi=DPI, layout="constrained")
+    axis = figure.subplots()
+    at = np.arange(len(rows))
+    for i in range(2):
+        label = f"{labels[i]} (mIoU {means[i]:.1%})"
+        axis.barh(at + 0.4 * i - 0.2, [row[1 + i] for row in rows], 0.38, color=f"C{i}", label=label)
+    for y, (_, first, second) in enumerate(rows):
+        axis.text(max(first, second) + 0.01, y, f"{100 * (first - second):+.1f}", va="center", fontsize=8)
+    axis.set_yticks(at, [row[0] for row in rows])
+    axis.set(xlim=(0, 1.1), ylim=(len(rows) - 0.4, -0.6), xlabel="IoU; beside the bars the difference in points")
+    axis.set_xticks(np.linspace(0, 1, 6))
+    axis.xaxis.set_major_formatter("{x:.0%}")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", fontsize=9, frameon=False)
+    figure.savefig(path)
+
+
 def _line(axis: Any, lines: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     if points:
@@ -167,6 +326,13 @@ def _pictures(sample: Sample, palette: Palette) -> dict[str, np.ndarray]:
     if sample.boundary is not None:
         pictures["boundary"] = (sample.boundary * 255).round().to(torch.uint8).expand(3, -1, -1)
     return {name: _pixels(picture) for name, picture in pictures.items()}
+
+
+def _show(axis: Any, picture: np.ndarray) -> None:
+    """A picture (H, W, 3) without frame and ticks; an enlarged one keeps its pixels visible."""
+    axis.imshow(picture, interpolation="nearest" if picture.shape[1] < COLUMN * DPI else "antialiased")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
 
 
 def _pixels(picture: Tensor) -> np.ndarray:
