@@ -2,5 +2,7 @@
 
 from .loss import UNEPTLoss
 from .model import UNEPT, UNEPTOutput
+from .registry import create_model, list_models
+from .segmenter import Segmentation, Segmenter
 
-__all__ = ["UNEPT", "UNEPTLoss", "UNEPTOutput"]
+__all__ = ["UNEPT", "Segmentation", "Segmenter", "UNEPTLoss", "UNEPTOutput", "create_model", "list_models"]

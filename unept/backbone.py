@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
@@ -15,10 +16,15 @@ def _probe(name: str) -> nn.Module:
     """The plain timm model, to read which options it takes and which features it has."""
     base = name.split(".")[0]
     if not timm.is_model(base):
-        close = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
-        hint = f"; close names: {', '.join(close)}" if close else ""
+        hint = close_names(base, timm.list_models())
         raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}. timm.list_models() lists them all")
     return timm.create_model(name, pretrained=False)
+
+
+def close_names(name: str, known: Iterable[str]) -> str:
+    """The known names that a wrong one may stand for, for the end of an error message; empty if there are none."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; close names: {', '.join(close)}" if close else ""
 
 
 def _accepts(model: nn.Module, option: str) -> bool:
@@ -40,14 +46,24 @@ def _pyramid_indices(reductions: list[int], num_levels: int, name: str) -> tuple
     return tuple(range(count - num_levels, count))
 
 
-def _check_weights(path: Path, probe: nn.Module, name: str) -> None:
-    """timm drops what does not fit without a word, so see first that the file belongs to the model."""
+def read_weights(path: Path, option: str) -> dict[str, Tensor]:
+    """The tensors in a .safetensors or .pth file, which may lie under the key `model` or `state_dict`.
+
+    Raises:
+        FileNotFoundError: no such file; the message names `option`.
+        ValueError: it is damaged, or holds anything but tensors and plain values.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"backbone_weights names {path}, which is no file")
+        raise FileNotFoundError(f"{option} names {path}, which is no file")
     try:
-        stored = timm.models.load_state_dict(str(path), weights_only=True)
+        return timm.models.load_state_dict(str(path), weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} can't be read as weights ({error}): give a .safetensors or .pth file") from error
+
+
+def _check_weights(path: Path, probe: nn.Module, name: str) -> None:
+    """timm drops what does not fit without a word, so see first that the file belongs to the model."""
+    stored = read_weights(path, "backbone_weights")
     wanted = probe.state_dict()
     body = [key for key in wanted if not key.startswith(("head", "fc.", "classifier"))]
     # timm resizes what depends on the image's size; everything else must have its shape.

@@ -5,13 +5,20 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from . import cli
+from .config import TrainConfig
+from .evaluate import json_ready
 from .model import UNEPT
+
+# Of what an evaluation finds, what a model keeps of it.
+KEPT_SCORES = ("mIoU", "pixAcc", "boundary_f", "boundary_tolerance", "images", "iou")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -78,12 +85,31 @@ def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
     return None
 
 
-def save_model(model: UNEPT, folder: Path) -> None:
+def save_model(
+    model: UNEPT,
+    folder: Path,
+    config: TrainConfig | None = None,
+    step: int | None = None,
+    scores: Mapping[str, Any] | None = None,
+) -> None:
     """`save_pretrained` into `folder`; each file there is replaced only by a complete one.
+
+    Args:
+        model: of whatever device.
+        folder: is made.
+        config: of the run; its protocol goes into `model.preprocessing`.
+        step, scores: of the validation, as `unept.evaluate.evaluate_model` gives them; what there is goes into
+            `model.evaluation`, and with it into the model card.
 
     Raises:
         OSError: the disk is full or not writable; the model before is intact.
     """
+    if config is not None:
+        model.preprocessing.update(cli.protocol(config))
+    if scores is not None:
+        known = {"dataset": config and config.data.dataset, "split": "val", "step": step}
+        known |= {name: scores.get(name) for name in KEPT_SCORES}
+        model.evaluation = {name: value for name, value in json_ready(known).items() if value is not None}
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     try:

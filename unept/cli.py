@@ -1,12 +1,13 @@
-"""What the commands share: how they end, the device, and the run folder that `unept.train` writes."""
+"""What the commands share: how they end, the device, and how a trained model is found and loaded."""
 
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,10 @@ from .distributed import Device as Device
 from .distributed import choose_device as choose_device
 from .inference import InferenceConfig
 from .model import UNEPT, load_model
+
+# The inference options that belong to a trained model, and which its config.json therefore has (`UNEPT.preprocessing`).
+PROTOCOL = ("short_side", "window", "window_stride", "refine", "refine_scale", "amp")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -70,16 +75,48 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
             f"{folder} has no model/ yet: training writes it after its first evaluation, at step "
             f"{min(config.eval_every, config.iterations)}; wait for it, or continue the run with --resume auto"
         )
+    return config, _read_model(folder / "model", device)
+
+
+def load(source: str | Path, device: torch.device) -> UNEPT:
+    """A trained model in evaluation mode; its `preprocessing` says how it is to see images (`as_described`).
+
+    Args:
+        source: a run folder of `unept.train`, a folder that `save_pretrained` wrote, or, where there is no such path,
+            ORG/NAME of a repository on the Hugging Face hub.
+        device: where to.
+
+    Raises:
+        FileNotFoundError: no such folder or repository, or one without a model; the message says which.
+        ValueError: a config.json or weights that can't be read by this version.
+    """
+    folder = Path(source)
+    if (folder / "model.safetensors").is_file():
+        return _read_model(folder, device)
+    if not folder.exists() and REPOSITORY.fullmatch(str(source)):
+        return _read_model(str(source), device)
+    config, model = load_run(folder, device)
+    model.preprocessing = {**protocol(config), **model.preprocessing}  # models saved by older versions have none
+    return model
+
+
+def _read_model(source: str | Path, device: torch.device) -> UNEPT:
+    """The model in a folder, a Path, or in a repository of the hub, a str."""
     try:
-        return config, load_model(folder / "model", device)
+        return load_model(source, device)
     except SafetensorError as error:
-        raise ValueError(
-            f"{folder / 'model/model.safetensors'} is damaged ({error}): restore it or train again"
-        ) from error
+        raise ValueError(f"{source}/model.safetensors is damaged ({error}): restore it or train again") from error
     except RuntimeError as error:  # of load_state_dict
         raise ValueError(
-            f"the weights in {folder / 'model'} don't fit the network that its config.json describes, as this version "
+            f"the weights in {source} don't fit the network that its config.json describes, as this version "
             f"of unept builds it: use the version that saved them, or train again. {error}"
+        ) from error
+    except OSError as error:
+        if isinstance(source, Path):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(
+            f"{source} is no folder here, and no model of that name could be had from the Hugging Face hub ({reason})"
         ) from error
 
 
@@ -101,3 +138,22 @@ def as_trained(inference: InferenceConfig, config: TrainConfig) -> InferenceConf
         short_side=filled.short_side or None,
         refine=filled.refine and config.model.context_queries == "spatial",
     )
+
+
+def protocol(config: TrainConfig) -> dict[str, Any]:
+    """What a run fixed of the inference options: those of `PROTOCOL` that it did not leave open."""
+    options = vars(as_trained(InferenceConfig(), config))
+    return {name: options[name] for name in PROTOCOL if options[name] not in (None, "auto")}
+
+
+def as_described(inference: InferenceConfig, model: UNEPT) -> InferenceConfig:
+    """Inference options; those that are as by default follow the model's `preprocessing`, where it has them.
+
+    Raises:
+        ValueError: the two don't fit together.
+    """
+    chosen = {name: value for name, value in vars(inference).items() if value != getattr(InferenceConfig(), name)}
+    described = {name: model.preprocessing[name] for name in PROTOCOL if name in model.preprocessing}
+    if "window" in chosen:
+        described.pop("window_stride", None)  # it belongs to the described window
+    return InferenceConfig(**{**described, **chosen})

@@ -10,15 +10,16 @@ summed up on one canvas at 1/8 of the largest view; class scores are never held 
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from .boundary import DIRECTIONS
-from .model import STRIDE, UNEPT, UNEPTOutput, evaluation_mode, padded_size, predicted_ids
+from .boundary import DIRECTIONS, upsample_boundary
+from .kernels import upsample_argmax, upsample_cross_entropy
+from .model import STRIDE, UNEPT, UNEPTOutput, evaluation_mode, output_offset, padded_size, predicted_ids
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
 
@@ -129,6 +130,50 @@ def predict_ids(model: UNEPT, images: Tensor, config: InferenceConfig) -> Tensor
     """Class ids (B, H, W) int64 of images (B, 3, H, W) or (3, H, W), refined as `config` says; see `infer`."""
     output = infer(model, images, config)
     return predicted_ids(output, images.shape[-2:], **config.refinement)
+
+
+class Prediction(NamedTuple):
+    """What the views say about every pixel of images (B, 3, H, W)."""
+
+    ids: Tensor
+    """(B, H, W) int64: the class ids of `predict_ids`."""
+    confidence: Tensor
+    """(B, H, W) float32: the probability of that class, where the prediction was read; with several views their
+    average."""
+    boundary: Tensor | None
+    """(B, H, W) float32: probability of "closer to another class than 5 pixels"; None without a spatial branch."""
+
+
+def predict(model: UNEPT, images: Tensor, config: InferenceConfig) -> Prediction:
+    """Class ids of images (B, 3, H, W) or (3, H, W), how sure they are, and boundaries; see `infer`.
+
+    Like the ids, the confidence comes from class scores that are never held at full resolution.
+    """
+    output = infer(model, images, config)
+    height, width = images.shape[-2:]
+    full = padded_size((height, width))
+    offset = output_offset(output, full, config.refine_scale or 1) if config.refine is not False else None
+    ids = upsample_argmax(output.logits, full, offset)
+    if _is_plain(images, config):
+        confidence = upsample_cross_entropy(output.logits, ids, offset, ignore_index=-1, reduction="none").neg_().exp_()
+    else:
+        confidence = _read_channels(output.logits, ids, offset)
+    boundary = None if output.boundary is None else upsample_boundary(output.boundary, full).sigmoid_()
+    return Prediction(*(None if m is None else m[:, :height, :width] for m in (ids, confidence, boundary)))
+
+
+def _read_channels(maps: Tensor, channels: Tensor, offset: Tensor | None) -> Tensor:
+    """(B, H, W): maps (B, C, h, w) float32, up-sampled, read at p + offset(p) in the channel (B, H, W) of each pixel p.
+
+    A volume with the channels in depth, sampled in the middle of a channel, gives that channel alone.
+    """
+    (B, C, _, _), (H, W) = maps.shape, channels.shape[1:]
+    x, y = torch.arange(W, device=maps.device), torch.arange(H, device=maps.device)[:, None]
+    at_x, at_y = (x, y) if offset is None else (x + offset[:, 0], y + offset[:, 1])
+    places = [(at_x.clamp(0, W - 1), W), (at_y.clamp(0, H - 1), H), (channels, C)]
+    grid = torch.stack([((2 * at + 1) / size - 1).expand(B, H, W) for at, size in places], dim=-1)
+    volume = F.grid_sample(maps[:, None], grid[:, None], mode="bilinear", padding_mode="border", align_corners=False)
+    return volume[:, 0, 0]
 
 
 def _autocast(device_type: str, amp: str) -> torch.autocast:

@@ -4,17 +4,18 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .backbone import Backbone, PyramidProjection
 from .boundary import DIRECTIONS, PixelHead, refinement_offset
 from .data.base import default_palette
 from .kernels import upsample_argmax
+from .model_card import model_card
 from .spatial import LearnedQueries, SpatialBranch
 from .transformer import Decoder, Encoder
 
@@ -65,6 +66,13 @@ class UNEPT(
             predicts no boundary and does not refine.
         classes: names of the K classes, kept in config.json.
         palette: an (r, g, b) for each class, kept there too.
+
+    Attributes:
+        preprocessing: how images are to be given and seen, kept in config.json: `input`, and `mean` and `std` of RGB in
+            [0, 1], which `normalized` uses; of a trained model also the fields of `unept.inference.InferenceConfig`
+            that its run fixed (`unept.cli.PROTOCOL`).
+        evaluation: what the model reached, kept in config.json and shown in the model card: `dataset`, `split`, `step`,
+            and scores as `unept.evaluate.evaluate_model` names them; empty if nobody has measured it.
 
     Raises:
         ValueError: for values that don't fit together; the message says which.
@@ -122,6 +130,12 @@ class UNEPT(
         self.divisor = math.lcm(STRIDE, *self.backbone.strides)
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(3, 1, 1) * 255, persistent=False)
+        self.preprocessing: dict[str, Any] = {
+            "input": "uint8 RGB",
+            "mean": list(self.backbone.mean),
+            "std": list(self.backbone.std),
+        }
+        self.evaluation: dict[str, Any] = {}
         # A saved model carries its weights: loading it again needs neither the hub nor the file.
         for key in ("pretrained_backbone", "backbone_weights"):
             self._hub_mixin_config.pop(key, None)  # type: ignore[union-attr]
@@ -163,11 +177,56 @@ class UNEPT(
         h, w = (n // STRIDE for n in padded_size((height, width)))
         return UNEPTOutput(*(None if m is None else m[:, :, :h, :w] for m in (logits, boundary, direction)))
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """As the mixin does; what the model says about itself goes into the config.json that the mixin writes next."""
+        description = {"preprocessing": self.preprocessing, "evaluation": self.evaluation}
+        self._hub_mixin_config.update(description)  # type: ignore[union-attr]
+        super()._save_pretrained(save_directory)
+
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **options):
-        """As the mixin does, but missing weights are an error, not random numbers."""
+    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, strict: bool = True, **options):
+        """As the mixin does, but missing weights are an error, not random numbers, and so is a missing config.json.
+
+        The stored mean and standard deviation count, not what this version of timm has for the backbone.
+        """
+        if "num_classes" not in options:
+            raise FileNotFoundError(
+                f"{model_id} has no config.json of a model that can be read: give a folder that save_pretrained wrote "
+                "(model/ in a folder of unept.train), or ORG/NAME of one that push_to_hub wrote"
+            )
         with contextlib.redirect_stdout(None):  # the mixin announces local folders
-            return super()._from_pretrained(strict=strict, **options)
+            model = super()._from_pretrained(model_id=model_id, strict=strict, **options)
+        stored = config or {}
+        model.preprocessing.update(stored.get("preprocessing", {}))
+        model.evaluation.update(stored.get("evaluation", {}))
+        for name in ("mean", "std"):
+            buffer = getattr(model, name)
+            buffer.copy_(torch.tensor(model.preprocessing[name]).view(3, 1, 1) * 255)
+            setattr(model.backbone, name, tuple(model.preprocessing[name]))
+        return model
+
+    def generate_model_card(self, repo_id: str | None = None, **metadata: Any) -> ModelCard:
+        """README.md of a saved model: its classes, how it sees images, what it reached, how to use it.
+
+        Args:
+            repo_id: where it can be had.
+            metadata: more of `huggingface_hub.ModelCardData`, such as `license="cc-by-4.0"` or `datasets=["org/name"]`.
+        """
+        return model_card(self, self._hub_mixin_info.model_card_data, repo_id, metadata)
+
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any) -> str:
+        """Save the model into a repository of the Hugging Face hub, in one commit, with a model card.
+
+        Args:
+            repo_id: `ORG/NAME`; made if it does not exist.
+            model_card_kwargs: of `generate_model_card`.
+            options: of `huggingface_hub.PyTorchModelHubMixin.push_to_hub` (`private`, `token`, `commit_message`, ...).
+
+        Returns:
+            The commit's address.
+        """
+        about = {"repo_id": repo_id, **(model_card_kwargs or {})}
+        return super().push_to_hub(repo_id, model_card_kwargs=about, **options)
 
     def predict(self, images: Tensor, *, refine: bool = True, refine_scale: int = 1) -> Tensor:
         """Class ids of every pixel, in evaluation mode and without gradients; the mode is restored.
@@ -210,10 +269,15 @@ def predicted_ids(output: UNEPTOutput, size: Sequence[int], *, refine: bool = Tr
     The maps of `output` may have any resolution; they cover the image padded right and below to multiples of 8.
     """
     full = padded_size(size)
-    offset = None
-    if refine and output.boundary is not None and output.direction is not None:
-        offset = refinement_offset(output.boundary, output.direction, full, scale=refine_scale)
+    offset = output_offset(output, full, refine_scale) if refine else None
     return upsample_argmax(output.logits, full, offset)[:, : size[0], : size[1]]
+
+
+def output_offset(output: UNEPTOutput, size: tuple[int, int], refine_scale: int = 1) -> Tensor | None:
+    """Where pixels of a prediction of `size` are read (`refinement_offset`); None without a spatial branch."""
+    if output.boundary is None or output.direction is None:
+        return None
+    return refinement_offset(output.boundary, output.direction, size, scale=refine_scale)
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> UNEPT:

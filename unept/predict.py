@@ -23,7 +23,8 @@ class PredictConfig:
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, or folders of them."""
     run: Path | None = None
-    """Run folder that unept.train wrote. None: the newest with a model under runs/."""
+    """Run folder that unept.train wrote, folder that save_pretrained wrote, or ORG/NAME of a repository on the Hugging
+    Face hub. None: the newest run folder with a model under runs/."""
     out: Path = Path("predictions")
     """Folder for the results."""
     inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
@@ -100,13 +101,13 @@ def predict(options: PredictConfig) -> int:
         Exit status: 1 if any image could not be read, else 0.
 
     Raises:
-        FileNotFoundError, ValueError: see `find_images`, `newest_run` and `unept.cli.load_run`.
+        FileNotFoundError, ValueError: see `find_images`, `newest_run` and `unept.cli.load`.
     """
     files = find_images(options.images)
     device = cli.choose_device(options.device)
     run = newest_run() if options.run is None else options.run
-    trained, model = cli.load_run(run, device)
-    config = cli.as_trained(options.inference, trained)
+    model = cli.load(run, device)
+    config = cli.as_described(options.inference, model)
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"Model of {run}")
     failed = 0

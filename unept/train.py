@@ -313,7 +313,7 @@ class Trainer:
                 draw_samples(self.model, self.validation_set, *where, self.config.data.on_bad_sample)
             self.recorder.draw_curves()
             if better:
-                save_model(self.model, self.out / "model")
+                save_model(self.model, self.out / "model", self.config, self.step, self.scores)
         self.model.train()
         self.throughput.go()
 

@@ -75,7 +75,7 @@ class VisualizeConfig:
             raise ValueError(f"pictures is empty; give some of {', '.join(get_args(Picture))}")
         if self.layer is not None and self.layer < 1:
             raise ValueError(f"layer is {self.layer}; layers count from 1")
-        if not self.inference.refine:
+        if self.inference.refine is False:
             raise ValueError("--no-refine leaves nothing to compare: choose other pictures with --pictures instead")
 
 

@@ -273,8 +273,17 @@ def _read_image(path: Path) -> Tensor:
             ImageOps.exif_transpose(image, in_place=True)
     except UNREADABLE as error:
         raise DatasetError(_unreadable(path, error)) from error
+    return image_to_tensor(image, path)
+
+
+def image_to_tensor(image: Image.Image, name: str | Path) -> Tensor:
+    """A PIL image of any mode as uint8 (3, H, W), RGB; transparency is dropped.
+
+    Raises:
+        DatasetError: it is of floating point; the message calls it `name`.
+    """
     if image.mode == "F":
-        raise DatasetError(f"{path} holds floating-point pixels: save it with 8 or 16 bits a channel")
+        raise DatasetError(f"{name} holds floating-point pixels: save it with 8 or 16 bits a channel")
     if image.mode.startswith("I"):  # 16 bits: PIL's own conversion would clip at 255 instead of taking the high byte
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     elif "transparency" in image.info:

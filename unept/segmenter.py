@@ -1,0 +1,151 @@
+"""Segment images from Python: `Segmenter("runs/camvid")("street.jpg").overlay().show()`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from . import cli
+from .data.base import image_to_tensor, read_image
+from .inference import InferenceConfig, predict
+from .model import UNEPT
+
+File: TypeAlias = str | Path | Image.Image
+Pixels: TypeAlias = np.ndarray | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """One segmented image, H x W pixels. Tensors are on the CPU."""
+
+    ids: Tensor
+    """(H, W) int64: class ids."""
+    confidence: Tensor
+    """(H, W) float32: the probability of that class, from 0 to 1."""
+    boundary: Tensor | None
+    """(H, W) float32: probability of "closer to another class than 5 pixels"; None without a spatial branch."""
+    image: Tensor = field(repr=False)
+    """(3, H, W) uint8, RGB, upright: what was segmented."""
+    classes: tuple[str, ...]
+    """Name of every id."""
+    palette: tuple[tuple[int, int, int], ...] = field(repr=False)
+    """(r, g, b) of every id, 0..255."""
+
+    def overlay(self, alpha: float = 0.5) -> Image.Image:
+        """The image mixed with the colours of its classes, of weight alpha from 0 to 1."""
+        from . import visual  # matplotlib takes its time
+
+        return Image.fromarray(visual.overlay(self.image, self.ids, self.palette, alpha).permute(1, 2, 0).numpy())
+
+
+class Segmenter:
+    """A trained model that takes images as they come and gives what it sees at their size.
+
+    Args:
+        source: a run folder of `unept.train`, a folder that `save_pretrained` wrote, ORG/NAME of a repository on the
+            Hugging Face hub, or a model.
+        device: `"auto"`: CUDA where there is a device; of a model: where it is.
+        options: of `unept.inference.InferenceConfig` (`scales`, `flip`, `window`, ...); what is left out is done as the
+            model was trained, as its config.json says.
+
+    Attributes:
+        model: in evaluation mode.
+        inference: how images are seen.
+        classes: the K names.
+
+    Raises:
+        FileNotFoundError, ValueError: see `unept.cli.load`; or an option has a bad value.
+        TypeError: there is no such option.
+
+    Example:
+        >>> segmenter = Segmenter("runs/camvid", flip=True)
+        >>> result = segmenter("street.jpg")
+        >>> result.ids, result.confidence, result.boundary  # each (H, W)
+        >>> result.overlay().save("overlay.png")
+    """
+
+    def __init__(self, source: str | Path | UNEPT, device: str | torch.device = "auto", **options: Any):
+        if isinstance(source, UNEPT):
+            self.model = (source if device == "auto" else source.to(device)).eval()
+        else:
+            place = cli.choose_device("auto") if device == "auto" else torch.device(device)
+            self.model = cli.load(source, place)
+        self.inference: InferenceConfig = cli.as_described(InferenceConfig(**options), self.model)
+        self.classes = tuple(self.model.classes)
+
+    @overload
+    def __call__(self, image: File) -> Segmentation: ...  # type: ignore[overload-overlap]  # a str is a sequence
+
+    @overload
+    def __call__(self, image: Pixels) -> Any: ...  # its number of dimensions says whether it is one or many
+
+    @overload
+    def __call__(self, image: Sequence[File | Pixels]) -> list[Segmentation]: ...
+
+    def __call__(self, image: File | Pixels | Sequence[File | Pixels]) -> Any:
+        """Segment one image, or several.
+
+        Args:
+            image: a path, a PIL image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8, RGB; a list of any of
+                these, which are seen one by one; an array (B, H, W, 3) or a tensor (B, 3, H, W), seen at once. Files
+                and PIL images are turned upright as their EXIF tag says.
+
+        Returns:
+            A `Segmentation`; a list of them for a list or a batch.
+
+        Raises:
+            TypeError: something else, or another dtype.
+            ValueError: another shape, or (DatasetError) a file that can't be read.
+        """
+        if isinstance(image, (list, tuple)):
+            return [result for item in image for result in self._segment(_one_image(item))]
+        if isinstance(image, (np.ndarray, Tensor)) and image.ndim == 4:
+            return self._segment(_batch(image))
+        return self._segment(_one_image(image))[0]
+
+    def _segment(self, images: Tensor) -> list[Segmentation]:
+        """Images (B, 3, H, W) uint8."""
+        found = predict(self.model, images.to(self.model.mean.device), self.inference)
+        ids, confidence = found.ids.cpu(), found.confidence.cpu()
+        boundary = [None] * len(images) if found.boundary is None else found.boundary.cpu()
+        palette = tuple((r, g, b) for r, g, b in self.model.palette)
+        return [
+            Segmentation(*maps, classes=self.classes, palette=palette)
+            for maps in zip(ids, confidence, boundary, images.cpu(), strict=True)
+        ]
+
+
+def _one_image(image: Any) -> Tensor:
+    """Any single image to (1, 3, H, W) uint8."""
+    if isinstance(image, (str, Path)):
+        return read_image(Path(image))[None]
+    if isinstance(image, Image.Image):
+        return image_to_tensor(ImageOps.exif_transpose(image), "the image")[None]
+    if not isinstance(image, (np.ndarray, Tensor)):
+        raise TypeError(
+            f"an image is of type {type(image).__name__}; give a path, a PIL image, a uint8 array (H, W, 3) or tensor "
+            "(3, H, W), or a list of these"
+        )
+    return _batch(image[None])
+
+
+def _batch(images: Pixels) -> Tensor:
+    """An array (B, H, W, 3) or tensor (B, 3, H, W) to (B, 3, H, W) uint8, a copy."""
+    wanted = "(H, W, 3)" if isinstance(images, np.ndarray) else "(3, H, W)"
+    axis = 3 if isinstance(images, np.ndarray) else 1
+    if images.dtype not in (np.uint8, torch.uint8):
+        raise TypeError(
+            f"an image has dtype {images.dtype}; give uint8, 0 to 255: of values from 0 to 1, (255 * image).round()"
+        )
+    if images.ndim != 4 or images.shape[axis] != 3 or 0 in images.shape[1:]:
+        turned = images.ndim == 4 and images.shape[4 - axis] == 3
+        hint = "; put the channels " + ("last" if axis == 3 else "first") if turned else ""
+        raise ValueError(f"an image has shape {tuple(images.shape[1:])}; it must be {wanted}, RGB{hint}")
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+    return images.clone(memory_format=torch.contiguous_format)  # of one layout, for results of the same bits
