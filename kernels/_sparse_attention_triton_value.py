@@ -41,6 +41,7 @@ from ._sparse_attention_triton import (
     split_position,
 )
 from ._triton import (
+    PRECISION,
     UNSPECIALISED,
     ScatterBuffer,
     autotune_pool,
@@ -57,9 +58,6 @@ WINDOW_COLUMNS = tl.constexpr(16)  # what a tensor core multiplies at a time
 
 # Bytes of the records that are held at a time; one image's at the least.
 MAX_RECORD_BYTES = 1 << 28
-
-# Three products of TensorFloat-32 are as exact as one of float32, which tensor cores don't have.
-PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 # Those of `sample_arguments` whose first dimension is the image.
 PER_IMAGE = ("pairs_ptr", "scores_ptr", "reference_ptr")

@@ -48,6 +48,9 @@ FIXED_POINT_ONE = 2.0**38
 # Of float32, and finite: logits that take no part are often set to it.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
+# Three products of TensorFloat-32 are as exact as one of float32, which tensor cores don't have.
+PRECISION = "ieee" if torch.version.hip else "tf32x3"
+
 _choices: dict[tuple[Any, ...], str] = {}
 
 
@@ -117,11 +120,12 @@ def autotuned(
         configs: an `autotune_pool`.
         key: names of the kernel's arguments, whose values JSON can hold: choices are kept on disk.
         adds_into: those that are a `ScatterBuffer`'s data, which every trial has to find at zero.
-        fit: makes the configuration to try of one in the pool and the kernel's arguments by name.
+        fit: makes the configuration to try of one in the pool and the kernel's arguments by name; the same one is tried
+            once.
     """
 
     def fitted(pool: list["triton.Config"], arguments: Mapping[str, Any], **more: Any) -> list["triton.Config"]:
-        return [fit(config, {**arguments, **more}) for config in pool] if fit else pool
+        return list(dict.fromkeys(fit(config, {**arguments, **more}) for config in pool)) if fit else pool
 
     def decorate(kernel: Callable) -> Any:
         compiled = triton.jit(kernel, do_not_specialize=UNSPECIALISED)

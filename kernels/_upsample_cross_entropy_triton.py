@@ -16,6 +16,7 @@ from torch import Tensor
 from ._triton import (
     INTERPRETED,
     LOWEST,
+    PRECISION,
     ScatterBuffer,
     autotuned,
     device_guard,
@@ -25,12 +26,12 @@ from ._triton import (
 )
 from ._upsample_triton import (
     CLASS_POOL,
-    FLOAT32_PRECISION,
     GATHERED_K,
     PIXELS,
     corner_pointers,
     corners_in_tile,
     exp,
+    fewer_classes_a_warp,
     num_tiles,
     padded,
     pixels_of_tile,
@@ -105,7 +106,7 @@ def _sum_exp(
     return largest, total, z_label, in_window
 
 
-@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"])
+@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"], fit=fewer_classes_a_warp)
 def losses_kernel(
     table_ptr,  # (B, h, w, padded_K): logits
     target_ptr,  # (B, H, W)
@@ -162,7 +163,7 @@ def losses_kernel(
     tl.store(losses_ptr + b * H * W + y * W + x, loss, mask=live)
 
 
-@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"], adds_into=["grad_table_ptr"])
+@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"], adds_into=["grad_table_ptr"], fit=fewer_classes_a_warp)
 def losses_backward_kernel(
     grad_losses_ptr,  # (B, H, W)
     table_ptr,  # (B, h, w, padded_K): logits
@@ -311,7 +312,7 @@ def backward(
     bound = lambda: grad_losses.abs().amax() * largest_weight() * PIXELS
     # Gradients of bfloat16 in float16, which has three more digits; those of float16 need more than it has.
     grad_operand = tl.float16 if logits.dtype == torch.bfloat16 else tl.float32
-    grad_precision = "bf16x3" if logits.dtype == torch.float16 and not INTERPRETED else FLOAT32_PRECISION
+    grad_precision = "bf16x3" if logits.dtype == torch.float16 and not INTERPRETED else PRECISION
     buffer = ScatterBuffer((B, h, w, padded(K)), logits.device, bound)
     with device_guard(logits):
         losses_backward_kernel[(num_tiles(B, (H, W), (h, w)),)](

@@ -14,6 +14,7 @@ Logits are read as (B, h, w, padded_K), classes last and padded to whole 16-byte
 16 * K loads of a window is a memory sector of its own, three times over; the copy is read and written once.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ CLASS_POOL = autotune_pool(
     triton.Config({"BLOCK_K": 16}, num_warps=2),
     triton.Config({"BLOCK_K": 32}, num_warps=4),
 )
+
+
+def fewer_classes_a_warp(config: "triton.Config", arguments: Mapping[str, Any]) -> "triton.Config":
+    """The configuration for logits of any dtype: float32's products are sums of several, whose parts stay in registers
+    only with at most 8 classes a warp."""
+    if arguments["OPERAND"] != tl.float32:
+        return config
+    return triton.Config(config.kwargs, num_warps=max(config.num_warps, config.kwargs["BLOCK_K"] // 8))
+
 
 TILE = 8
 PIXELS = TILE * TILE

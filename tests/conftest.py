@@ -7,8 +7,23 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
 import pytest
 from unept.kernels import use_backend
+
+# The same examples on every machine and in every run, and nothing kept on disk; `search` draws new ones each time.
+hypothesis.settings.register_profile(
+    "repeat",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    max_examples=30,
+)
+hypothesis.settings.register_profile(
+    "search", hypothesis.settings.get_profile("repeat"), derandomize=False, max_examples=500
+)
+hypothesis.settings.load_profile("repeat")
 
 # (backend, device) pairs that every op is tested on.
 BACKENDS = [("torch", "cpu"), ("triton", "cpu")]

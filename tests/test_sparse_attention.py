@@ -41,10 +41,20 @@ class Case:
 
 
 def make_case(
-    *, batch=2, heads=3, channels=5, queries=11, levels=2, num_points=3, shared=False, normalised=False
+    *,
+    batch=2,
+    heads=3,
+    channels=5,
+    queries=11,
+    levels=2,
+    num_points=3,
+    shared=False,
+    normalised=False,
+    shapes=None,
 ) -> Case:
     """Random inputs, exact in bfloat16, whose samples stay away from integer positions, where slopes jump."""
-    shapes = SHAPES[:levels]
+    shapes = shapes or SHAPES[:levels]
+    levels = len(shapes)
     value = torch.randn(batch, sum(h * w for h, w in shapes), heads, channels)
     centres = torch.rand(1 if shared else batch, queries, 2)
     points = torch.randn(batch, queries, heads, levels, num_points, 2) * 2.5

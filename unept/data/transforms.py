@@ -88,7 +88,9 @@ def scaled_crop(image: Tensor, rows: Span, columns: Span) -> Tensor:
     source = image[:, rows.source(image.shape[1]), columns.source(image.shape[2])]
     # One billionth: the size below is rounded down, and must not fall short of the crop.
     factors = (1 / rows.step * (1 + 1e-9), 1 / columns.step * (1 + 1e-9))
-    resized = interpolate(source[None], scale_factor=factors, mode="bilinear", antialias=True)[0]
+    # Channels innermost, as decoders give them: torch fails on others where the result is a single pixel.
+    source = source[None].contiguous(memory_format=torch.channels_last)
+    resized = interpolate(source, scale_factor=factors, mode="bilinear", antialias=True)[0]
     return resized[:, : rows.size, : columns.size].contiguous()
 
 
