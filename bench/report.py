@@ -143,6 +143,8 @@ def _aims() -> list[Aim]:
         aims.append(Aim(f"boundary targets, {variant}, against SciPy", (targets, "scipy"), (targets, variant), 1))
     targets = "boundary_targets, shapes, B=16"
     aims.append(Aim("boundary targets of 16 x 480 x 480, ms", None, (targets, ours), 0.3, at_most=True))
+    loader = "loader, jpeg, 683x512 to 480x480"
+    aims.append(Aim("training samples of JPEGs against torchvision", (loader, "torchvision"), (loader, "unept"), 2))
     for sizes, kind in (("480 and 960", "bfloat16 autocast"), ("240 and 480", "float32")):
         context = f"context branch, ResNet-50 features, {sizes} pixels, batch 1, {kind}, forward"
         pixels = (context, "large"), (context, "small")

@@ -68,6 +68,7 @@ def steps() -> dict[str, list[Step]]:
             ),
             benchmark("dense", "test_dense.py"),
             benchmark("boundary_targets", "test_boundary_targets.py"),
+            benchmark("loader", "test_loader.py"),
         ],
         "model": [
             benchmark("train_resnet50", "test_model.py", "-k", "train and resnet50"),

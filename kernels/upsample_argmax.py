@@ -23,7 +23,6 @@ from ._upsample_triton import (
     GATHERED_K,
     corner_pointers,
     corners_in_tile,
-    fewer_classes_a_warp,
     num_tiles,
     pixels_of_tile,
     split,
@@ -62,7 +61,7 @@ def _better(largest, best, z, first):
     return tl.where(better, found, largest), tl.where(better, first + position, best)
 
 
-@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"], fit=fewer_classes_a_warp)
+@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"])
 def argmax_kernel(
     table_ptr,  # (B, h, w, padded_K): logits
     offset_ptr,  # (B, 2, H, W) or unused

@@ -15,6 +15,7 @@ from bench import (
     test_boundary_targets,
     test_context_branch,
     test_dense,
+    test_loader,
     test_model,
 )
 from bench.harness import Group, Measured, ReplayClock, Unavailable, Variant, assert_close, interleaved, measure
@@ -177,7 +178,7 @@ def test_aims_pass_and_miss(tmp_path):
     assert report.judged(report.read([write(tmp_path / "3.json", rows)])).startswith("- not measured: context branch")
 
 
-MODULES = (test_attention, test_boundary_targets, test_dense, test_context_branch, test_model)
+MODULES = (test_attention, test_boundary_targets, test_dense, test_context_branch, test_loader, test_model)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -224,7 +225,7 @@ def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, mo
 
 
 def test_aims_name_groups_and_variants_that_exist():
-    modules = (test_attention, test_boundary_targets, test_dense, test_context_branch)
+    modules = (test_attention, test_boundary_targets, test_dense, test_context_branch, test_loader)
     known = {
         (case.name, v) for m in modules for full in (False, True) for case in m.cases(full, "cpu") for v in m.VARIANTS
     }

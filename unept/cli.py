@@ -59,6 +59,21 @@ def out_of_memory(advice: str) -> Iterator[None]:
         raise
 
 
+def memory_advice(config: TrainConfig, local_batch: int) -> str:
+    """How a training step of `local_batch` images a rank gets by with less memory: the end of `out_of_memory`'s."""
+    height, width = config.data.crop_size
+    at_once = local_batch // config.accumulate
+    smaller = (
+        f"--accumulate {config.accumulate * 2} keeps the batch and sees it in twice as many parts"
+        if at_once % 2 == 0
+        else "--batch-size takes fewer images"
+    )
+    return (
+        f"with {at_once} images of {height}x{width} at once (batch_size {config.batch_size}): {smaller}; --crop-size "
+        "makes images smaller; --amp bf16 halves most of the rest. --resume auto goes on from the last checkpoint"
+    )
+
+
 def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
     """Options and best model of a run folder, the model in evaluation mode.
 

@@ -83,6 +83,21 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def share_of(batch_size: int, accumulate: int) -> int:
+    """Images of a batch that each rank sees, in `accumulate` parts of equal size.
+
+    Raises:
+        ValueError: it can't be split so.
+    """
+    ranks = world_size()
+    if batch_size % (ranks * accumulate):
+        raise ValueError(
+            f"batch_size {batch_size} can't be split over {ranks} processes in {accumulate} parts each: make it a "
+            f"multiple of {ranks * accumulate} (--batch-size), or change --accumulate or torchrun's --nproc-per-node"
+        )
+    return batch_size // ranks
+
+
 def from_main(function: Callable[[], T]) -> T:
     """What `function` gives on rank 0, on all ranks; an error is raised on rank 0, and ends the others silently."""
     if world_size() == 1:

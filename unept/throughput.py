@@ -1,11 +1,23 @@
-"""How fast a run is, and which of the two limits it: the training step, or the loader."""
+"""How fast a run is, which of the two limits it (the training step, or the loader), and how much memory it takes."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Peak GiB so far: of the GPU's allocator, or of this process on Linux; None where that can't be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Throughput:

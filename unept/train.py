@@ -27,7 +27,7 @@ from .optimizer import build_optimizer, learning_rate_factor
 from .presets import PRESETS
 from .recorder import Recorder
 from .run_folder import check_same_run, continues, run_folder
-from .throughput import Throughput
+from .throughput import Throughput, peak_memory
 
 
 def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
@@ -38,17 +38,6 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
     presets = {name: (inspect.getdoc(preset) or "", preset()) for name, preset in PRESETS.items()}
     config = tyro.extras.overridable_config_cli(presets, prog="python -m unept.train", args=args)
     return args[0], config
-
-
-def peak_memory(device: torch.device) -> float | None:
-    """Peak GiB so far: of the GPU's allocator, or of this process on Linux; None where that can't be told."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform != "linux":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Trainer:
@@ -72,7 +61,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, out: Path, device: torch.device | None = None):
         self.config, self.out = config, out
         self.device = device or distributed.choose_device(config.device)
-        self.local_batch = distributed.from_main(self._local_batch)
+        self.local_batch = distributed.from_main(lambda: distributed.share_of(config.batch_size, config.accumulate))
         cuda = self.device.type == "cuda"
         torch.manual_seed(config.seed)
         self.train_set, self.validation_set = distributed.from_main(self._data_sets)
@@ -117,16 +106,15 @@ class Trainer:
             dynamic_ncols=True,
             disable=not distributed.is_main(),
         )
-        advice = self._memory_advice()
+        advice = cli.memory_advice(config, self.local_batch)
         self.model.train()
         self.throughput.go()
         while self.step < config.iterations:
             try:
                 batch = next(batches)
             except DatasetError:
-                if (
-                    distributed.world_size() == 1
-                ):  # the others don't know of it, and can't take part in what saving asks
+                # Other ranks don't know of it, and can't take part in what saving asks.
+                if distributed.world_size() == 1:
                     self._save()  # the run goes on from here once the file is mended
                 raise
             with cli.out_of_memory(advice), self.throughput.step(len(batch.images), batch.seconds):
@@ -218,36 +206,12 @@ class Trainer:
             on_bad_sample=data.on_bad_sample,
         )
 
-    def _local_batch(self) -> int:
-        """Images an optimiser step that this rank sees."""
-        batch, parts, ranks = self.config.batch_size, self.config.accumulate, distributed.world_size()
-        if batch % (ranks * parts):
-            raise ValueError(
-                f"batch_size {batch} can't be split over {ranks} processes in {parts} parts each: make it a multiple "
-                f"of {ranks * parts} (--batch-size), or change --accumulate or torchrun's --nproc-per-node"
-            )
-        return batch // ranks
-
     def _data_sets(self) -> list[SegmentationDataset]:
         """Of training and validation, after a look at some of their files."""
         datasets = [self.config.data.build(split) for split in ("train", "val")]
         for dataset in datasets:
             dataset.check(sample=20)
         return datasets
-
-    def _memory_advice(self) -> str:
-        config, (height, width) = self.config, self.config.data.crop_size
-        at_once = self.local_batch // config.accumulate
-        smaller = (
-            f"--accumulate {config.accumulate * 2} keeps the batch and sees it in twice as many parts"
-            if at_once % 2 == 0
-            else "--batch-size takes fewer images"
-        )
-        return (
-            f"with {at_once} images of {height}x{width} at once (batch_size "
-            f"{config.batch_size}): {smaller}; --crop-size makes images smaller; --amp bf16 halves most of the rest. "
-            "--resume auto goes on from the last checkpoint"
-        )
 
     def _flush(self) -> dict[str, float]:
         """Mean of each term over the steps since the last log line; the one place where losses come to the host."""
