@@ -35,7 +35,8 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
     args = list(sys.argv[1:] if args is None else args)
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         args.insert(0, "shapes")
-    presets = {name: (inspect.getdoc(preset) or "", preset()) for name, preset in PRESETS.items()}
+    # Of the paper's rows what they are and what to expect; the rest of it is in unept/presets.py.
+    presets = {name: ((inspect.getdoc(preset) or "").split("\nSize:")[0], preset()) for name, preset in PRESETS.items()}
     config = tyro.extras.overridable_config_cli(presets, prog="python -m unept.train", args=args)
     return args[0], config
 
