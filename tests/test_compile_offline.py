@@ -11,6 +11,8 @@ import offline
 import pytest
 import triton
 
+pytestmark = pytest.mark.xdist_group("compile_offline")  # the report takes minutes
+
 
 @pytest.fixture(scope="session")
 def report():

@@ -6,6 +6,8 @@ Every function also works in a process that is alone, where there is nothing to 
 import contextlib
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Device = Literal["auto", "cuda", "cpu"]
+# The others wait while rank 0 draws pictures and writes, and on a cold start while each compiles.
+PATIENCE = datetime.timedelta(hours=1)
 T = TypeVar("T")
 
 
@@ -73,14 +77,37 @@ def process_group(device: torch.device) -> Iterator[None]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    # An hour: the others wait while rank 0 draws pictures and writes, and on a cold start while each compiles.
     dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1), device_id=device if cuda else None
+        "nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None, **_fresh_store()
     )
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _fresh_store() -> dict[str, Any]:
+    """The store through which the processes find each other, their rank and their number, for `init_process_group`.
+
+    When torchrun starts processes anew, it keeps the store, and with it the addresses of those that have ended, which
+    a process may find there before its peer has written its own (pytorch/pytorch#135712). So rank 0 answers each process that has arrived, by a
+    number of its own, with the name of a part of the store that nobody has written to.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    name = me = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"arrived/{rank}", me)
+        name = store.get(f"answer/{me}").decode()  # waits
+        store.set(f"{name}/met/{rank}", "")
+    else:
+        waiting, deadline = set(range(1, world_size)), time.monotonic() + PATIENCE.total_seconds()
+        while waiting and time.monotonic() < deadline:
+            for other in waiting:
+                if store.check([f"arrived/{other}"]):  # perhaps by one that has ended: then it is asked again
+                    store.set(f"answer/{store.get(f'arrived/{other}').decode()}", name)
+            time.sleep(0.02)
+            waiting = {other for other in waiting if not store.check([f"{name}/met/{other}"])}
+    return {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world_size}
 
 
 def share_of(batch_size: int, accumulate: int) -> int:
