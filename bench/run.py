@@ -45,7 +45,7 @@ def benchmark(name: str, file: str, *options: str) -> Step:
 
 def steps() -> dict[str, list[Step]]:
     """The steps of each part."""
-    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", "4", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     kernel_tests = [f"tests/test_{op}.py" for op in ("sparse_attention", "bilinear_gather", "upsample_cross_entropy")]
     kernel_tests += ["tests/test_boundary_targets.py", "-k", "triton and matches"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]

@@ -31,14 +31,6 @@ if torch.cuda.is_available():
     BACKENDS = [("torch", "cpu"), ("torch", "cuda"), ("triton", "cuda")]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config):
-    """Under `pytest -n`, tests marked xdist_group run in one process: what they share is made once."""
-    config.addinivalue_line("markers", "xdist_group(name): of pytest-xdist, which need not be installed")
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
-
-
 @pytest.fixture(params=BACKENDS, ids=lambda pair: "-".join(pair))
 def backend(request):
     """Switch to a backend for one test; the value is (backend, device)."""

@@ -90,8 +90,8 @@ def _fresh_store() -> dict[str, Any]:
     """The store through which the processes find each other, their rank and their number, for `init_process_group`.
 
     When torchrun starts processes anew, it keeps the store, and with it the addresses of those that have ended, which
-    a process may find there before its peer has written its own (pytorch/pytorch#135712). So rank 0 answers each process that has arrived, by a
-    number of its own, with the name of a part of the store that nobody has written to.
+    a process may find there before its peer has written its own (pytorch/pytorch#135712). So rank 0 answers each
+    process that has arrived, by a number of its own, with the name of a part of the store that nobody has written to.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
     name = me = uuid.uuid4().hex
