@@ -50,8 +50,9 @@ def check_count(what: str, count: int) -> None:
 
 def check_sides(what: str, *sides: int) -> None:
     """Raise ValueError if a side of a map, named by `what`, is longer than float32 tells pixels apart."""
-    if max(sides, default=0) > MAX_SIDE:
-        raise ValueError(f"{what} has a side of {max(sides)} pixels; it may be at most 2**24: cut it into parts")
+    for side in sides:
+        if side > MAX_SIDE:
+            raise ValueError(f"{what} has a side of {side} pixels; it may be at most 2**24: cut it into parts")
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...], remedy: str = "") -> None:

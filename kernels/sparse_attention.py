@@ -130,7 +130,7 @@ def _flat_shapes(spatial_shapes: Sequence[Sequence[int]], value: Tensor) -> list
     a_list = isinstance(spatial_shapes, Sequence)
     pairs = a_list and all(isinstance(shape, Sequence) and len(shape) == 2 for shape in spatial_shapes)
     shapes = [size for shape in spatial_shapes for size in shape] if pairs else []
-    if not (a_list and all(isinstance(size, int) for size in shapes)):
+    if not (a_list and all(isinstance(size, (int, torch.SymInt)) for size in shapes)):
         raise TypeError(
             f"spatial_shapes is {spatial_shapes}; it must hold Python ints, so that no read of the device is needed: "
             "convert it once, outside the training loop, with spatial_shapes.tolist()"

@@ -160,7 +160,11 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int], offset: Tensor | None
         TypeError: a dtype doesn't fit.
         ValueError: shapes or devices don't fit, size is no pair of sizes, or an image of more than 2**30 pixels.
     """
-    if not (isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) and n >= 0 for n in size)):
+    if not (
+        isinstance(size, Sequence)
+        and len(size) == 2
+        and all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in size)
+    ):
         raise ValueError(f"size is {size!r}; it must be (height, width), two ints >= 0, such as labels.shape[-2:]")
     height, width = size
     check_maps(logits, offset, (height, width))

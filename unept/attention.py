@@ -59,10 +59,11 @@ class SparseSamplingAttention(nn.Module):
 
         Both are views of one float32 projection: near 16 pixels bfloat16 steps by 1/8 of a pixel.
         """
-        q = self.query_projection(query).unflatten(-1, (self.num_heads, -1))
+        q = self.query_projection(query).unflatten(-1, (self.num_heads, -1)).to(self.sampling_weight.dtype)
         with torch.autocast(q.device.type, enabled=False):
-            projected = torch.einsum("bqmd,mdo->bqmo", q.to(self.sampling_weight.dtype), self.sampling_weight)
-            projected = projected + self.sampling_bias
+            heads = q.permute(2, 0, 1, 3).flatten(1, 2)  # (M, B * Q, d_k)
+            projected = torch.baddbmm(self.sampling_bias[:, None], heads, self.sampling_weight)
+        projected = projected.unflatten(1, query.shape[:2]).permute(1, 2, 0, 3)
         samples = self.num_levels * self.num_points
         offsets, logits = projected.split([2 * samples, samples], dim=-1)
         levels = (self.num_levels, self.num_points)

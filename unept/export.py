@@ -1,0 +1,311 @@
+"""`python -m unept.export RUN`: a trained network for other runtimes: ONNX, torch.export or AOTInductor.
+
+What is exported is one view of a whole image at its own size (no scales, no mirroring, no windows), for batches and
+images of any size, refinement included. In it the operators of this project are replaced by PyTorch's own (bilinear
+`grid_sample`, `interpolate`), so that the file needs nothing of `unept`: it runs wherever the format does, but without
+the Triton kernels.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from . import cli
+from .model import STRIDE, UNEPT, UNEPTOutput, output_offset, predicted_ids
+
+Format = Literal["onnx", "torch-export", "aoti"]
+SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".aoti.pt2"}
+TOLERANCE = 1e-4
+# Of the checks: (B, H, W) in multiples of the smallest size that can be exported, and pixels more.
+CHECKED = ((1, 2, 3, 1, 0), (2, 3, 2, -5, 7), (3, 2, 2, 0, 0))
+
+
+@dataclass
+class ExportConfig:
+    """Export a trained model, and check the file against the model at three sizes of batch and image."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder that unept.train wrote, folder that save_pretrained wrote, or ORG/NAME of a repository on the Hugging
+    Face hub."""
+    format: Format = "onnx"
+    """onnx: for ONNX Runtime and what else reads it. torch-export: a program for torch.export.load, on any device. aoti:
+    machine code for this device (AOTInductor), for torch._inductor.aoti_load_package from Python or for C++."""
+    output: Literal["ids", "logits"] = "ids"
+    """ids: class ids, int64 (B, H, W). logits: float32 (B, K, H, W), whose argmax they are."""
+    refine: tyro.conf.DisallowNone[bool | None] = None
+    """Refine at boundaries (Sec. 3.2). None: as the run was validated, else yes."""
+    refine_scale: int | None = None
+    """By how many pixels. None: as the run was validated, else 1."""
+    out: Path | None = None
+    """The file. None: model.onnx, model.pt2 or model.aoti.pt2 in the run folder, or here if the model is of the hub."""
+    device: cli.Device = "auto"
+    """auto: CUDA where there is a device."""
+
+
+# --- what is exported -------------------------------------------------------------------------------------------------
+
+
+class WholeImage(nn.Module):
+    """A model from an image of any size to its prediction, without a branch that depends on the size.
+
+    Args:
+        model: in evaluation mode.
+        output: `"ids"` or `"logits"`.
+        refine: read the prediction of boundary pixels inside of their segment.
+        refine_scale: how many pixels inside.
+    """
+
+    def __init__(self, model: UNEPT, output: str = "ids", refine: bool = True, refine_scale: int = 1):
+        super().__init__()
+        self.model, self.output = model, output
+        self.refinement = {"refine": refine and model.refines, "refine_scale": refine_scale}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images uint8 (B, 3, H, W), RGB, to ids (B, H, W) or logits (B, K, H, W)."""
+        height, width = images.shape[2:]
+        divisor = self.model.divisor
+        padded = self.model.normalized(images)
+        padded = _padded(padded, 2, (height + divisor - 1) // divisor * divisor)
+        padded = _padded(padded, 3, (width + divisor - 1) // divisor * divisor)
+        h, w = ((size + STRIDE - 1) // STRIDE for size in (height, width))
+        output = UNEPTOutput(*(None if m is None else _cropped(m, h, w) for m in self.model(padded)))
+        size = (STRIDE * h, STRIDE * w)
+        if self.output == "ids":
+            return _cropped(predicted_ids(output, size, **self.refinement), height, width)
+        logits = F.interpolate(output.logits.float(), size, mode="bilinear", align_corners=False)
+        refines, scale = self.refinement["refine"], self.refinement["refine_scale"]
+        offset = output_offset(output, size, scale) if refines else None
+        return _cropped(logits if offset is None else _shifted(logits, offset), height, width)
+
+
+def _padded(images: Tensor, axis: int, size: int) -> Tensor:
+    """Zeros behind the end of an axis, up to `size`. `F.pad` would tell "nothing to pad" apart."""
+    index = torch.arange(size, device=images.device)
+    inside = (index < images.shape[axis]).view([-1 if a == axis else 1 for a in range(images.dim())])
+    return images.index_select(axis, index.clamp(max=images.shape[axis] - 1)) * inside
+
+
+def _cropped(maps: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns of the last two axes, contiguous whether that is all of them or not."""
+    rows, columns = (torch.arange(size, device=maps.device) for size in (height, width))
+    return maps.index_select(-2, rows).index_select(-1, columns)
+
+
+def _shifted(maps: Tensor, offset: Tensor) -> Tensor:
+    """Maps (B, C, H, W) read at p + offset(p), clamped to the image; offset (B, 2, H, W) in whole pixels, (x, y)."""
+    height, width = maps.shape[2:]
+    rows = torch.arange(height, device=maps.device)[:, None]
+    columns = torch.arange(width, device=maps.device)
+    y = (rows + offset[:, 1].long()).clamp(0, height - 1)
+    x = (columns + offset[:, 0].long()).clamp(0, width - 1)
+    index = (y * width + x).flatten(1)[:, None].expand(-1, maps.shape[1], -1)
+    return maps.flatten(2).gather(2, index).unflatten(2, (height, width))
+
+
+# --- the operators in PyTorch's own -----------------------------------------------------------------------------------
+
+
+def _sparse_sampling(
+    value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference: Tensor | None
+) -> Tensor:
+    """`unept::sparse_sampling`; see `unept.kernels.sparse_attention` for the letters."""
+    batch, queries, heads, num_levels, num_points = points.shape[:5]
+    # Heads first, as the network computes them: of another order the exporter would ask how it lies in memory.
+    points, scores = points.permute(2, 0, 1, 3, 4, 5).float(), scores.permute(2, 0, 1, 3, 4)
+    if reference is not None:
+        scores = scores.flatten(3).softmax(-1).unflatten(-1, (num_levels, num_points))
+    pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
+    maps = value.float().permute(2, 0, 3, 1).split([height * width for height, width in pairs], dim=3)
+    out: Any = 0
+    for level, (height, width) in enumerate(pairs):
+        image = maps[level].reshape(heads * batch, -1, height, width)
+        locations = points[:, :, :, level]  # (M, B, Q, N, 2)
+        if reference is not None:
+            offsets = torch.stack([locations[..., 0] / width, locations[..., 1] / height], dim=-1)
+            locations = reference[None, :, :, None] + offsets
+        grid = (2 * locations - 1).reshape(heads * batch, queries, num_points, 2)
+        samples = F.grid_sample(image, grid, align_corners=False)  # (M * B, D, Q, N)
+        shares = scores[:, :, :, level].reshape(heads * batch, 1, queries, num_points)
+        out = out + (samples * shares).sum(-1)
+    out = out.reshape(heads, batch, -1, queries).permute(1, 3, 0, 2).reshape(batch, queries, -1)
+    return out.to(value.dtype)
+
+
+def _upsample_argmax(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
+    """`unept::upsample_argmax`, for offsets in whole pixels."""
+    ids = F.interpolate(logits.float(), (height, width), mode="bilinear", align_corners=False).argmax(1)
+    return ids if offset is None else _shifted(ids[:, None], offset)[:, 0]
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.unept.sparse_sampling.default: _sparse_sampling,
+    torch.ops.unept.upsample_argmax.default: _upsample_argmax,
+}
+
+
+# --- the formats ------------------------------------------------------------------------------------------------------
+
+
+def export_program(network: WholeImage) -> torch.export.ExportedProgram:
+    """The program of a network, of batches and images of any size, in PyTorch's own operators.
+
+    Raises:
+        ValueError: the network can't be exported; the message has the reason.
+    """
+    divisor = network.model.divisor
+    # No side is a multiple of the divisor, none is as long as another: nothing is taken for a constant.
+    images = torch.zeros(2, 3, 2 * divisor + 6, 3 * divisor - 6, dtype=torch.uint8, device=network.model.mean.device)
+    dynamic = torch.export.Dim.DYNAMIC
+    with torch.no_grad(), _reasons("exported for any size"):
+        program = torch.export.export(network, (images,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+        return program.run_decompositions({**torch.export.default_decompositions(), **DECOMPOSITIONS})
+
+
+def write(program: torch.export.ExportedProgram, format: Format, path: Path) -> None:
+    """Write a program as a file.
+
+    Raises:
+        ModuleNotFoundError: a package is missing.
+        ValueError: the format has no counterpart of what the network does; the message has the reason.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if format == "torch-export":
+        torch.export.save(program, path)
+    elif format == "aoti":
+        with torch.no_grad(), _reasons("compiled by AOTInductor"):
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    else:
+        _require("onnx", "onnxscript")
+        with torch.no_grad(), _reasons("exported to ONNX; --format torch-export may do"):
+            names = {"input_names": ["images"], "output_names": ["prediction"]}
+            torch.onnx.export(program, (), str(path), **names, external_data=False, verbose=False)
+
+
+def load(format: Format, path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The function of a file that `write` wrote: images uint8 (B, 3, H, W) to the prediction, on the images' device.
+
+    Raises:
+        ModuleNotFoundError: a package is missing.
+    """
+    if format == "torch-export":
+        return torch.export.load(path).module()
+    if format == "aoti":
+        return torch._inductor.aoti_load_package(str(path))
+    _require("onnxruntime")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.cpu().numpy()})[0]).to(device)
+
+
+def check(network: WholeImage, function: Callable[[Tensor], Tensor]) -> float:
+    """Compare an exported function with its network on noise, at three sizes of batch and image.
+
+    Returns:
+        The largest difference: of logits relative to the largest logit, of ids the share of pixels that differ.
+
+    Raises:
+        ValueError: it is over 1e-4 for logits, or 1e-3 for ids (which rounding decides between equal classes).
+    """
+    worst = 0.0
+    generator = torch.Generator().manual_seed(0)
+    divisor, device = network.model.divisor, network.model.mean.device
+    for batch, rows, columns, *more in CHECKED:
+        size = (divisor * rows + more[0], divisor * columns + more[1])
+        images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=generator).to(device)
+        with torch.no_grad():
+            wanted, found = network(images), function(images)
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+            raise ValueError(
+                f"the exported file gives {found.dtype} {tuple(found.shape)} for {batch}x3x{size[0]}x{size[1]}, not "
+                f"{wanted.dtype} {tuple(wanted.shape)}"
+            )
+        if network.output == "ids":
+            difference = float((found != wanted).double().mean())
+        else:
+            difference = float((found - wanted).abs().max() / wanted.abs().max())
+        worst = max(worst, difference)
+    if not worst <= (1e-3 if network.output == "ids" else TOLERANCE):
+        raise ValueError(f"the exported file differs from the model by {worst:.2g}: do not use it, and report this")
+    return worst
+
+
+@contextlib.contextmanager
+def _reasons(what: str) -> Iterator[None]:
+    """Turn whatever an exporter raises into a ValueError that has its first line."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise ValueError(f"this network can't be {what}. The reason given: {reason[:300]}") from error
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if not _installed(name)]
+    if missing:
+        raise ModuleNotFoundError(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def _installed(name: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def export(options: ExportConfig) -> None:
+    """Export, check and say where the file is.
+
+    Raises:
+        FileNotFoundError, ValueError: see `unept.cli.load`, `export_program`, `write` and `check`.
+        ModuleNotFoundError: a package that the format needs is missing.
+    """
+    device = cli.choose_device(options.device)
+    model = cli.load(options.run, device)
+    preprocessing = model.preprocessing
+    refine = preprocessing.get("refine", True) if options.refine is None else options.refine
+    scale = options.refine_scale or preprocessing.get("refine_scale") or 1
+    network = WholeImage(model, options.output, bool(refine), scale).eval()
+    folder = options.run if options.run.is_dir() else Path()
+    path = options.out or folder / f"model{SUFFIX[options.format]}"
+    write(export_program(network), options.format, path)
+    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    print(f"takes images, uint8 (B, 3, H, W), RGB, with H and W over {model.divisor}; gives {_described(network)}")
+    left_out = [f"{name} {preprocessing[name]}" for name in ("short_side", "window") if preprocessing.get(name)]
+    if left_out:
+        print(f"not in it, though the model was validated so: {', '.join(left_out)}")
+    if options.format == "onnx" and not _installed("onnxruntime"):
+        print("not checked: pip install onnxruntime", file=sys.stderr)
+        return
+    worst = check(network, load(options.format, path, device))
+    kind = "of the pixels differ" if options.output == "ids" else "of the largest logit"
+    print(f"checked against the model at {len(CHECKED)} sizes: {worst:.1e} {kind}")
+
+
+def _described(network: WholeImage) -> str:
+    refined = f"refined by {network.refinement['refine_scale']} px" if network.refinement["refine"] else "not refined"
+    classes = network.model.num_classes
+    kind = "class ids, int64 (B, H, W)" if network.output == "ids" else f"logits, float32 (B, {classes}, H, W)"
+    return f"{kind}, {refined}"
+
+
+def main() -> None:
+    """The command line."""
+    cli.run(lambda: export(tyro.cli(ExportConfig, prog="python -m unept.export")))
+
+
+if __name__ == "__main__":
+    main()
