@@ -1,11 +1,19 @@
 """The ops of UN-EPT, each on two backends: Triton on GPUs, PyTorch anywhere. See `use_backend`."""
 
-from .backend import BACKENDS, requested_backend, use_backend
-from .bilinear_gather import bilinear_gather
-from .boundary_targets import boundary_targets
-from .sparse_attention import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
-from .upsample_argmax import upsample_argmax
-from .upsample_cross_entropy import upsample_cross_entropy
+if __name__ == "unept.kernels":
+    from .backend import BACKENDS, requested_backend, use_backend
+    from .bilinear_gather import bilinear_gather
+    from .boundary_targets import boundary_targets
+    from .sparse_attention import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
+    from .upsample_argmax import upsample_argmax
+    from .upsample_cross_entropy import upsample_cross_entropy
+else:
+    # From a clone's root `import kernels` finds this folder; transformers tries it, looking for a package of PyPI. A
+    # second copy would take over the first one's ops: it is the same package instead.
+    import importlib
+    import sys
+
+    sys.modules[__name__] = importlib.import_module("unept.kernels")
 
 __all__ = [
     "BACKENDS",

@@ -1,5 +1,6 @@
 """The choice of a backend: explicit, reversible, and refused with a remedy where it can't be met."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -77,6 +78,12 @@ def test_triton_without_a_gpu_says_what_to_do():
     assert done.returncode != 0
     assert "the tensors are on cpu: move them to a CUDA device, set TRITON_INTERPRET=1" in done.stderr
     assert in_fresh_process(code, UNEPT_BACKEND="triton", TRITON_INTERPRET="1").returncode == 0
+
+
+def test_no_second_copy_of_the_package():
+    """transformers imports `kernels`, from a clone this folder; a copy would take over the ops and their backend."""
+    assert importlib.import_module("kernels") is sys.modules["unept.kernels"]
+    assert "kernels.backend" not in sys.modules
 
 
 def test_ops_work_where_triton_is_not_installed():

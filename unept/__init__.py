@@ -1,8 +1,11 @@
 """UN-EPT: a unified efficient pyramid transformer for semantic segmentation."""
 
+import importlib.metadata
+
 from .loss import UNEPTLoss
 from .model import UNEPT, UNEPTOutput
 from .registry import create_model, list_models
 from .segmenter import Segmentation, Segmenter
 
+__version__ = importlib.metadata.version("unept")
 __all__ = ["UNEPT", "Segmentation", "Segmenter", "UNEPTLoss", "UNEPTOutput", "create_model", "list_models"]
