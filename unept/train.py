@@ -67,12 +67,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.train_set, self.validation_set = distributed.from_main(self._data_sets)
         self.resumes = distributed.from_main(lambda: continues(config, out))
-        self.model = UNEPT(
-            len(self.train_set.classes),
-            classes=self.train_set.classes,
-            palette=self.train_set.palette,
-            **self._model_options(),
-        ).to(self.device)
+        self.model = self.build_model().to(self.device)
         self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index).to(self.device)
         self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
         compiled = cuda if config.compile == "auto" else config.compile == "on"
@@ -93,6 +88,15 @@ class Trainer:
         self.recorder: Recorder | None = None  # of rank 0
         self.throughput = Throughput(self.device, config.data.workers, distributed.world_size())
         self.skipped_before = 0  # bad samples, of all ranks, before the run was resumed
+
+    def build_model(self) -> UNEPT:
+        """The network as it is before the first step; a subclass may train another one with the same interface."""
+        return UNEPT(
+            len(self.train_set.classes),
+            classes=self.train_set.classes,
+            palette=self.train_set.palette,
+            **self._model_options(),
+        )
 
     def train(self) -> dict[str, Any]:
         """Run to the end, from the last checkpoint if the run resumes; returns the last evaluation's scores."""
