@@ -1,9 +1,11 @@
-"""The benchmarks' data sets on disk, in miniature."""
+"""Data sets on disk, in miniature: the benchmarks', and one's own."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from unept.data import build_dataset
 
 Paths = tuple[Path, Path]
 
@@ -28,6 +30,20 @@ def pascal_context(root: Path, split: str, i: int) -> Paths:
 
 def camvid(root: Path, split: str, i: int) -> Paths:
     return root / split / f"{i}.png", root / f"{split}annot" / f"{i}.png"
+
+
+def shapes(root: Path, **counts: int) -> Path:
+    """Images of the shapes data set as files for the data set `folder`, so many of each split; gives `root`."""
+    for split, count in counts.items():
+        dataset = build_dataset("shapes", split=split, size=64, length=count)
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(count):
+            image, labels = dataset[i]
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "images" / split / f"{i}.png")
+            Image.fromarray(labels.numpy()).save(root / "labels" / split / f"{i}.png")
+    (root / "classes.txt").write_text("\n".join(dataset.classes) + "\n")
+    return root
 
 
 def write(layout, root: Path, split: str, labels: list[np.ndarray], labelled: bool = True) -> list[Paths]:

@@ -9,15 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import layouts
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 from timm.layers import BatchNormAct2d
 from torch import nn
 
 from unept import cli, distributed, train
-from unept.data import build_dataset
 from unept.run_folder import continues
 
 OPTIONS = [
@@ -32,17 +31,7 @@ NUMBERS = ("loss", "segmentation", "refined", "boundary", "direction", "mIoU", "
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Five training and three validation images of the shapes data set, as files: no number that two divides."""
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 5), ("val", 3)):
-        dataset = build_dataset("shapes", split=split, size=64, length=count)
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for i in range(count):
-            image, labels = dataset[i]
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "images" / split / f"{i}.png")
-            Image.fromarray(labels.numpy()).save(root / "labels" / split / f"{i}.png")
-    (root / "classes.txt").write_text("\n".join(dataset.classes) + "\n")
-    return root
+    return layouts.shapes(tmp_path_factory.mktemp("data"), train=5, val=3)
 
 
 def configuration(data, **changes):

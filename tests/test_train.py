@@ -11,15 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import layouts
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from unept import checkpoint, train
 from unept.config import DataConfig, ModelConfig, TrainConfig
-from unept.data import DatasetError, build_dataset
+from unept.data import DatasetError
 from unept.model import load_model
 from unept.optimizer import build_optimizer, learning_rate_factor
 from unept.presets import PRESETS
@@ -37,17 +37,7 @@ TERMS = ("loss", "segmentation", "refined", "boundary", "direction")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Six training and three validation images of the shapes data set, as files."""
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 6), ("val", 3)):
-        dataset = build_dataset("shapes", split=split, size=64, length=count)
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for i in range(count):
-            image, labels = dataset[i]
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / "images" / split / f"{i}.png")
-            Image.fromarray(labels.numpy()).save(root / "labels" / split / f"{i}.png")
-    (root / "classes.txt").write_text("\n".join(dataset.classes) + "\n")
-    return root
+    return layouts.shapes(tmp_path_factory.mktemp("data"), train=6, val=3)
 
 
 def configuration(data, **changes):
