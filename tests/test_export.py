@@ -67,6 +67,19 @@ def test_whole_image_predicts_as_the_model_does(model, size):
     assert (plain != wanted).float().mean() > 0.02, "nothing to refine in this test"
 
 
+@pytest.mark.parametrize("size", [(64, 96), (70, 90)])
+def test_same_padding_is_that_of_all_sizes(size):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "num_heads": 4, "num_points": 2, "ffn_dim": 32}
+    network = WholeImage(UNEPT(5, "tf_efficientnet_lite0", **sizes).eval(), "logits")
+    fixed = export._with_fixed_padding(network)
+    with torch.no_grad():
+        torch.testing.assert_close(fixed(images := noise(1, 3, *size)), network(images))
+    changed = [module for module in fixed.modules() if "forward" in vars(module)]
+    assert len(changed) == 5  # one for each halving
+    assert not [module for module in network.modules() if "forward" in vars(module)]
+
+
 @pytest.fixture(scope="module")
 def programs(model):
     return {

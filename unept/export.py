@@ -7,6 +7,8 @@ the Triton kernels.
 """
 
 import contextlib
+import copy
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import tyro
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from . import cli
@@ -163,12 +166,32 @@ def export_program(network: WholeImage) -> torch.export.ExportedProgram:
         ValueError: the network can't be exported; the message has the reason.
     """
     divisor = network.model.divisor
+    network = _with_fixed_padding(network)
     # No side is a multiple of the divisor, none is as long as another: nothing is taken for a constant.
     images = torch.zeros(2, 3, 2 * divisor + 6, 3 * divisor - 6, dtype=torch.uint8, device=network.model.mean.device)
     dynamic = torch.export.Dim.DYNAMIC
     with torch.no_grad(), _reasons("exported for any size"):
         program = torch.export.export(network, (images,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
         return program.run_decompositions({**torch.export.default_decompositions(), **DECOMPOSITIONS})
+
+
+def _with_fixed_padding(network: WholeImage) -> WholeImage:
+    """A copy whose convolutions with "same" padding, which depends on the size, have the padding of all sizes that they
+    are given: multiples of their stride, since the padded image is one of the largest."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, Conv2dSame):
+            reach = zip(module.kernel_size, module.dilation, module.stride, strict=True)
+            totals = [max(0, (size - 1) * dilation + 1 - stride) for size, dilation, stride in reach]
+            sides = [(total // 2, total - total // 2) for total in reversed(totals)]  # the last axis first
+            fixed = functools.partial(_fixed_convolution, module, sides[0] + sides[1])
+            module.forward = fixed  # type: ignore[method-assign]
+    return network
+
+
+def _fixed_convolution(module: Conv2dSame, padding: tuple[int, ...], x: Tensor) -> Tensor:
+    stride, dilation, groups = module.stride, module.dilation, module.groups
+    return F.conv2d(F.pad(x, padding), module.weight, module.bias, stride, 0, dilation, groups)
 
 
 def write(program: torch.export.ExportedProgram, format: Format, path: Path) -> None:
