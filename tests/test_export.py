@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -94,8 +95,15 @@ def test_program_needs_nothing_of_this_package(programs, output):
     assert "unept" not in {str(node.target).split(".")[0].split("::")[0] for node in programs[output][1].graph.nodes}
 
 
-@pytest.mark.parametrize("format", ["torch-export", "onnx"])
-@pytest.mark.parametrize("output", ["ids", "logits"])
+@pytest.mark.parametrize(
+    ("output", "format"),
+    [
+        ("logits", "onnx"),
+        ("ids", "torch-export"),
+        pytest.param("ids", "onnx", marks=pytest.mark.slow),
+        pytest.param("logits", "torch-export", marks=pytest.mark.slow),
+    ],
+)
 def test_file_gives_what_the_model_gives(programs, tmp_path, output, format):
     if format == "onnx":
         pytest.importorskip("onnxruntime")
@@ -124,6 +132,22 @@ def test_machine_code_gives_what_the_model_gives(programs, tmp_path):
     assert export.check(network, export.load("aoti", path, CPU)) <= 1e-5
 
 
+def test_one_size(model, tmp_path):
+    network = WholeImage(model)
+    program = export.export_program(network, (70, 90))
+    export.write(program, "torch-export", tmp_path / "model.pt2")
+    function = export.load("torch-export", tmp_path / "model.pt2", CPU)
+    assert export.check(network, function, (70, 90)) <= 1e-3
+    with pytest.raises(AssertionError, match="size"):
+        function(noise(1, 3, 90, 70))
+
+
+def test_what_takes_too_long_is_stopped():
+    with pytest.raises(ValueError, match=r"can't be exported\. The reason given: not done after 0 minutes"):  # noqa: SIM117
+        with export._reasons("exported"), export._time_limit(0):
+            time.sleep(60)
+
+
 def test_a_wrong_file_is_found(model):
     ids, logits = WholeImage(model, "ids"), WholeImage(model, "logits")
     with pytest.raises(ValueError, match=r"differs from the model by 0\.\d+: do not use it"):
@@ -145,13 +169,13 @@ def test_what_cannot_be_exported_says_why(monkeypatch, model):
         return forward(self, -images)
 
     monkeypatch.setattr(Backbone, "forward", looks)
-    with pytest.raises(ValueError, match=r"this network can't be exported for any size\. The reason given: \w+"):
+    with pytest.raises(ValueError, match=r"exported for any size; --size H W is simpler\. The reason given: \w+"):
         export.export_program(WholeImage(model))
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(export, "_installed", lambda name: name != "onnxscript")
-    with pytest.raises(ModuleNotFoundError, match="needs onnxscript: pip install onnxscript"):
+    with pytest.raises(ValueError, match="needs onnxscript: pip install onnxscript"):
         export.write(None, "onnx", tmp_path / "model.onnx")
 
 

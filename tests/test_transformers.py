@@ -218,7 +218,7 @@ def test_as_exact_as_theirs_in_every_dtype(name, dtype, backend):
 
 
 # One for each of the three operators.
-@pytest.mark.parametrize("name", ["Deformable DETR", "Mask2Former", "RT-DETRv2"])
+@pytest.mark.parametrize("name", ["Deformable DETR", "Mask2Former", pytest.param("RT-DETRv2", marks=pytest.mark.slow)])
 def test_compiled(name):
     theirs, ours = build(name)
     patch(ours)

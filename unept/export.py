@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ Format = Literal["onnx", "torch-export", "aoti"]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".aoti.pt2"}
 # Of the logits, relative to the largest; of class ids, the share of pixels, since rounding decides between equals.
 TOLERANCE = {"logits": 1e-4, "ids": 1e-3}
+MINUTES = 10  # that the export may take
 # Of the checks: (B, H, W) in multiples of the smallest size that can be exported, and pixels more.
 CHECKED = ((1, 2, 3, 1, 0), (2, 3, 2, -5, 7), (3, 2, 2, 0, 0))
 
@@ -49,6 +51,9 @@ class ExportConfig:
     """Refine at boundaries (Sec. 3.2). None: as the run was validated, else yes."""
     refine_scale: int | None = None
     """By how many pixels. None: as the run was validated, else 1."""
+    size: tuple[int, int] | None = None
+    """Height and width, if all images have the same: for a backbone that can't be exported for any size, or a runtime
+    that wants one. None: any."""
     out: Path | None = None
     """The file. None: model.onnx, model.pt2 or model.aoti.pt2 in the run folder, or here if the model is of the hub."""
     device: cli.Device = "auto"
@@ -159,8 +164,12 @@ DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
 # --- the formats ------------------------------------------------------------------------------------------------------
 
 
-def export_program(network: WholeImage) -> torch.export.ExportedProgram:
-    """The program of a network, of batches and images of any size, in PyTorch's own operators.
+def export_program(network: WholeImage, size: tuple[int, int] | None = None) -> torch.export.ExportedProgram:
+    """The program of a network, of batches of any size, in PyTorch's own operators.
+
+    Args:
+        network: what to export.
+        size: (H, W) of all images; None: any.
 
     Raises:
         ValueError: the network can't be exported; the message has the reason.
@@ -168,10 +177,11 @@ def export_program(network: WholeImage) -> torch.export.ExportedProgram:
     divisor = network.model.divisor
     network = _with_fixed_padding(network)
     # No side is a multiple of the divisor, none is as long as another: nothing is taken for a constant.
-    images = torch.zeros(2, 3, 2 * divisor + 6, 3 * divisor - 6, dtype=torch.uint8, device=network.model.mean.device)
-    dynamic = torch.export.Dim.DYNAMIC
-    with torch.no_grad(), _reasons("exported for any size"):
-        program = torch.export.export(network, (images,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+    height, width = size or (2 * divisor + 6, 3 * divisor - 6)
+    images = torch.zeros(2, 3, height, width, dtype=torch.uint8, device=network.model.mean.device)
+    axes = dict.fromkeys((0,) if size else (0, 2, 3), torch.export.Dim.DYNAMIC)
+    with torch.no_grad(), _reasons("exported" if size else "exported for any size; --size H W is simpler"):
+        program = torch.export.export(network, (images,), dynamic_shapes=(axes,))
         return program.run_decompositions({**torch.export.default_decompositions(), **DECOMPOSITIONS})
 
 
@@ -198,8 +208,8 @@ def write(program: torch.export.ExportedProgram, format: Format, path: Path) -> 
     """Write a program as a file.
 
     Raises:
-        ModuleNotFoundError: a package is missing.
-        ValueError: the format has no counterpart of what the network does; the message has the reason.
+        ValueError: a package is missing, and the message has the command that installs it; or the format has no
+            counterpart of what the network does, and it has the reason.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if format == "torch-export":
@@ -218,7 +228,7 @@ def load(format: Format, path: Path, device: torch.device) -> Callable[[Tensor],
     """The function of a file that `write` wrote: images uint8 (B, 3, H, W) to the prediction, on the images' device.
 
     Raises:
-        ModuleNotFoundError: a package is missing.
+        ValueError: a package is missing; the message has the command to install it.
     """
     if format == "torch-export":
         return torch.export.load(path).module()
@@ -231,8 +241,13 @@ def load(format: Format, path: Path, device: torch.device) -> Callable[[Tensor],
     return lambda images: torch.from_numpy(session.run(None, {"images": images.cpu().numpy()})[0]).to(device)
 
 
-def check(network: WholeImage, function: Callable[[Tensor], Tensor]) -> float:
+def check(network: WholeImage, function: Callable[[Tensor], Tensor], size: tuple[int, int] | None = None) -> float:
     """Compare an exported function with its network on noise, at three sizes of batch and image.
+
+    Args:
+        network: what was exported.
+        function: see `load`.
+        size: (H, W) of all images, where there is only one.
 
     Returns:
         The largest difference: of logits relative to the largest logit, of ids the share of pixels that differ.
@@ -244,13 +259,13 @@ def check(network: WholeImage, function: Callable[[Tensor], Tensor]) -> float:
     generator = torch.Generator().manual_seed(0)
     divisor, device = network.model.divisor, network.model.mean.device
     for batch, rows, columns, *more in CHECKED:
-        size = (divisor * rows + more[0], divisor * columns + more[1])
-        images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=generator).to(device)
+        height, width = size or (divisor * rows + more[0], divisor * columns + more[1])
+        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator).to(device)
         with torch.no_grad():
             wanted, found = network(images), function(images)
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise ValueError(
-                f"the exported file gives {found.dtype} {tuple(found.shape)} for {batch}x3x{size[0]}x{size[1]}, not "
+                f"the exported file gives {found.dtype} {tuple(found.shape)} for {batch}x3x{height}x{width}, not "
                 f"{wanted.dtype} {tuple(wanted.shape)}"
             )
         if network.output == "ids":
@@ -276,10 +291,26 @@ def _reasons(what: str) -> Iterator[None]:
         raise ValueError(f"this network can't be {what}. The reason given: {reason[:300]}") from error
 
 
+@contextlib.contextmanager
+def _time_limit(minutes: int) -> Iterator[None]:
+    """End what takes longer with a TimeoutError: sizes that depend on sizes can keep the exporter busy for ever."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"not done after {minutes} minutes")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, 60 * minutes), 5)  # again, if somebody catches it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def _require(*packages: str) -> None:
     missing = [name for name in packages if not _installed(name)]
     if missing:
-        raise ModuleNotFoundError(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise ValueError(f"this format needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _installed(name: str) -> bool:
@@ -294,7 +325,6 @@ def export(options: ExportConfig) -> None:
 
     Raises:
         FileNotFoundError, ValueError: see `unept.cli.load`, `export_program`, `write` and `check`.
-        ModuleNotFoundError: a package that the format needs is missing.
     """
     device = cli.choose_device(options.device)
     model = cli.load(options.run, device)
@@ -304,16 +334,19 @@ def export(options: ExportConfig) -> None:
     network = WholeImage(model, options.output, bool(refine), scale).eval()
     folder = options.run if options.run.is_dir() else Path()
     path = options.out or folder / f"model{SUFFIX[options.format]}"
-    write(export_program(network), options.format, path)
+    with _time_limit(MINUTES):
+        program = export_program(network, options.size)
+    write(program, options.format, path)
     print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
-    print(f"takes images, uint8 (B, 3, H, W), RGB, with H and W over {model.divisor}; gives {_described(network)}")
+    sizes = f"with H and W over {model.divisor}" if options.size is None else "of {} x {}".format(*options.size)
+    print(f"takes images, uint8 (B, 3, H, W), RGB, {sizes}; gives {_described(network)}")
     left_out = [f"{name} {preprocessing[name]}" for name in ("short_side", "window") if preprocessing.get(name)]
     if left_out:
         print(f"not in it, though the model was validated so: {', '.join(left_out)}")
     if options.format == "onnx" and not _installed("onnxruntime"):
         print("not checked: pip install onnxruntime", file=sys.stderr)
         return
-    worst = check(network, load(options.format, path, device))
+    worst = check(network, load(options.format, path, device), options.size)
     kind = "of the pixels differ" if options.output == "ids" else "of the largest logit"
     print(f"checked against the model at {len(CHECKED)} sizes: {worst:.1e} {kind}")
 
