@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from unept.kernels import use_backend
 
-from unept.config import ModelConfig
+from unept.config import ModelConfig, TrainConfig
 from unept.loss import UNEPTLoss
 from unept.model import UNEPT, UNEPTOutput, padded_size
 from unept.presets import DEIT, camvid
@@ -40,6 +40,7 @@ from unept.throughput import peak_memory
 from unept.train import Trainer
 
 from .harness import DEVICE, device_name, revision, version
+from .models import CLASSES, autocast, sample_batch
 from .peers import imported
 
 BACKBONE = "tf_efficientnet_lite0"
@@ -130,7 +131,7 @@ def plan(results: dict[str, dict[str, Any]]) -> list[Job]:
 
 def best_rate(name: str, jobs: Sequence[Job], results: dict[str, dict[str, Any]]) -> Job | None:
     """Of a contender's trainings with different rates the one with the highest mIoU, once all have ended."""
-    own = [job for job in jobs if job.part != "seeds" and (job.name == name or job.name.startswith(f"{name} x"))]
+    own = [job for job in jobs if job.part != "seeds" and not job.model and (job.rival or FINAL) == name]
     if not all("mIoU" in results.get(job.name, {}) for job in own):
         return None
     return max(own, key=lambda job: results[job.name]["mIoU"])
@@ -196,9 +197,11 @@ class Rival(nn.Module):
 
 
 class RivalTrainer(Trainer):
-    """Trains a `Rival`."""
+    """Trains a `Rival` of this architecture."""
 
-    architecture = ""
+    def __init__(self, architecture: str, config: TrainConfig, out: Path):
+        self.architecture = architecture
+        super().__init__(config, out)
 
     def build_model(self) -> Any:
         """See `Trainer`."""
@@ -228,10 +231,10 @@ def training(job: Job, options: Options) -> dict[str, Any]:
         eval_every=max(1, options.iterations // 4),
         checkpoint_every=max(1, options.iterations // 20),
     )
-    kind = Trainer
-    if job.rival is not None:
-        kind = type("RivalTrainer", (RivalTrainer,), {"architecture": RIVALS[job.rival]})
-    trainer = kind(config, config.out)
+    if job.rival is None:
+        trainer = Trainer(config, config.out)
+    else:
+        trainer = RivalTrainer(RIVALS[job.rival], config, config.out)
     scores = trainer.train()
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     rates = sorted(line["images_per_s"] for line in lines if "loss" in line)
@@ -250,20 +253,18 @@ def memory_of(backbone: str, batch: int, backend: str, amp: str, mode: str) -> d
     if DEVICE != "cuda":
         raise SystemExit("the peak of a training step is measured on a GPU, and PyTorch finds none here")
     torch.manual_seed(0)
-    model, loss = UNEPT(150, backbone).to(DEVICE).train(), UNEPTLoss()
+    model, loss = UNEPT(CLASSES, backbone).to(DEVICE).train(), UNEPTLoss()
     with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("torch"):
         model.eval()(torch.zeros(1, 3, 480, 480, device=DEVICE))
         model.train()
     predict, terms = (torch.compile(model), torch.compile(loss.terms)) if mode == "compiled" else (model, loss.terms)
     optimizer = torch.optim.AdamW(model.parameters())
-    images = torch.randn(batch, 3, 480, 480, device=DEVICE)
-    labels = torch.randint(0, 150, (batch, 1, 6, 6), device=DEVICE).float()
-    labels = F.interpolate(labels, (480, 480), mode="nearest")[:, 0].long()
+    images, labels = sample_batch(batch, 480)
     with use_backend(backend):
         for step in range(4):
             if step == 1:  # the first one tunes and compiles
                 torch.cuda.reset_peak_memory_stats()
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=amp == "bf16"):
+            with autocast(amp == "bf16"):
                 output = predict(images)
             terms(output, loss.targets(labels))["loss"].backward()
             optimizer.step()

@@ -23,20 +23,27 @@ def resnet(kind):
     )
 
 
+def detr_options():
+    """What Deformable DETR and Grounding DINO have in common."""
+    return {
+        "use_timm_backbone": False,
+        "backbone": None,
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "num_queries": 7,
+    }
+
+
 def deformable_detr():
     config = transformers.DeformableDetrConfig(
-        use_timm_backbone=False,
-        backbone=None,
+        **detr_options(),
         use_pretrained_backbone=False,
         backbone_config=resnet(transformers.ResNetConfig),
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        num_queries=7,
         num_labels=5,
         with_box_refine=True,
         two_stage=True,
@@ -90,21 +97,11 @@ def d_fine():
 
 
 def grounding_dino():
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = transformers.GroundingDinoConfig(
-        use_timm_backbone=False,
-        backbone=None,
+        **detr_options(),
         backbone_config=swin(["stage2", "stage3", "stage4"]),
-        text_config=transformers.BertConfig(
-            vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-        ),
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        num_queries=7,
+        text_config=transformers.BertConfig(vocab_size=50, **text),
         max_text_len=8,
     )
     return transformers.GroundingDinoForObjectDetection(config)

@@ -24,6 +24,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from . import cli
+from .inference import InferenceConfig
 from .model import STRIDE, UNEPT, UNEPTOutput, output_offset, predicted_ids
 
 Format = Literal["onnx", "torch-export", "aoti"]
@@ -328,10 +329,8 @@ def export(options: ExportConfig) -> None:
     """
     device = cli.choose_device(options.device)
     model = cli.load(options.run, device)
-    preprocessing = model.preprocessing
-    refine = preprocessing.get("refine", True) if options.refine is None else options.refine
-    scale = options.refine_scale or preprocessing.get("refine_scale") or 1
-    network = WholeImage(model, options.output, bool(refine), scale).eval()
+    config = cli.as_described(InferenceConfig(refine=options.refine, refine_scale=options.refine_scale), model)
+    network = WholeImage(model, options.output, **config.refinement).eval()
     folder = options.run if options.run.is_dir() else Path()
     path = options.out or folder / f"model{SUFFIX[options.format]}"
     with _time_limit(MINUTES):
@@ -340,7 +339,7 @@ def export(options: ExportConfig) -> None:
     print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
     sizes = f"with H and W over {model.divisor}" if options.size is None else "of {} x {}".format(*options.size)
     print(f"takes images, uint8 (B, 3, H, W), RGB, {sizes}; gives {_described(network)}")
-    left_out = [f"{name} {preprocessing[name]}" for name in ("short_side", "window") if preprocessing.get(name)]
+    left_out = [f"{name} {value}" for name in ("short_side", "window") if (value := getattr(config, name))]
     if left_out:
         print(f"not in it, though the model was validated so: {', '.join(left_out)}")
     if options.format == "onnx" and not _installed("onnxruntime"):
