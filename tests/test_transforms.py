@@ -67,6 +67,11 @@ def test_scaling_does_not_shift_the_mask_against_the_image(factor, edge):
     assert torch.equal(image[0] > 100, scaled == 10)
 
 
+def test_an_image_may_become_a_single_pixel():
+    image = torch.tensor([[0, 40], [80, 120]], dtype=torch.uint8).expand(3, 2, 2).contiguous()
+    assert scaled_crop(image, Span(0, 2.0, 1), Span(0, 2.0, 1)).tolist() == [[[60]]] * 3
+
+
 def test_scaling_down_averages_the_image():
     # Every fourth column is bright: bilinear sampling without antialiasing would miss them all.
     mask = torch.zeros(32, 64, dtype=torch.uint8)
