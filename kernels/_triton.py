@@ -159,9 +159,11 @@ def scatter_add(pointers, contributions, mask, scale_ptr, DETERMINISTIC: tl.cons
     """Add float32 `contributions` into a buffer of `ScatterBuffer`, whatever else adds there at the same time."""
     if DETERMINISTIC:
         scale = tl.load(scale_ptr)
-        # Integers hold neither NaN nor infinity: these spoil the factor that the result is multiplied by.
-        spoilt = contributions - contributions
-        tl.store(scale_ptr + 1 + tl.zeros(pointers.shape, tl.int32), spoilt, mask=mask & (spoilt != 0.0))
+        # Integers hold neither NaN nor infinity: these make the factor NaN that the result is multiplied by. Compared,
+        # not subtracted: of a product a * b the compiler makes fma(a, b, -(a * b)), the rounding error, of x - x.
+        finite = tl.abs(contributions) < float("inf")
+        not_a_number = tl.full(pointers.shape, float("nan"), tl.float32)
+        tl.store(scale_ptr + 1 + tl.zeros(pointers.shape, tl.int32), not_a_number, mask=mask & (finite == 0))
         tl.atomic_add(pointers, (contributions * scale).to(tl.int64), mask=mask, sem="relaxed")
     else:
         tl.atomic_add(pointers, contributions, mask=mask, sem="relaxed")

@@ -11,6 +11,9 @@ spilled); on sm_90 also what the machine code does:
                     a turn: what the kernel costs the GPU's schedulers
     opcodes         how often the hot loop reads, writes and adds to memory, by instruction
 
+    differences     how often the kernel subtracts a value from itself. That is zero, or NaN, only while the compiler
+                    does not make one multiply-add of a product and the subtraction: no test may rest on it
+
 The hot loop is the innermost one with the most instructions, the whole kernel if it has no loop. `--all --record`
 writes the counts to tests/instructions.json, from which tests/test_compile_offline.py allows no more than 10 % up.
 
@@ -156,6 +159,9 @@ def hot_loop(machine_code: str) -> list[str]:
 MEMORY = re.compile(r"LD|ST|RED|ATOM|BAR|SHFL")
 
 
+SELF_DIFFERENCE = re.compile(r"arith\.subf (%[\w#]+), \1 ")
+
+
 def work(cubin: bytes, config: triton.Config) -> dict[str, Any]:
     machine_code = disassembled(cubin, "-sass")
     opcodes = hot_loop(machine_code)
@@ -184,9 +190,11 @@ def report(everything: bool) -> Iterator[dict[str, Any]]:
                 row = {"op": op, "kernel": qualified_name(launched), "dtype": dtype_name, "launch": launch}
                 yield {**row, **autotuning(launched, arguments, buffers)}
                 for config in configs if everything or op in OF_THE_PAPER else configs[:1]:
-                    cubin = compiled(kernel, arguments, config, TARGETS["sm_90"]).asm["cubin"]
+                    assembly = compiled(kernel, arguments, config, TARGETS["sm_90"]).asm
+                    cubin, differences = assembly["cubin"], len(SELF_DIFFERENCE.findall(assembly["ttir"]))
                     sizes = {**config.kwargs, "num_warps": config.num_warps}
-                    yield {**row, "target": "sm_90", "config": sizes, **resources(cubin), **work(cubin, config)}
+                    found = {**resources(cubin), **work(cubin, config), "differences": differences}
+                    yield {**row, "target": "sm_90", "config": sizes, **found}
                 others = list(TARGETS.items())[1:] if everything or dtype_name == dtype_names[0] else []
                 for name, target in others:
                     binary = compiled(kernel, arguments, configs[0], target)

@@ -77,6 +77,12 @@ def test_no_addition_is_a_loop_of_compare_and_swap(report, op):
     assert not any(row["compare_and_swap"] for row in on_sm_90(report, op))
 
 
+@pytest.mark.parametrize("op", offline.OPS)
+def test_no_kernel_tests_by_exact_cancellation(report, op):
+    # `x - x` is not zero where x is a product that the compiler contracts: fma(a, b, -(a * b)).
+    assert not any(row["differences"] for row in on_sm_90(report, op))
+
+
 @pytest.mark.parametrize("op", ["sparse_sampling", "sparse_sampling, masked", "ms_deform"])
 def test_attention_gathers_16_bytes_at_a_time(report, op):
     gathering = [r for r in on_sm_90(report, op) if "forward_kernel" in r["kernel"] or "points_" in r["kernel"]]
