@@ -30,14 +30,14 @@ import tyro
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from unept.kernels import use_backend
 
 from unept.config import ModelConfig, TrainConfig
-from unept.loss import UNEPTLoss
-from unept.model import UNEPT, UNEPTOutput, padded_size
+from unept.kernels import use_backend
+from unept.model.loss import UNEPTLoss
+from unept.model.network import UNEPT, UNEPTOutput, padded_size
 from unept.presets import DEIT, camvid
-from unept.throughput import peak_memory
 from unept.train import Trainer
+from unept.training.throughput import peak_memory
 
 from .harness import DEVICE, device_name, revision, version
 from .models import CLASSES, autocast, sample_batch

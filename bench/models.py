@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from unept.kernels import use_backend
 
-from unept.loss import UNEPTLoss
-from unept.model import UNEPT
+from unept.kernels import use_backend
+from unept.model.loss import UNEPTLoss
+from unept.model.network import UNEPT
 
 from .harness import DEVICE
 from .peers import imported

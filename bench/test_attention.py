@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from unept.kernels import ms_deform_attn, sparse_sampling_attention, use_backend
 
-from unept.attention import ring_offsets
+from unept.kernels import ms_deform_attn, sparse_sampling_attention, use_backend
+from unept.model.attention import ring_offsets
 
 from . import peers
 from .harness import DEVICE, Group, Unavailable, Variant, assert_close

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from unept.kernels import boundary_targets, use_backend
 
 from unept.data.camvid import VOID
 from unept.data.shapes import Shapes
+from unept.kernels import boundary_targets, use_backend
 
 from .harness import DEVICE, Group, Unavailable, Variant
 from .peers import needs_cuda

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+
 from unept.kernels import use_backend
 
 from .harness import DEVICE, Group, Measured, Variant, assert_close

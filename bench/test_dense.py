@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from unept.kernels import bilinear_gather, upsample_argmax, upsample_cross_entropy, use_backend
 
 from .harness import DEVICE, Group, Unavailable, Variant, assert_close

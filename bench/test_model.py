@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from unept.kernels import use_backend
 
 from unept.inference import PAPER_SCALES, InferenceConfig, predict_ids
+from unept.kernels import use_backend
 
 from .harness import DEVICE, Group, Unavailable, Variant
 from .models import AMP, BUILDERS, CLASSES, PACKAGES, REFERENCE, Network, as_reference, sample_batch

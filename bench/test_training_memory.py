@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from unept.loss import UNEPTLoss
-from unept.model import UNEPT
+from unept.model.loss import UNEPTLoss
+from unept.model.network import UNEPT
 
 # GB that the released code keeps at batch 2, 480x480, 150 classes, float32, its full-resolution logits included.
 RELEASED_GB = {"resnet50": 5.42, "deit_base_distilled_patch16_384": 3.55}

@@ -5,8 +5,7 @@ if __name__ == "unept.kernels":
     from .bilinear_gather import bilinear_gather
     from .boundary_targets import boundary_targets
     from .sparse_attention import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
-    from .upsample_argmax import upsample_argmax
-    from .upsample_cross_entropy import upsample_cross_entropy
+    from .upsample import upsample_argmax, upsample_cross_entropy
 else:
     # From a clone's root `import kernels` finds this folder; transformers tries it, looking for a package of PyPI. A
     # second copy would take over the first one's ops: it is the same package instead.

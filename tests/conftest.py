@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import pytest
+
 from unept.kernels import use_backend
 
 # The same examples on every machine and in every run, and nothing kept on disk; `search` draws new ones each time.

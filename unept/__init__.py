@@ -2,9 +2,9 @@
 
 import importlib.metadata
 
-from .loss import UNEPTLoss
-from .model import UNEPT, UNEPTOutput
-from .registry import create_model, list_models
+from .model.loss import UNEPTLoss
+from .model.network import UNEPT, UNEPTOutput
+from .model.registry import create_model, list_models
 from .segmenter import Segmentation, Segmenter
 
 __version__ = importlib.metadata.version("unept")

@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .distributed import Device as Device
 from .distributed import choose_device as choose_device
 from .inference import InferenceConfig
-from .model import UNEPT, load_model
+from .model.network import UNEPT, load_model
 
 # The inference options that belong to a trained model, and which its config.json therefore has (`UNEPT.preprocessing`).
 PROTOCOL = ("short_side", "window", "window_stride", "refine", "refine_scale", "amp")

@@ -13,13 +13,14 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from . import cli, distributed, visual
-from .boundary import upsample_boundary
+from . import cli, distributed
 from .data import DatasetError, SegmentationDataset, evaluation_loader
 from .data.loader import OnBadSample, read_sample, report_skipped
+from .evaluation.metrics import BoundaryFScore, ConfusionMatrix
 from .inference import InferenceConfig, infer
-from .metrics import BoundaryFScore, ConfusionMatrix
-from .model import UNEPT, padded_size, predicted_ids
+from .model.boundary import upsample_boundary
+from .model.network import UNEPT, padded_size, predicted_ids
+from .pictures import drawing
 
 
 @dataclass
@@ -164,7 +165,7 @@ def draw_samples(
     path: Path,
     on_bad_sample: OnBadSample = "error",
 ) -> None:
-    """Draw `count` images spread evenly over the data set and what the model makes of them (`visual.sample_panel`).
+    """Draw `count` images spread evenly over the data set and what the model makes of them (`drawing.sample_panel`).
 
     With `on_bad_sample` `"skip"`, the next image is drawn for one that can't be read.
     """
@@ -182,8 +183,8 @@ def draw_samples(
         if output.boundary is not None:
             refined = predicted_ids(output, size, refine_scale=config.refine_scale or 1)[0]
             boundary = upsample_boundary(output.boundary, padded_size(size))[0, : size[0], : size[1]].sigmoid()
-        samples.append(visual.Sample(dataset.name(i), image, truth, prediction, refined, boundary))
-    visual.sample_panel(samples, dataset.classes, dataset.palette, path)
+        samples.append(drawing.Sample(dataset.name(i), image, truth, prediction, refined, boundary))
+    drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
 
 def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
@@ -252,7 +253,7 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
     record = {"split": options.split, "classes": list(dataset.classes), **scores, "inference": asdict(config)}
     json_path, picture_path = options.run / "evaluation.json", options.run / "evaluation.png"
     json_path.write_text(json.dumps(json_ready(record), indent=2) + "\n")
-    visual.class_bars(scores, dataset.classes, picture_path)
+    drawing.class_bars(scores, dataset.classes, picture_path)
     print(f"Written: {json_path} and {picture_path}")
 
 

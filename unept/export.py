@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import cli
 from .inference import InferenceConfig
-from .model import STRIDE, UNEPT, UNEPTOutput, output_offset, predicted_ids
+from .model.network import STRIDE, UNEPT, UNEPTOutput, output_offset, predicted_ids
 
 Format = Literal["onnx", "torch-export", "aoti"]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".aoti.pt2"}

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from .boundary import DIRECTIONS, upsample_boundary
 from .kernels import upsample_argmax, upsample_cross_entropy
-from .model import STRIDE, UNEPT, UNEPTOutput, evaluation_mode, output_offset, padded_size, predicted_ids
+from .model.boundary import DIRECTIONS, upsample_boundary
+from .model.network import STRIDE, UNEPT, UNEPTOutput, evaluation_mode, output_offset, padded_size, predicted_ids
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
 

@@ -8,10 +8,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from . import cli, visual
+from . import cli
 from .data import DatasetError
 from .data.base import IMAGE_SUFFIXES, read_image
 from .inference import InferenceConfig, predict_ids
+from .pictures import drawing
 
 RUNS = Path("runs")
 
@@ -120,8 +121,8 @@ def predict(options: PredictConfig) -> int:
             continue
         ids = predict_ids(model, image.to(device), config)[0].cpu()
         ids_path, overlay_path = (options.out / f"{file.stem}_{kind}.png" for kind in ("ids", "overlay"))
-        visual.save_palette_png(ids, model.palette, ids_path)
-        visual.save_image(visual.overlay(image, ids, model.palette, options.alpha), overlay_path)
+        drawing.save_palette_png(ids, model.palette, ids_path)
+        drawing.save_image(drawing.overlay(image, ids, model.palette, options.alpha), overlay_path)
         print(f"{ids_path}  {overlay_path}  {describe(ids, model.classes)}")
     if failed:
         print(f"error: {failed} of {len(files)} images could not be read", file=sys.stderr)

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import cli
 from .data.base import image_to_tensor, read_image
 from .inference import InferenceConfig, predict
-from .model import UNEPT
+from .model.network import UNEPT
 
 File: TypeAlias = str | Path | Image.Image
 Pixels: TypeAlias = np.ndarray | Tensor
@@ -38,9 +38,9 @@ class Segmentation:
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
         """The image mixed with the colours of its classes, of weight alpha from 0 to 1."""
-        from . import visual  # matplotlib takes its time
+        from .pictures import drawing
 
-        return Image.fromarray(visual.overlay(self.image, self.ids, self.palette, alpha).permute(1, 2, 0).numpy())
+        return Image.fromarray(drawing.overlay(self.image, self.ids, self.palette, alpha).permute(1, 2, 0).numpy())
 
 
 class Segmenter:

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import cli, visual
-from .checkpoint import write_atomically
+from . import cli
 from .data import SegmentationDataset, image_loader
 from .evaluate import check_classes
 from .inference import InferenceConfig, predict_ids
-from .model import UNEPT
+from .model.network import UNEPT
+from .pictures import drawing
+from .training.checkpoint import write_atomically
 
 
 @dataclass
@@ -59,11 +60,11 @@ def save_labels(ids: Tensor, dataset: SegmentationDataset, name: str, out: Path)
     labels = file_ids[ids.cpu().numpy()]
     if dataset.has_server:
         Image.fromarray(labels).save(path)
-        visual.save_palette_png(ids, dataset.palette, out / "view" / f"{name}.png")
+        drawing.save_palette_png(ids, dataset.palette, out / "view" / f"{name}.png")
     else:
         palette: np.ndarray = np.zeros((256, 3), dtype=np.uint8)
         palette[file_ids] = dataset.palette
-        visual.save_palette_png(torch.from_numpy(labels), palette.tolist(), path)
+        drawing.save_palette_png(torch.from_numpy(labels), palette.tolist(), path)
     return path
 
 

@@ -14,20 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import cli, distributed
-from .checkpoint import checkpoints, load_latest, save_checkpoint, save_model, write_atomically
 from .config import TrainConfig
 from .data import DatasetError, SegmentationDataset, check_splits
 from .data.loader import Batch, training_loader
 from .data.photometric import distort
 from .data.transforms import train_transform
 from .evaluate import draw_samples, evaluate_model, format_table
-from .loss import Targets, UNEPTLoss
-from .model import UNEPT
-from .optimizer import build_optimizer, learning_rate_factor
+from .model.loss import Targets, UNEPTLoss
+from .model.network import UNEPT
 from .presets import PRESETS
-from .recorder import Recorder
-from .run_folder import check_same_run, continues, run_folder
-from .throughput import Throughput, peak_memory
+from .training.checkpoint import checkpoints, load_latest, save_checkpoint, save_model, write_atomically
+from .training.optimizer import build_optimizer, learning_rate_factor
+from .training.recorder import Recorder
+from .training.run_folder import check_same_run, continues, run_folder
+from .training.throughput import Throughput, peak_memory
 
 
 def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:

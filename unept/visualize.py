@@ -11,13 +11,15 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from . import cli, visual
-from .attention import SparseSamplingAttention
-from .boundary import upsample_boundary
+from . import cli
 from .data import DatasetError
 from .data.base import read_image
 from .inference import InferenceConfig, infer
-from .insight import (
+from .model.attention import SparseSamplingAttention
+from .model.boundary import upsample_boundary
+from .model.network import UNEPT, UNEPTOutput, padded_size, predicted_ids
+from .pictures import drawing
+from .pictures.recording import (
     Attention,
     NotInModel,
     Recording,
@@ -27,7 +29,6 @@ from .insight import (
     record,
     sampling_layer,
 )
-from .model import UNEPT, UNEPTOutput, padded_size, predicted_ids
 from .predict import find_images, newest_run
 
 Picture = Literal["refinement", "pyramid", "attention", "points"]
@@ -107,8 +108,8 @@ def draw_refinement(
     plain = predicted_ids(output, size, refine=False)[0].cpu()
     refined = predicted_ids(output, size, refine_scale=refine_scale)[0].cpu()
     boundary = upsample_boundary(output.boundary, padded_size(size))[0, : size[0], : size[1]].sigmoid().cpu()
-    sample = visual.Sample(name, image.cpu(), None, plain, refined, boundary)
-    visual.refinement_panel(sample, most_different(plain, refined), model.classes, model.palette, path)
+    sample = drawing.Sample(name, image.cpu(), None, plain, refined, boundary)
+    drawing.refinement_panel(sample, most_different(plain, refined), model.classes, model.palette, path)
     return float((plain != refined).float().mean())
 
 
@@ -127,7 +128,7 @@ def draw_pyramid(image: Tensor, recording: Recording, path: Path) -> None:
         picture = on_image(F.pad(colors, padding), recording.covered, size, mode="nearest")
         caption = f"scale {level}: {feature.shape[0]} channels, {rows}x{columns}\n{share:.0%} of the variance"
         pictures[caption] = (picture * 255).round().to(torch.uint8)
-    visual.picture_row(pictures, path)
+    drawing.picture_row(pictures, path)
 
 
 def draw_attention(model: UNEPT, image: Tensor, recording: Recording, query: tuple[float, float], path: Path) -> None:
@@ -145,11 +146,11 @@ def draw_attention(model: UNEPT, image: Tensor, recording: Recording, query: tup
     masked = torch.where(overall < overall.mean(), image // 8, image)
     pictures = {
         "image and query": image,
-        "joint attention": visual.heat(overall, image),
+        "joint attention": drawing.heat(overall, image),
         "masked below its average": masked,
-        "joint attention of the query": visual.heat(at_query, image),
+        "joint attention of the query": drawing.heat(at_query, image),
     }
-    visual.picture_row(pictures, path, star=query)
+    drawing.picture_row(pictures, path, star=query)
 
 
 def load_evaluation(run: Path) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def draw_image(
                 draw_attention(model, image, recording, query, path)
             else:
                 caption = f"{file.stem}: what a query of the {ATTENTIONS[options.points_of]} reads"
-                visual.sampled_points(recording.points, image.cpu(), caption, path)
+                drawing.sampled_points(recording.points, image.cpu(), caption, path)
         except NotInModel as error:
             if len(set(options.pictures)) == 1:
                 raise
@@ -263,7 +264,7 @@ def visualize(options: VisualizeConfig) -> int:
         rows, means = compare_classes(*options.compare)
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / "class_iou_comparison.png"
-        visual.class_comparison(rows[:MAX_CLASSES], run_names(*options.compare), means, path)
+        drawing.class_comparison(rows[:MAX_CLASSES], run_names(*options.compare), means, path)
         left_out = f"  the first {MAX_CLASSES} of {len(rows)} classes" if len(rows) > MAX_CLASSES else ""
         print(f"{path}{left_out}")
     if not options.images:

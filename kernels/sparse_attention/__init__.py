@@ -1,0 +1,5 @@
+"""Sparse sampling attention (Eq. 2-4, 6), also under Deformable DETR's signature."""
+
+from .op import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
+
+__all__ = ["MSDeformAttnFunction", "ms_deform_attn", "sparse_sampling_attention"]

@@ -1,0 +1,126 @@
+"""The command that collects the evidence, in miniature: it trains, goes on where it was, and judges what it found."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from bench import evidence
+from tests.helpers import layouts
+from unept.inference import InferenceConfig, predict_ids
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Options: a CamVid of four images, and the backbone's weights."""
+    folder = tmp_path_factory.mktemp("evidence")
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        labels = [generator.integers(0, 12, (6, 8)).repeat(8, 0).repeat(8, 1) for _ in range(4)]
+        layouts.write(layouts.camvid, folder / "camvid", split, labels)
+    torch.manual_seed(0)
+    backbone = timm.create_model(evidence.BACKBONE)
+    save_file(backbone.state_dict(), folder / "weights.safetensors")
+    return ["--data", str(folder / "camvid"), "--weights", str(folder / "weights.safetensors"), "--out"]
+
+
+def run(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["bench.evidence", *map(str, arguments)])
+    return evidence.main()
+
+
+def test_jobs_run_once_and_end_in_a_table(inputs, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("segmentation_models_pytorch")
+    small = ["--iterations", 2, "--batch-size", 2, "--crop-size", 48, 64, "--only", "baseline", "FPN"]
+    assert run(monkeypatch, *inputs, tmp_path, *small) == 0
+    found = evidence.read_results(tmp_path)
+    assert set(found) == {"baseline", "FPN"}
+    for result in found.values():
+        assert 0 <= result["mIoU"] <= 1
+        assert result["iterations"] == 2
+        assert result["parameters"] > 1e6
+    text = (tmp_path / "README.md").read_text()
+    assert "| baseline | " in text
+    assert "- not measured: above every rival" in text
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert run(monkeypatch, *inputs, tmp_path, *small) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert "== " not in capsys.readouterr().out.split("| training |")[-1]
+
+
+def test_a_failed_job_does_not_stop_the_others(inputs, tmp_path, monkeypatch, capfd):
+    arguments = [*inputs, tmp_path, "--only", "memory resnet50 B=2 torch bf16 eager"]
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    assert run(monkeypatch, *arguments) == 1
+    err = capfd.readouterr().err
+    assert "the peak of a training step is measured on a GPU, and PyTorch finds none here" in err
+    assert "failed: memory resnet50 B=2 torch bf16 eager" in err
+
+
+def test_no_time_left_runs_nothing(inputs, tmp_path, monkeypatch):
+    assert run(monkeypatch, *inputs, tmp_path, "--minutes", 0) == 0
+    assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", evidence.RIVALS)
+def test_a_rival_predicts_every_pixel(name):
+    pytest.importorskip("segmentation_models_pytorch")
+    torch.manual_seed(0)
+    rival = evidence.Rival(evidence.RIVALS[name], "abcde", [(0, 0, 0)] * 5, None).eval()
+    images = torch.randint(0, 256, (1, 3, 72, 100), dtype=torch.uint8)
+    output = rival(images)
+    assert output.logits.shape == (1, 5, 18, 26)
+    assert output.boundary is None
+    assert predict_ids(rival, images, InferenceConfig()).shape == (1, 72, 100)
+
+
+def test_backbone_weights_are_taken_whole(tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    weights = {name: torch.ones_like(t) for name, t in timm.create_model(evidence.BACKBONE).state_dict().items()}
+    save_file(weights, tmp_path / "ones.safetensors")
+    rival = evidence.Rival("FPN", "ab", [(0, 0, 0)] * 2, tmp_path / "ones.safetensors")
+    assert all((t == 1).all() for t in rival.backbone.model.state_dict().values())
+    del weights["conv_stem.weight"]
+    save_file(weights, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 1 of the backbone's tensors, such as conv_stem\.weight"):
+        evidence.Rival("FPN", "ab", [(0, 0, 0)] * 2, tmp_path / "part.safetensors")
+
+
+def scores(value: float) -> dict[str, float]:
+    named = {"mIoU": value, "pixAcc": 0.9, "boundary_f": 0.615, "mIoU_unrefined": value, "boundary_f_unrefined": 0.6}
+    rest = {"images_per_s": 9.0, "parameters": 5e6, "training_images_per_s": 50.0, "peak_gib": 3.0, "minutes": 4.0}
+    return {**named, **rest}
+
+
+def test_seeds_follow_the_better_rate_and_the_best_rival():
+    results = {job.name: scores(0.5) for job in evidence.plan({}) if job.part in ("parts", "rivals", "rates")}
+    results["UPerNet x3"] = scores(0.6)
+    results["unept x3"] = scores(0.4)
+    seeds = {job.name: job for job in evidence.plan(results) if job.part == "seeds"}
+    assert set(seeds) == {"unept seed 1", "unept seed 2", "UPerNet x3 seed 1", "UPerNet x3 seed 2"}
+    assert seeds["UPerNet x3 seed 1"].rate == 3
+    assert seeds["UPerNet x3 seed 1"].rival == "UPerNet"
+    del results["FPN x3"]
+    assert not [job for job in evidence.plan(results) if job.part == "seeds"], "a rival is not tuned yet"
+
+
+def test_goals():
+    results = {job.name: scores(0.7) for job in evidence.plan({}) if job.part in ("parts", "rivals", "rates")}
+    results["baseline"], results["unept x3"] = scores(0.65), scores(0.73)
+    results["memory resnet50 B=2 triton bf16 compiled"] = {"peak_gb": 2.9, "parameters": 3e7, "gmacs": 134.1}
+    assert evidence.goals(results) == [
+        "- pass: mIoU of the final network at least 0.72",
+        "- pass: above every rival",
+        "- pass: refinement: at least one point of boundary F",
+        "- pass: pyramid above baseline",
+        "- MISS: unept above pyramid",
+        "- MISS: resnet50: at most 40 % of 7.0 GB at batch 2",
+        "- not measured: deit_base_distilled_patch16_384: at most 40 % of 8.5 GB at batch 2",
+    ]
+    assert json.dumps(results)
+    assert "| memory resnet50 B=2 triton bf16 compiled | 2.90 | 30.0 | 134.1 |" in evidence.report(results)

@@ -1,0 +1,199 @@
+"""Exported files give what the model gives, at sizes and batches that the export has not seen."""
+
+import shutil
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from unept import UNEPT, export
+from unept.export import DECOMPOSITIONS, SUFFIX, WholeImage
+from unept.kernels import use_backend
+from unept.model.backbone import Backbone
+from unept.model.network import predicted_ids
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> UNEPT:
+    """A small network whose samples, boundaries and directions vary, as a trained one's do."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "num_heads": 4, "num_points": 2, "ffn_dim": 32}
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+    model = UNEPT(5, "resnet10t", output_stride=32, classes=list("abcde"), **sizes, **layers).eval()
+    for name, parameter in model.named_parameters():
+        if "sampling" in name or "head" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def noise(*size: int) -> torch.Tensor:
+    return torch.randint(0, 256, size, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_attention_in_pytorchs_own_operators(normalised):
+    shapes = [5, 7, 3, 4]
+    value, scores = torch.randn(2, 47, 3, 6), torch.randn(2, 9, 3, 2, 4)
+    points = 3 * torch.randn(2, 9, 3, 2, 4, 2) if normalised else 1.4 * torch.rand(2, 9, 3, 2, 4, 2) - 0.2
+    reference = torch.rand(1, 9, 2) if normalised else None
+    op = torch.ops.unept.sparse_sampling.default
+    with use_backend("torch"):
+        wanted = op(value, shapes, points, scores, reference)
+    torch.testing.assert_close(DECOMPOSITIONS[op](value, shapes, points, scores, reference), wanted)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_class_ids_in_pytorchs_own_operators(shifted):
+    offset = torch.randint(-4, 5, (2, 2, 24, 32), dtype=torch.int16) if shifted else None
+    op = torch.ops.unept.upsample_argmax.default
+    arguments = torch.randn(2, 6, 3, 4), 24, 32, offset
+    assert torch.equal(DECOMPOSITIONS[op](*arguments), op(*arguments))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (70, 90), (33, 41), (128, 128)])
+def test_whole_image_predicts_as_the_model_does(model, size):
+    images = noise(2, 3, *size)
+    with torch.no_grad():
+        ids = WholeImage(model, "ids", refine_scale=2)(images)
+        logits = WholeImage(model, "logits", refine_scale=2)(images)
+        wanted = predicted_ids(model(images), size, refine_scale=2)
+        plain = predicted_ids(model(images), size, refine=False)
+    # The image is padded to 32 here, not to 8: cells at the border see a little more of the padding.
+    assert (ids == wanted).float().mean() > 0.98
+    assert torch.equal(logits.argmax(1), ids)
+    assert (plain != wanted).float().mean() > 0.02, "nothing to refine in this test"
+
+
+@pytest.mark.parametrize("size", [(64, 96), (70, 90)])
+def test_same_padding_is_that_of_all_sizes(size):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "num_heads": 4, "num_points": 2, "ffn_dim": 32}
+    network = WholeImage(UNEPT(5, "tf_efficientnet_lite0", **sizes).eval(), "logits")
+    fixed = export._with_fixed_padding(network)
+    with torch.no_grad():
+        torch.testing.assert_close(fixed(images := noise(1, 3, *size)), network(images))
+    changed = [module for module in fixed.modules() if "forward" in vars(module)]
+    assert len(changed) == 5  # one for each halving
+    assert not [module for module in network.modules() if "forward" in vars(module)]
+
+
+@pytest.fixture(scope="module")
+def programs(model):
+    return {
+        output: (network, export.export_program(network))
+        for output in ("ids", "logits")
+        for network in [WholeImage(model, output, refine_scale=2).eval()]
+    }
+
+
+@pytest.mark.parametrize("output", ["ids", "logits"])
+def test_program_needs_nothing_of_this_package(programs, output):
+    assert "unept" not in {str(node.target).split(".")[0].split("::")[0] for node in programs[output][1].graph.nodes}
+
+
+@pytest.mark.parametrize(
+    ("output", "format"),
+    [
+        ("logits", "onnx"),
+        ("ids", "torch-export"),
+        pytest.param("ids", "onnx", marks=pytest.mark.slow),
+        pytest.param("logits", "torch-export", marks=pytest.mark.slow),
+    ],
+)
+def test_file_gives_what_the_model_gives(programs, tmp_path, output, format):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+    network, program = programs[output]
+    path = tmp_path / "new" / f"model{SUFFIX[format]}"
+    export.write(program, format, path)
+    function = export.load(format, path, CPU)
+    assert export.check(network, function) <= (1e-3 if output == "ids" else 1e-5)
+    for size in ((1, 3, 65, 200), (5, 3, 96, 40)):
+        images = noise(*size)
+        with torch.no_grad():
+            found, wanted = function(images), network(images)
+        assert found.shape == wanted.shape
+        if output == "ids":
+            assert (found == wanted).float().mean() > 0.999
+        else:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow  # two minutes of a C++ compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_machine_code_gives_what_the_model_gives(programs, tmp_path):
+    network, program = programs["logits"]
+    path = tmp_path / "model.aoti.pt2"
+    export.write(program, "aoti", path)
+    assert export.check(network, export.load("aoti", path, CPU)) <= 1e-5
+
+
+def test_one_size(model, tmp_path):
+    network = WholeImage(model)
+    program = export.export_program(network, (70, 90))
+    export.write(program, "torch-export", tmp_path / "model.pt2")
+    function = export.load("torch-export", tmp_path / "model.pt2", CPU)
+    assert export.check(network, function, (70, 90)) <= 1e-3
+    with pytest.raises(AssertionError, match="size"):
+        function(noise(1, 3, 90, 70))
+
+
+def test_what_takes_too_long_is_stopped():
+    with pytest.raises(ValueError, match=r"can't be exported\. The reason given: not done after 0 minutes"):  # noqa: SIM117
+        with export._reasons("exported"), export._time_limit(0):
+            time.sleep(60)
+
+
+def test_a_wrong_file_is_found(model):
+    ids, logits = WholeImage(model, "ids"), WholeImage(model, "logits")
+    with pytest.raises(ValueError, match=r"differs from the model by 0\.\d+: do not use it"):
+        export.check(ids, lambda images: (ids(images) + (images[:, 0] < 5)) % 5)
+    with pytest.raises(ValueError, match=r"differs from the model by 0\.01"):
+        export.check(logits, lambda images: logits(images) * 1.01)
+    with pytest.raises(ValueError, match=r"differs from the model by nan"):
+        export.check(logits, lambda images: logits(images) * float("nan"))
+    with pytest.raises(ValueError, match=r"gives torch\.int32"):
+        export.check(ids, lambda images: ids(images).int())
+
+
+def test_what_cannot_be_exported_says_why(monkeypatch, model):
+    forward = Backbone.forward
+
+    def looks(self, images):
+        if images.sum() > 0:
+            return forward(self, images)
+        return forward(self, -images)
+
+    monkeypatch.setattr(Backbone, "forward", looks)
+    with pytest.raises(ValueError, match=r"exported for any size; --size H W is simpler\. The reason given: \w+"):
+        export.export_program(WholeImage(model))
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "_installed", lambda name: name != "onnxscript")
+    with pytest.raises(ValueError, match="needs onnxscript: pip install onnxscript"):
+        export.write(None, "onnx", tmp_path / "model.onnx")
+
+
+def test_command(model, tmp_path, monkeypatch, capsys):
+    saved = tmp_path / "model"
+    model.preprocessing.update(window=64, short_side=48, refine=False)
+    try:
+        model.save_pretrained(saved)
+    finally:
+        for name in ("window", "short_side", "refine"):
+            del model.preprocessing[name]
+    monkeypatch.setattr(sys, "argv", ["unept-export", str(saved), "--format", "torch-export", "--output", "logits"])
+    with pytest.raises(SystemExit) as ended:
+        export.main()
+    assert ended.value.code == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(f"{saved / 'model.pt2'}  ")
+    assert out[1].endswith("H and W over 32; gives logits, float32 (B, 5, H, W), not refined")
+    assert out[2] == "not in it, though the model was validated so: short_side 48, window 64"
+    assert out[3].startswith("checked against the model at 3 sizes: ")
+    assert (saved / "model.pt2").stat().st_size > 1e6

@@ -1,0 +1,164 @@
+"""`python -m unept.predict` on a small saved run: what it writes, and every way to give it bad input."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unept import predict
+from unept.config import DataConfig, ModelConfig, TrainConfig
+from unept.model.network import UNEPT
+
+TINY = ModelConfig(
+    backbone="resnet10t", pretrained_backbone=False, d_model=32, num_heads=2, num_points=2, ffn_dim=32, dropout=0.0
+)
+CLASSES, PALETTE = ["sky", "sea", "sand"], [[90, 160, 230], [10, 40, 120], [220, 200, 120]]
+
+
+def save_run(folder) -> UNEPT:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(TrainConfig(model=TINY, data=DataConfig(dataset="shapes")).to_json())
+    model = UNEPT(3, classes=CLASSES, palette=PALETTE, **TINY.options()).eval()
+    model.save_pretrained(folder / "model")
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder and the model in it."""
+    folder = tmp_path_factory.mktemp("work") / "run"
+    return folder, save_run(folder)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run the command in an empty folder; gives its exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments), "--device", "cpu"])
+        with pytest.raises(SystemExit) as end:
+            predict.main()
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+def save_image(path, height: int = 33, width: int = 47, **options) -> torch.Tensor:
+    """Write a noisy image; gives it as (3, H, W)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def test_what_is_written(run, command, tmp_path):
+    image = save_image(tmp_path / "beach.png")
+    status, out, _ = command("beach.png", "--run", run[0])
+    assert status == 0
+    with Image.open("predictions/beach_ids.png") as picture:
+        assert picture.mode == "P"
+        ids = np.asarray(picture)
+        colors = np.asarray(picture.convert("RGB"))
+    assert np.array_equal(ids, run[1].predict(image[None])[0].numpy())
+    assert np.array_equal(colors, np.array(PALETTE, dtype=np.uint8)[ids])
+    overlay = np.asarray(Image.open("predictions/beach_overlay.png")).astype(int)
+    assert np.abs(2 * overlay - colors - image.permute(1, 2, 0).numpy()).max() <= 1
+    assert "predictions/beach_ids.png  predictions/beach_overlay.png" in out
+    top = np.bincount(ids.ravel(), minlength=3).argmax()
+    assert f"{CLASSES[top]} {(ids == top).mean():.1%}" in out
+
+
+def test_inference_options_reach_the_network(run, command, tmp_path, monkeypatch):
+    seen = []
+
+    def record(model, image, config):
+        seen.append(config)
+        return torch.zeros(1, 33, 47, dtype=torch.int64)
+
+    monkeypatch.setattr(predict, "predict_ids", record)
+    save_image(tmp_path / "a.png")
+    command("a.png", "--run", run[0], "--scales", "0.5", "1", "--flip", "--window", "32", "--no-refine")
+    assert (seen[0].scales, seen[0].flip, seen[0].window, seen[0].refine) == ((0.5, 1.0), True, 32, False)
+
+
+def test_folders_and_files(run, command, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/b.jpg", "photos/a.PNG", "c.png"):
+        save_image(tmp_path / name, 16, 24)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    status, _, _ = command("photos", "c.png", "c.png", "--run", run[0], "--out", "results/here")
+    assert status == 0
+    written = {path.name for path in (tmp_path / "results" / "here").iterdir()}
+    assert written == {f"{stem}_{kind}.png" for stem in "abc" for kind in ("ids", "overlay")}
+
+
+def test_exif_orientation(run, command, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    save_image(tmp_path / "turned.jpg", 16, 24, exif=exif)
+    command("turned.jpg", "--run", run[0])
+    for kind in ("ids", "overlay"):
+        assert Image.open(f"predictions/turned_{kind}.png").size == (16, 24)
+
+
+def test_a_corrupt_image_does_not_stop_the_others(run, command, tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        save_image(tmp_path / name, 64, 64)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:500])
+    status, out, err = command("a.jpg", "b.jpg", "c.jpg", "--run", run[0])
+    assert status == 1
+    assert err.count("b.jpg") == 1
+    assert err.startswith("error: b.jpg can't be read")
+    assert err.endswith("error: 1 of 3 images could not be read\n")
+    assert "a_ids.png" in out
+    assert "c_ids.png" in out
+    assert not (tmp_path / "predictions" / "b_ids.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.png"], "error: there is no image or folder missing.png"),
+        (["empty"], "error: empty holds no images"),
+        (["a.png", "other/a.png"], "error: a.png and other/a.png would share one result"),
+        (["a.png", "--run", "nowhere"], "error: nowhere does not exist"),
+        (["a.png", "--run", "empty"], "error: empty is no run folder"),
+        (["a.png"], "error: there is no run folder with a model under runs/"),
+    ],
+    ids=str,
+)
+def test_bad_input(command, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "other" / "a.png")
+    status, _, err = command(*arguments)
+    assert status == 2
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [([], "no image given"), (["a.png", "--alpha", "2"], "alpha is 2.0")]
+)
+def test_bad_options(command, arguments, message):
+    status, out, err = command(*arguments)
+    assert status == 2
+    assert message in out + err
+
+
+def test_the_newest_run_is_taken(tmp_path):
+    for age, name in enumerate(("b", "a")):
+        save_run(tmp_path / name)
+        os.utime(tmp_path / name / "model" / "model.safetensors", (1e9 - age, 1e9 - age))
+    (tmp_path / "c").mkdir()  # has no model yet
+    assert predict.newest_run(tmp_path) == tmp_path / "b"
+
+
+def test_describe():
+    ids = torch.tensor([[0] * 600 + [2] * 399 + [1]])
+    assert predict.describe(ids, ["sky", "sea", "sand"]) == "sky 60.0%, sand 39.9%, sea 0.1%"
+    assert predict.describe(ids, ["sky", "sea", "sand"], count=1) == "sky 60.0%"

@@ -1,0 +1,101 @@
+"""Every preset is the network and the recipe of its row in the paper, and can be trained."""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+import torch
+
+from unept import train
+from unept.model.loss import UNEPTLoss
+from unept.model.network import UNEPT
+from unept.presets import PRESETS
+from unept.training.optimizer import build_optimizer
+
+RESNET, DEIT = "resnet50", "deit_base_distilled_patch16_384"
+DINO = "vit_base_patch16_dinov3.lvd1689m"
+# data set, backbone, L, N, context queries, refined, mIoU: written from Tables 1 to 6.
+PAPER = {
+    "ade20k_resnet50": ("ade20k", RESNET, 3, 16, "spatial", True, "46.1"),
+    "ade20k_deit": ("ade20k", DEIT, 3, 16, "spatial", True, "50.5"),
+    "ade20k_baseline": ("ade20k", RESNET, 1, 16, "learned", False, "42.3"),
+    "ade20k_pyramid": ("ade20k", RESNET, 3, 16, "learned", False, "45.0"),
+    "ade20k_l1_n4": ("ade20k", RESNET, 1, 4, "spatial", False, "37.5"),
+    "ade20k_l1_n16": ("ade20k", RESNET, 1, 16, "spatial", False, "42.5"),
+    "ade20k_l1_n64": ("ade20k", RESNET, 1, 64, "spatial", False, "42.9"),
+    "ade20k_l3_n4": ("ade20k", RESNET, 3, 4, "spatial", False, "44.1"),
+    "ade20k_l3_n64": ("ade20k", RESNET, 3, 64, "spatial", False, "45.6"),
+    "ade20k_dinov3": ("ade20k", DINO, 3, 16, "spatial", True, None),
+    "cityscapes_resnet50": ("cityscapes", RESNET, 3, 16, "spatial", True, "79.8"),
+    "cityscapes_deit": ("cityscapes", DEIT, 3, 16, "spatial", True, "82.9"),
+    "pascal_context_resnet50": ("pascal_context", RESNET, 3, 16, "spatial", True, "49.5"),
+    "pascal_context_deit": ("pascal_context", DEIT, 3, 16, "spatial", True, "55.2"),
+}
+# crop, short side, iterations, window, stride
+PROTOCOL = {
+    "ade20k": (480, 512, 160_000, 480, 320),
+    "cityscapes": (768, None, 80_000, 768, 512),
+    "pascal_context": (480, 512, 80_000, 480, 320),
+}
+CLASS_COUNTS = {"ade20k": 150, "cityscapes": 19, "pascal_context": 60}
+OWN = {"shapes", "camvid", "folder"}  # not the paper's
+
+
+def test_every_row_of_the_paper_has_a_preset():
+    assert set(PRESETS) == set(PAPER) | OWN
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_options_are_those_of_the_paper(name):
+    dataset, backbone, levels, points, queries, refine, miou = PAPER[name]
+    config = PRESETS[name]()
+    model, data = config.model, config.data
+    assert (data.dataset, model.backbone, model.num_levels, model.num_points) == (dataset, backbone, levels, points)
+    assert (model.context_queries, config.refine) == (queries, refine)
+    assert (model.d_model, model.num_heads, model.ffn_dim, model.pretrained_backbone) == (256, 8, 2048, True)
+    assert (model.num_encoder_layers, model.num_decoder_layers, model.output_stride) == (2, 2, None)
+    crop, short_side, iterations, window, stride = PROTOCOL[dataset]
+    assert (data.crop_size, data.short_side, data.background) == ((crop, crop), short_side, True)
+    assert (data.scale, data.flip, data.photometric, data.category_cap) == ((0.5, 2.0), True, True, 0.75)
+    assert (config.iterations, config.batch_size, config.schedule, config.warmup) == (iterations, 16, "step", 0)
+    assert (config.lr, config.backbone_lr, config.weight_decay, config.betas) == (1e-4, 1e-5, 1e-4, (0.9, 0.999))
+    assert config.loss_weights == (1.0, 1.5, 3.0, 0.7)
+    assert (config.inference().window, config.inference().stride) == (window, stride)
+    text = inspect.getdoc(PRESETS[name])
+    assert f"python -m unept.train {name} --root" in text
+    assert f"python -m unept.evaluate runs/{name} --scales 0.5 0.75 1 1.25 1.5 1.75 --flip" in text
+    assert miou is None or f"Paper: mIoU {miou}" in text
+    assert re.search(r"Size: [\d.]+ M parameters, [\d.]+ GMACs", text)
+
+
+def test_no_two_presets_are_one_run():
+    configs = [preset() for preset in PRESETS.values()]
+    assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_one_training_step(name):
+    """At 64x64 with the true number of classes; no parameter is left without a gradient, as several GPUs need it."""
+    config = PRESETS[name]()
+    classes = CLASS_COUNTS.get(config.data.dataset, 8)
+    options = dataclasses.replace(config.model, pretrained_backbone=False).options()
+    model, loss = UNEPT(classes, **options), UNEPTLoss(config.loss_weights)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    labels = torch.randint(0, classes, (2, 4, 4)).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    optimizer = build_optimizer(model, config)
+    before = model.classifier.weight.detach().clone()
+    terms = loss(model.train()(images), labels)
+    terms["loss"].backward()
+    assert all(term.isfinite() for term in terms.values())
+    unused = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused
+    optimizer.step()
+    assert not torch.equal(model.classifier.weight, before)
+
+
+def test_help_lists_the_presets(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in PRESETS)

@@ -1,0 +1,264 @@
+"""Compile the Triton kernels for GPUs that are not there, at the paper's shapes: `python -m tests.helpers.offline [--all]`.
+
+Each entry of OPS in tests/helpers/offline_ops.py calls an op's launchers on tensors without memory. The launches are recorded
+instead of run, and their kernels compiled for what they were called with: on sm_90 with every configuration of their
+autotune pool, on the other targets with the first and in one dtype; of ops that are not OF_THE_PAPER with the first on
+sm_90 too. `--all` leaves nothing out. Prints one JSON row a launch, about its autotuning, and one a compiled kernel:
+op, kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a thread; a stack means that registers were
+spilled); on sm_90 also what the machine code does:
+
+    instructions    of the hot loop, a warp, divided by the elements (samples, records, pixels) that the warp handles in
+                    a turn: what the kernel costs the GPU's schedulers
+    opcodes         how often the hot loop reads, writes and adds to memory, by instruction
+
+    differences     how often the kernel subtracts a value from itself. That is zero, or NaN, only while the compiler
+                    does not make one multiply-add of a product and the subtraction: no test may rest on it
+
+The hot loop is the innermost one with the most instructions, the whole kernel if it has no loop. `--all --record`
+writes the counts to tests/helpers/instructions.json, from which tests/test_compile_offline.py allows no more than 10 % up.
+
+Needs a process without TRITON_INTERPRET: the interpreter leaves nothing to compile.
+"""
+
+import collections
+import importlib
+import json
+import math
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+import unept.kernels
+from tests.helpers.offline_ops import OPS
+from unept.kernels._triton import ScatterBuffer
+
+TARGETS = {
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+POINTER_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def recorded_launches(call: Callable[[], None]) -> tuple[list[tuple[Any, dict[str, Any]]], list[ScatterBuffer]]:
+    """The kernels that `call` launches and their arguments by name, and the buffers for adding into; nothing runs."""
+    launches: list[tuple[Any, dict[str, Any]]] = []
+    buffers: list[ScatterBuffer] = []
+
+    def make(self: ScatterBuffer, *args: Any, **kwargs: Any) -> None:
+        buffers.append(self)
+        make_buffer(self, *args, **kwargs)
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}))
+
+    originals = Autotuner.run, JITFunction.run
+    make_buffer = ScatterBuffer.__init__
+    Autotuner.run = JITFunction.run = record
+    ScatterBuffer.__init__ = make
+    try:
+        call()
+    finally:
+        Autotuner.run, JITFunction.run = originals
+        ScatterBuffer.__init__ = make_buffer
+    return launches, buffers
+
+
+def specialised(argument: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """The type that Triton's launcher gives an argument; fills in constants and known divisibility by 16."""
+    if isinstance(argument, tuple):
+        return tuple(specialised(item, (*path, i), constants, attributes) for i, item in enumerate(argument))
+    if isinstance(argument, Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return POINTER_TYPES[argument.dtype]
+    if isinstance(argument, float):
+        return "fp32"
+    if argument is None or argument == 1:
+        constants[path] = argument
+        return "constexpr"
+    if argument % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= argument < 2**31 else "i64"
+
+
+def compiled(kernel: JITFunction, arguments: dict[str, Any], config: triton.Config, target: GPUTarget) -> Any:
+    arguments = {**arguments, **config.all_kwargs()}
+    if target.backend == "hip":
+        # The launchers look for the GPU that is here; AMD's have no such mode.
+        arguments = {name: "ieee" if argument == "tf32x3" else argument for name, argument in arguments.items()}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        argument = arguments.pop(parameter.name)
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", argument
+        else:
+            signature[parameter.name] = specialised(argument, (i,), constants, attributes)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {name: option for name, option in arguments.items() if option is not None}
+    return triton.compile(source, target=target, options=options)
+
+
+def disassembled(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    usage = disassembled(cubin, "-res-usage")
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    return {"registers": int(match[1]), "stack": int(match[2])}
+
+
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*);", re.M)
+
+
+def hot_loop(machine_code: str) -> list[str]:
+    """The opcodes of the innermost loop that has the most of them; all opcodes if there is no loop."""
+    lines = [(int(address, 16), opcode, rest) for address, opcode, rest in INSTRUCTION.findall(machine_code)]
+    at = {address: i for i, (address, _, _) in enumerate(lines)}
+    loops = []
+    for i, (address, opcode, rest) in enumerate(lines):
+        target = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
+        # The last branch of a kernel jumps to itself.
+        if target and int(target[1], 16) < address:
+            loops.append((at[int(target[1], 16)], i))
+    innermost = [loop for loop in loops if not any(loop != o and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
+    start, end = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, len(lines) - 1))
+    return [opcode for _, opcode, _ in lines[start : end + 1] if opcode != "NOP"]
+
+
+MEMORY = re.compile(r"LD|ST|RED|ATOM|BAR|SHFL")
+
+
+SELF_DIFFERENCE = re.compile(r"arith\.subf (%[\w#]+), \1 ")
+
+
+def work(cubin: bytes, config: triton.Config) -> dict[str, Any]:
+    machine_code = disassembled(cubin, "-sass")
+    opcodes = hot_loop(machine_code)
+    elements = math.prod(config.kwargs.values()) / config.num_warps
+    return {
+        "instructions": round(len(opcodes) / elements, 3),
+        "opcodes": collections.Counter(opcode for opcode in opcodes if MEMORY.match(opcode)),
+        "compare_and_swap": sum("CAS" in opcode for _, opcode, _ in INSTRUCTION.findall(machine_code)),
+    }
+
+
+# The ops as the network of the paper calls them on a GPU; the other entries are variants of their kernels.
+OF_THE_PAPER = ("sparse_sampling", "bilinear_gather", "upsample_cross_entropy", "boundary_targets")
+
+
+def report(everything: bool) -> Iterator[dict[str, Any]]:
+    """The rows of all kernels."""
+    for op, (call, dtype_names) in OPS.items():
+        for dtype_name in dtype_names:
+            launches, buffers = recorded_launches(partial(call, DTYPES[dtype_name]))
+            for launch, (launched, arguments) in enumerate(launches):
+                kernel = launched.fn if isinstance(launched, Autotuner) else launched
+                configs = launched.configs if isinstance(launched, Autotuner) else [fixed_config(arguments)]
+                if fit := getattr(launched, "early_config_prune", None):
+                    configs = fit(configs, {}, **arguments)
+                row = {"op": op, "kernel": qualified_name(launched), "dtype": dtype_name, "launch": launch}
+                yield {**row, **autotuning(launched, arguments, buffers)}
+                for config in configs if everything or op in OF_THE_PAPER else configs[:1]:
+                    assembly = compiled(kernel, arguments, config, TARGETS["sm_90"]).asm
+                    cubin, differences = assembly["cubin"], len(SELF_DIFFERENCE.findall(assembly["ttir"]))
+                    sizes = {**config.kwargs, "num_warps": config.num_warps}
+                    found = {**resources(cubin), **work(cubin, config), "differences": differences}
+                    yield {**row, "target": "sm_90", "config": sizes, **found}
+                others = list(TARGETS.items())[1:] if everything or dtype_name == dtype_names[0] else []
+                for name, target in others:
+                    binary = compiled(kernel, arguments, configs[0], target)
+                    used = resources(binary.asm["cubin"]) if target.backend == "cuda" else {}
+                    yield {**row, "target": name, "config": configs[0].kwargs, **used}
+
+
+def fixed_config(arguments: dict[str, Any]) -> triton.Config:
+    """What a launch that isn't tuned was called with, as a configuration."""
+    blocks = {name: size for name, size in arguments.items() if re.match("BLOCK_[NQRPS]$", name)}
+    return triton.Config(blocks, num_warps=arguments.get("num_warps", 4))
+
+
+def autotuning(launched: Any, arguments: dict[str, Any], buffers: list[ScatterBuffer]) -> dict[str, list[str]]:
+    """The names of the arguments that are added into, that each trial finds at zero, and that a choice holds for."""
+    data = {id(buffer.data) for buffer in buffers}
+    return {
+        "added_into": [name for name, argument in arguments.items() if id(argument) in data],
+        "reset_to_zero": getattr(launched, "reset_to_zero", []),
+        "key": getattr(launched, "keys", []),
+        "key_values": [repr_or_value(arguments[name]) for name in getattr(launched, "keys", [])],
+    }
+
+
+def repr_or_value(argument: Any) -> Any:
+    """What JSON can hold; a list with its representation for all else."""
+    return argument if isinstance(argument, bool | int | str) else [repr(argument)]
+
+
+def qualified_name(launched: Any) -> str:
+    kernel = launched.fn if isinstance(launched, Autotuner) else launched
+    return f"{kernel.__module__}.{kernel.__name__}"
+
+
+def kernels_of_the_package() -> set[str]:
+    """The names of all kernels; the functions that kernels call are not named `..._kernel`."""
+    names = [found.name for found in pkgutil.walk_packages(unept.kernels.__path__, "unept.kernels.")]
+    members = [item for name in names for item in vars(importlib.import_module(name)).values()]
+    found = {qualified_name(item) for item in members if isinstance(item, Autotuner | JITFunction)}
+    return {name for name in found if name.endswith("_kernel")}
+
+
+RECORD = Path(__file__).with_name("instructions.json")
+
+
+def record_key(row: dict[str, Any]) -> str:
+    kernel, sizes = row["kernel"].split(".")[-1], row["config"].values()
+    return " ".join([row["op"], str(row["launch"]), kernel, row["dtype"], *map(str, sizes)])
+
+
+def record(rows: list[dict[str, Any]]) -> None:
+    """Write the instruction counts of this version of Triton into RECORD."""
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    version = ".".join(triton.__version__.split(".")[:2])
+    recorded[version] = {record_key(row): row["instructions"] for row in rows if "instructions" in row}
+    RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    rows = []
+    for line in report("--all" in sys.argv):
+        rows.append(line)
+        print(json.dumps(line), flush=True)
+    print(json.dumps({"kernels": sorted(kernels_of_the_package())}))
+    if "--record" in sys.argv:
+        record(rows)

@@ -1,0 +1,348 @@
+"""Models on disk and on the hub: what is saved with them, how they are found again, and models by name."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import Image
+from safetensors.torch import save_file
+
+import unept
+from unept import cli, predict, train
+from unept.config import DataConfig, ModelConfig, TrainConfig
+from unept.inference import InferenceConfig, predict_ids
+from unept.model import registry
+from unept.model.network import UNEPT
+from unept.training.checkpoint import save_model
+
+TINY = {"backbone": "resnet10t", "d_model": 32, "num_heads": 2, "num_points": 2, "ffn_dim": 32, "dropout": 0.0}
+CLASSES, PALETTE = ["sky", "sea | lake", "sand"], [[90, 160, 230], [10, 40, 120], [220, 200, 120]]
+SCORES = {"mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5, "iou": [0.7, float("nan"), 0.5], "images_per_s": 3.0}
+SCORES |= {"boundary_tolerance": 3, "images": 101}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> UNEPT:
+    torch.manual_seed(0)
+    return UNEPT(3, classes=CLASSES, palette=PALETTE, **TINY).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    """The model of a run, as `unept.train` saves it."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    data = DataConfig(dataset="camvid", short_side=24)
+    config = TrainConfig(model=ModelConfig(pretrained_backbone=False, **TINY), data=data, refine_scale=2)
+    save_model(model, folder, config, 4000, SCORES)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub in a folder: repositories can be pushed to and loaded from it; gives the folder."""
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            (tmp_path / "hub" / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+            return type("Url", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message, **options):
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id, dirs_exist_ok=True)
+            return f"commit: {commit_message}"
+
+    def download(repo_id, filename, **options):
+        if not (tmp_path / "hub" / repo_id / filename).exists():
+            raise OfflineModeIsEnabled("no connection\nto anywhere")
+        return str(tmp_path / "hub" / repo_id / filename)
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
+    return tmp_path / "hub"
+
+
+def edit_config(folder, change) -> None:
+    stored = json.loads((folder / "config.json").read_text())
+    change(stored)
+    (folder / "config.json").write_text(json.dumps(stored))
+
+
+def test_what_a_model_says_about_itself_comes_back(saved):
+    model = UNEPT.from_pretrained(saved)
+    mean, std = list(model.backbone.mean), list(model.backbone.std)
+    assert model.preprocessing == {
+        "input": "uint8 RGB", "mean": mean, "std": std, "short_side": 24, "refine": True, "refine_scale": 2,
+    }  # fmt: skip
+    assert model.evaluation == {
+        "dataset": "camvid", "split": "val", "step": 4000, "mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5,
+        "boundary_tolerance": 3, "images": 101, "iou": [0.7, None, 0.5],
+    }  # fmt: skip
+
+
+def test_stored_mean_and_deviation_count(saved, tmp_path):
+    """Another version of timm may have others for the backbone's name."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    edit_config(folder, lambda stored: stored["preprocessing"].update(mean=[0.2, 0.4, 0.6], std=[0.5, 0.25, 0.125]))
+    model = UNEPT.from_pretrained(folder)
+    assert model.backbone.mean == (0.2, 0.4, 0.6)
+    black = model.normalized(torch.zeros(3, 1, 1, dtype=torch.uint8)).flatten()
+    torch.testing.assert_close(black, torch.tensor([-0.4, -1.6, -4.8]))
+    model.save_pretrained(tmp_path / "again")
+    assert UNEPT.from_pretrained(tmp_path / "again").backbone.std == (0.5, 0.25, 0.125)
+
+
+def test_model_card(saved):
+    card = ModelCard.load(saved / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("unept", "image-segmentation")
+    assert "semantic-segmentation" in card.data.tags
+    assert "license" not in card.data.to_dict()
+    results = {r.metric_type: r for r in card.data.eval_results}
+    assert {kind: r.metric_value for kind, r in results.items()} == {
+        "mean_iou": 0.6123, "pixel_accuracy": 0.9, "boundary_f": 0.5,
+    }  # fmt: skip
+    first = results["mean_iou"]
+    assert (first.dataset_type, first.dataset_name, first.dataset_split) == ("camvid", "CamVid", "val")
+    assert "On 101 images of CamVid (split `val`): mIoU 61.23 %" in card.text
+    assert "boundary F 50.00 % (within 3 px)" in card.text
+    assert "after 4000 steps" in card.text
+    assert "| 0 | sky | 70.00 % |\n| 1 | sea \\| lake | - |" in card.text
+    assert "- `short_side`: 24" in card.text
+
+
+def test_card_of_a_model_without_a_past(tmp_path):
+    model = UNEPT(3, **TINY)
+    model.save_pretrained(tmp_path / "model", model_card_kwargs={"license": "cc-by-4.0", "datasets": ["org/beach"]})
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert (card.data.license, card.data.datasets) == ("cc-by-4.0", ["org/beach"])
+    assert not card.data.eval_results
+    assert not any(word in card.text for word in ("Evaluation", "mIoU", "IoU", "short_side", "None"))
+    assert "license" not in model.generate_model_card().data.to_dict()  # the next card starts afresh
+
+
+def test_card_of_scores_without_a_data_set(tmp_path):
+    model = UNEPT(3, **TINY)
+    model.evaluation = {"mIoU": 0.5}
+    card = model.generate_model_card()
+    assert not card.data.eval_results
+    assert "## Evaluation\n\nmIoU 50.00 %.\n" in card.text
+
+
+def test_example_of_the_card_runs(saved, hub, tmp_path, monkeypatch):
+    UNEPT.from_pretrained(saved).push_to_hub("org/beach")
+    text = ModelCard.load(hub / "org" / "beach" / "README.md").text
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) == 5
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 24)).save("image.jpg")
+    exec(code, {})
+    assert Image.open("overlay.png").size == (32, 24)
+
+
+def test_push_and_load(model, saved, hub):
+    url = UNEPT.from_pretrained(saved).push_to_hub("org/beach", commit_message="first")
+    assert url == "commit: first"
+    again = UNEPT.from_pretrained("org/beach")
+    images = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8)
+    assert torch.equal(again(images).logits, model(images).logits)
+    assert again.evaluation["step"] == 4000
+    assert 'Segmenter("org/beach")' in (hub / "org" / "beach" / "README.md").read_text()
+    # save_pretrained can push as well
+    model.save_pretrained(hub.parent / "local", push_to_hub=True, repo_id="org/other")
+    assert cli.load("org/other", CPU).classes == CLASSES
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """`unept.predict` of one image in an empty folder; gives the ids, or what it wrote on stderr."""
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (36, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("beach.png")
+
+    def call(*arguments: object):
+        monkeypatch.setattr(sys, "argv", ["predict", "beach.png", *map(str, arguments), "--device", "cpu"])
+        with pytest.raises(SystemExit) as end:
+            predict.main()
+        return capsys.readouterr().err if end.value.code else np.array(Image.open("predictions/beach_ids.png"))
+
+    return torch.from_numpy(pixels).permute(2, 0, 1), call
+
+
+def test_a_saved_folder_is_all_that_prediction_needs(saved, hub, command):
+    image, call = command
+    model = UNEPT.from_pretrained(saved)
+    model.push_to_hub("org/beach")
+    expected = predict_ids(model, image, InferenceConfig(short_side=24, refine_scale=2))[0].numpy()
+    assert not np.array_equal(expected, predict_ids(model, image, InferenceConfig())[0].numpy())
+    assert np.array_equal(call("--run", saved), expected)
+    assert np.array_equal(call("--run", "org/beach"), expected)
+    expected = predict_ids(model, image, InferenceConfig(short_side=32, refine=False))[0].numpy()
+    assert np.array_equal(call("--run", saved, "--short-side", 32, "--no-refine"), expected)
+
+
+def test_folders_of_older_versions(saved, tmp_path):
+    """Without `preprocessing` a run's options say how images are seen; a model alone sees them as they are."""
+    run = tmp_path / "run"
+    shutil.copytree(saved, run / "model")
+    edit_config(run / "model", lambda stored: [stored.pop(key) for key in ("preprocessing", "evaluation")])
+    config = TrainConfig(model=ModelConfig(**TINY), data=DataConfig(short_side=40), amp="off", refine_scale=3)
+    (run / "config.json").write_text(config.to_json())
+    alone, of_run = (cli.as_described(InferenceConfig(), cli.load(path, CPU)) for path in (run / "model", run))
+    assert alone == InferenceConfig()
+    assert (of_run.short_side, of_run.amp, of_run.refine_scale) == (40, "off", 3)
+    assert cli.load_run(run, CPU)[0] == config
+
+
+def test_what_the_caller_chooses_comes_before_what_the_model_says(model):
+    described = {"short_side": 64, "window": 32, "window_stride": 16, "refine": False, "amp": "off"}
+    other = UNEPT(3, **TINY)
+    other.preprocessing.update(described)
+    assert cli.as_described(InferenceConfig(flip=True), other) == InferenceConfig(flip=True, **described)
+    chosen = cli.as_described(InferenceConfig(window=64, amp="bf16"), other)
+    assert chosen == InferenceConfig(window=64, short_side=64, refine=False, amp="bf16")
+    other.preprocessing["window"] = 30
+    with pytest.raises(ValueError, match="window is 30"):
+        cli.as_described(InferenceConfig(), other)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("org/none", "org/none is no folder here, and no model of that name could be had from the Hugging Face hub"),
+        ("org/bare", "org/bare has no config.json of a model"),
+        ("nowhere", "nowhere does not exist"),
+        ("a/b/c", "a/b/c does not exist"),
+        ("empty", "empty is no run folder"),
+    ],
+)
+def test_what_is_no_model(source, message, hub, command):
+    (hub.parent / "empty").mkdir()
+    (hub / "org" / "bare").mkdir(parents=True)
+    (hub / "org" / "bare" / "config.json").write_text("{}")
+    error = command[1]("--run", source)
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_damaged_and_foreign_folders(saved, tmp_path):
+    broken, foreign = (shutil.copytree(saved, tmp_path / name) for name in ("broken", "foreign"))
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"broken/model\.safetensors is damaged"):
+        cli.load(broken, CPU)
+    edit_config(foreign, lambda stored: stored.update(d_model=64))
+    with pytest.raises(ValueError, match=r"don't fit the network that its config.json describes"):
+        cli.load(foreign, CPU)
+    (foreign / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"foreign has no config\.json of a model"):
+        cli.load(foreign, CPU)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(TrainConfig().to_json())
+    with pytest.raises(FileNotFoundError, match=r"model/ in a folder of unept\.train"):
+        UNEPT.from_pretrained(tmp_path / "run")
+
+
+def test_training_writes_the_card(tmp_path):
+    data = tmp_path / "data"
+    for kind, split in ((kind, split) for kind in ("images", "labels") for split in ("train", "val")):
+        (data / kind / split).mkdir(parents=True)
+        pixels = np.zeros((32, 32), dtype=np.uint8)
+        pixels[16:] = 1
+        Image.fromarray(pixels if kind == "labels" else 200 * pixels).save(data / kind / split / "0.png")
+    (data / "classes.txt").write_text("sky\nsea\n")
+    config = TrainConfig(
+        model=ModelConfig(pretrained_backbone=False, output_stride=32, **TINY),
+        data=DataConfig(dataset="folder", root=data, crop_size=(32, 32), short_side=32, workers=0),
+        iterations=1,
+        batch_size=2,
+        num_samples=0,
+        device="cpu",
+    )
+    scores = train.Trainer(config, tmp_path / "run").train()
+    model = cli.load(tmp_path / "run", CPU)
+    assert (model.evaluation["dataset"], model.evaluation["step"], model.evaluation["images"]) == ("folder", 1, 1)
+    assert model.evaluation["mIoU"] == pytest.approx(scores["mIoU"])
+    assert model.preprocessing["short_side"] == 32
+    card = ModelCard.load(tmp_path / "run" / "model" / "README.md")
+    assert card.data.eval_results[0].metric_value == round(scores["mIoU"], 4)
+
+
+def test_names():
+    assert unept.list_models() == ["unept_deit_base", "unept_dinov3_base", "unept_lite0", "unept_resnet50"]
+    assert unept.list_models("*_base") == ["unept_deit_base", "unept_dinov3_base"]
+    assert "unept_convnext_tiny" in unept.list_models("unept_convnext*", all_backbones=True)
+    assert all(timm.is_model(backbone) for backbone in registry.BACKBONES.values())
+
+
+def test_models_by_name():
+    small = {name: value for name, value in TINY.items() if name != "backbone"}
+    model = unept.create_model("unept_lite0", num_classes=4, **small)
+    assert model._hub_mixin_config["backbone"] == "tf_efficientnet_lite0"
+    assert (model.num_classes, model.pyramid.levels[0][0].out_channels) == (4, 32)
+    assert model.backbone.mean == (0.5, 0.5, 0.5)
+    tagged = unept.create_model("unept_resnet10t.c3_in1k", num_classes=2, **small)
+    assert tagged._hub_mixin_config["backbone"] == "resnet10t.c3_in1k"
+
+
+def test_backbone_weights_are_asked_for(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="ImageNet weights of resnet10t"):
+        unept.create_model("unept_resnet10t", num_classes=2, pretrained_backbone=True)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "pt"])
+def test_checkpoint_path(model, tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"weights.{suffix}"
+    state = model.state_dict()
+    if suffix == "safetensors":
+        save_file(state, path)
+    else:  # a run's checkpoints have more than the model
+        torch.save(state if suffix == "pth" else {"step": 1, "model": state}, path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # then no backbone's weights are needed
+    small = {name: value for name, value in TINY.items() if name != "backbone"}
+    new = unept.create_model(
+        "unept_resnet10t", num_classes=3, pretrained_backbone=True, checkpoint_path=path, **small
+    ).eval()
+    images = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8)
+    assert torch.equal(new(images).logits, model(images).logits)
+    if suffix == "pth":
+        with pytest.raises(ValueError, match=r"does not fit unept_resnet10t with 5 classes \(it holds 3 classes\)"):
+            unept.create_model("unept_resnet10t", num_classes=5, checkpoint_path=path, **small)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code of the file was run",))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet50", r"no model 'resnet50'; close names: unept_resnet50"),
+        ("unept_resnet5", r"close names: unept_resnet5"),
+        ("unept_lite", r"unept_lite0"),
+        ("", r"unept\.list_models\(\) lists unept_resnet50"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        unept.create_model(name, num_classes=2)
+
+
+def test_bad_checkpoints(tmp_path, capsys):
+    torch.save({"classifier.weight": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "torn.safetensors").write_bytes(b"no weights")
+    for name in ("evil.pth", "torn.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} can't be read as weights"):
+            unept.create_model("unept_resnet10t", num_classes=2, checkpoint_path=tmp_path / name)
+    assert not capsys.readouterr().out
+    for path in (tmp_path, tmp_path / "missing.pth"):
+        with pytest.raises(FileNotFoundError, match=r"checkpoint_path names .*, which is no file"):
+            unept.create_model("unept_resnet10t", num_classes=2, checkpoint_path=path)

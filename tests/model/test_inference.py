@@ -1,0 +1,413 @@
+"""Averaging views against a reference at full resolution, flips, windows, and what is held meanwhile."""
+
+import itertools
+import math
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unept.inference import MIRRORED, PAPER_SCALES, InferenceConfig, infer, predict_ids, window_starts
+from unept.model.boundary import DIRECTIONS
+from unept.model.network import UNEPT, UNEPTOutput, predicted_ids
+
+# Directions by the angle of their image gradient; the same list as `unept.model.boundary` has, written in another way.
+ANGLES = torch.arange(8) * torch.pi / 4 - torch.pi
+
+
+class FakeModel(nn.Module):
+    """Sees each 8x8 block by its mean colour: equivariant to mirroring and to cutting out windows, and exactly so.
+
+    The direction is that of the red channel's gradient, which turns around in a mirror.
+    """
+
+    num_classes = 3
+    refines = True
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[int, ...]] = []
+        self.outputs: list[weakref.ref] = []
+        self.most_held = 0
+
+    def normalized(self, images: Tensor) -> Tensor:
+        return images if images.is_floating_point() else images.float() / 64 - 2
+
+    def maps(self, images: Tensor) -> UNEPTOutput:
+        images = self.normalized(images)
+        images = F.pad(images, (0, -images.shape[3] % 8, 0, -images.shape[2] % 8))
+        colors = F.avg_pool2d(images, 8)
+        x = torch.linspace(-1, 1, 8).expand(8, 8)
+        kernel = torch.stack([x, x.T])[:, None] / 64
+        gradient = F.conv2d(images[:, :1], kernel, stride=8)
+        towards = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
+        direction = torch.einsum("kc,bchw->bkhw", towards, gradient)
+        return UNEPTOutput(3 * colors, colors.mean(1, keepdim=True), 30 * direction)
+
+    def forward(self, images: Tensor) -> UNEPTOutput:
+        assert not self.training
+        assert torch.is_inference_mode_enabled()
+        self.most_held = max(self.most_held, sum(output() is not None for output in self.outputs))
+        output = self.maps(images)
+        self.calls.append(tuple(images.shape))
+        self.outputs += [weakref.ref(output.logits)]
+        return output
+
+
+@pytest.fixture(scope="module")
+def unept() -> UNEPT:
+    torch.manual_seed(0)
+    model = UNEPT(num_classes=3, backbone="resnet10t", d_model=32, num_heads=2, num_points=2, ffn_dim=32)
+    with torch.no_grad():  # some pixels on a boundary, and every direction
+        model.boundary_head[1].bias.zero_()
+        model.boundary_head[1].weight.mul_(100)
+        model.direction_head[1].weight.mul_(300)
+    return model.eval()
+
+
+def random_images(*shape: int) -> Tensor:
+    """Smooth noise, uint8."""
+    low = torch.rand(shape[0], 3, 7, 9) * 255
+    return F.interpolate(low, shape[1:], mode="bilinear").round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("size", [(33, 47), (40, 48), (8, 5)])
+@pytest.mark.parametrize("options", [{}, {"refine": False}, {"refine_scale": 2}, {"window": 64}], ids=str)
+def test_a_single_view_is_the_model_to_the_bit(unept, size, options):
+    images = random_images(2, *size)
+    expected = unept.predict(images, refine=options.get("refine", True), refine_scale=options.get("refine_scale", 1))
+    assert torch.equal(predict_ids(unept, images, InferenceConfig(**options)), expected)
+    assert torch.equal(infer(unept, images, InferenceConfig(**options)).logits, unept(images).logits)
+
+
+def test_refinement_changes_the_ids(unept):
+    images = random_images(1, 40, 48)
+    ids = [predict_ids(unept, images, InferenceConfig(refine=refine)) for refine in (True, False)]
+    assert not torch.equal(*ids)
+
+
+def full_resolution_average(model, images: Tensor, scales: tuple[float, ...], flip: bool) -> tuple[Tensor, ...]:
+    """Probabilities (B, C, H, W) of classes, boundary and directions: each view up-sampled, then averaged."""
+    height, width = images.shape[2:]
+    padded = F.pad(model.normalized(images), (0, -width % 8, 0, -height % 8))
+    full = padded.shape[2:]
+    views = []
+    for scale in scales:
+        size = [max(8, 8 * math.floor(n * scale / 8 + 0.5)) for n in full]
+        view = F.interpolate(padded, size, mode="bilinear", antialias=True)
+        for mirrored in (False, True) if flip else (False,):
+            output = model(view.flip(-1) if mirrored else view)
+            maps = [output.logits.softmax(1), output.boundary.sigmoid(), output.direction.softmax(1)]
+            if mirrored:
+                maps = [m.flip(-1) for m in maps]
+                maps[2] = torch.stack([maps[2][:, DIRECTIONS.index((-dx, dy))] for dx, dy in DIRECTIONS], dim=1)
+            views.append([F.interpolate(m, full, mode="bilinear") for m in maps])
+    return tuple(torch.stack(maps).mean(0)[..., :height, :width] for maps in zip(*views, strict=True))
+
+
+@pytest.mark.parametrize("size", [(33, 47), (40, 24)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_averages_agree_with_full_resolution(unept, size, flip):
+    images = random_images(2, *size)
+    with torch.inference_mode():
+        classes, boundary, direction = full_resolution_average(unept, images, PAPER_SCALES, flip)
+    config = InferenceConfig(scales=PAPER_SCALES, flip=flip)
+    output = infer(unept, images, config)
+    padded = [n + -n % 8 for n in size]
+    found = (output.logits, output.boundary.sigmoid(), output.direction)
+    for maps, expected in zip(found, (classes, boundary, direction), strict=True):
+        full = F.interpolate(maps, padded, mode="bilinear")[..., : size[0], : size[1]]
+        # Up-sampling in two steps instead of one blurs: a tenth of what the maps vary by.
+        assert (full - expected).abs().mean() < 0.12 * expected.std(dim=(2, 3)).mean()
+    ids = predict_ids(unept, images, InferenceConfig(scales=PAPER_SCALES, flip=flip, refine=False))
+    top = classes.topk(2, dim=1).values
+    clear = top[:, 0] - top[:, 1] > 0.05
+    assert clear.float().mean() > 0.3
+    assert torch.equal(ids[clear], classes.argmax(1)[clear])
+
+
+def test_scales_of_one_grid_average_exactly(unept):
+    """All views have the size of the canvas: only the averaging itself is left, and must be exact."""
+    images = random_images(1, 33, 47)
+    output = infer(unept, images, InferenceConfig(scales=(1.0, 1.01), flip=True))
+    with torch.inference_mode():
+        padded = F.pad(unept.normalized(images), (0, 1, 0, 7))
+        plain, mirrored = unept(padded), unept(padded.flip(-1))
+    torch.testing.assert_close(output.logits, (plain.logits.softmax(1) + mirrored.logits.softmax(1).flip(-1)) / 2)
+    boundary = (plain.boundary.sigmoid() + mirrored.boundary.sigmoid().flip(-1)) / 2
+    torch.testing.assert_close(output.boundary.sigmoid(), boundary)
+
+
+def test_mirrored_directions():
+    for k, (dx, dy) in enumerate(DIRECTIONS):
+        assert DIRECTIONS[MIRRORED[k]] == (-dx, dy)
+        assert (ANGLES[k].cos().round().item(), ANGLES[k].sin().round().item()) == (dx, dy)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 24}], ids=str)
+def test_flips_of_a_mirror_equivariant_model_change_nothing(options):
+    images = random_images(2, 40, 56)
+    model = FakeModel()
+    flipped = infer(model, images, InferenceConfig(flip=True, **options))
+    plain = model.maps(images)
+    torch.testing.assert_close(flipped.logits, plain.logits.softmax(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(flipped.boundary, plain.boundary, atol=1e-4, rtol=0)
+    torch.testing.assert_close(flipped.direction, plain.direction.softmax(1), atol=1e-5, rtol=0)
+    assert plain.direction.argmax(1).unique().numel() == 8
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(96, 32, 24), (96, 32, 32), (104, 32, 16), (32, 32, 8), (40, 32, 8)]
+)
+def test_windows_cover_everything_within_bounds(length, window, stride):
+    starts = window_starts(length, window, stride)
+    counts = torch.zeros(length)
+    for start in starts:
+        assert 0 <= start <= length - window
+        assert start % 8 == 0
+        counts[start : start + window] += 1
+    assert counts.min() >= 1
+    assert all(0 < b - a <= stride for a, b in itertools.pairwise(starts))
+
+
+@pytest.mark.parametrize("window_batch", [1, 4, 100])
+def test_windows_agree_with_the_whole_image_where_context_does_not_matter(window_batch):
+    """Every place of the canvas is the average of all windows over it: counts and places are right."""
+    images = random_images(2, 60, 85)
+    model = FakeModel()
+    output = infer(model, images, InferenceConfig(window=32, window_stride=24, window_batch=window_batch))
+    plain = model.maps(images)
+    torch.testing.assert_close(output.logits, plain.logits.softmax(1))
+    torch.testing.assert_close(output.direction, plain.direction.softmax(1))
+    # 3 rows and 4 columns of windows, of 2 images; the network sees each once, window_batch at a time.
+    assert sum(shape[0] for shape in model.calls) == 24
+    assert {shape[1:] for shape in model.calls} == {(3, 32, 32)}
+    assert max(shape[0] for shape in model.calls) == min(window_batch, 24)
+
+
+@pytest.mark.parametrize("window_batch", [1, 4])
+def test_the_network_sees_every_window_of_every_view_once(window_batch):
+    """Once as it is and once mirrored; a view that fits into the window is seen whole."""
+    images, seen = random_images(2, 60, 85), Counter()
+
+    class Witness(FakeModel):
+        def forward(self, images: Tensor) -> UNEPTOutput:
+            seen.update((crop.shape, crop.numpy().tobytes()) for crop in images)
+            return super().forward(images)
+
+    model, scales, window, stride = Witness(), (0.5, 1.0, 1.75), 48, 40
+    config = InferenceConfig(scales=scales, flip=True, window=window, window_stride=stride, window_batch=window_batch)
+    infer(model, images, config)
+    expected = Counter()
+    padded = F.pad(model.normalized(images), (0, 3, 0, 4))
+    for view in (padded, *(F.interpolate(padded, n, mode="bilinear", antialias=True) for n in ((32, 48), (112, 152)))):
+        height, width = view.shape[2:]
+        for i, j in itertools.product(range(4), range(4)):
+            # Steps of 40 until 48 pixels reach the end; the last of them is drawn back to end there.
+            top, left = min(i * stride, max(height - window, 0)), min(j * stride, max(width - window, 0))
+            if ((i - 1) * stride + window < height and (j - 1) * stride + window < width) or (i, j) == (0, 0):
+                for crop in view[:, :, top : top + window, left : left + window]:
+                    expected.update((c.shape, c.numpy().tobytes()) for c in (crop, crop.flip(-1)))
+    assert len(expected) == 2 * 2 * (1 + 2 * 2 + 3 * 4)
+    assert seen == expected
+
+
+def test_overlapping_windows_are_averaged(unept):
+    """A real network sees different context in each window: the mean of both where two overlap."""
+    images = random_images(1, 32, 40)
+    output = infer(unept, images, InferenceConfig(window=32, window_stride=8))
+    with torch.inference_mode():
+        left, right = (unept(images[..., x : x + 32]).logits.softmax(1) for x in (0, 8))
+    torch.testing.assert_close(output.logits[..., 0], left[..., 0])
+    torch.testing.assert_close(output.logits[..., 1:4], (left[..., 1:] + right[..., :3]) / 2)
+    torch.testing.assert_close(output.logits[..., 4], right[..., 3])
+    assert (left[..., 1:] - right[..., :3]).abs().max() > 1e-3
+
+
+def test_a_window_longer_than_one_side(unept):
+    model = FakeModel()
+    infer(model, random_images(1, 20, 96), InferenceConfig(window=48))
+    assert {shape[1:] for shape in model.calls} == {(3, 24, 48)}
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({}, [(33, 47)]),
+        ({"flip": True}, [(40, 48)] * 2),
+        ({"scales": PAPER_SCALES}, [(24, 24), (32, 40), (40, 48), (48, 64), (64, 72), (72, 88)]),
+        ({"scales": (0.01,)}, [(8, 8)]),
+        ({"short_side": 66}, [(80, 96)]),
+        ({"short_side": 33}, [(33, 47)]),
+        ({"short_side": 0, "window": 0}, [(33, 47)]),
+        ({"window": 0, "flip": True}, [(40, 48)] * 2),
+        ({"short_side": 66, "scales": (0.5,)}, [(40, 48)]),
+    ],
+    ids=str,
+)
+def test_what_the_network_sees(options, sizes):
+    model = FakeModel()
+    ids = predict_ids(model, random_images(1, 33, 47), InferenceConfig(**options))
+    assert [shape[2:] for shape in model.calls] == sizes
+    assert ids.shape == (1, 33, 47)
+
+
+def test_no_view_outlives_its_turn():
+    model = FakeModel()
+    infer(model, random_images(1, 64, 64), InferenceConfig(scales=PAPER_SCALES, flip=True, window=32, window_batch=3))
+    assert len(model.calls) > 30
+    assert model.most_held <= 1
+
+
+class ConstantModel(nn.Module):
+    """Takes no memory of its own."""
+
+    refines = True
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+
+    def normalized(self, images: Tensor) -> Tensor:
+        return images.float() if images.dtype == torch.uint8 else images
+
+    def forward(self, images: Tensor) -> UNEPTOutput:
+        maps = torch.zeros(()).expand(len(images), self.num_classes + 9, images.shape[2] // 8, images.shape[3] // 8)
+        return UNEPTOutput(*maps.split([self.num_classes, 1, 8], dim=1))
+
+
+class LiveBytes(TorchDispatchMode):
+    """The peak of what all tensors hold that are made meanwhile, in bytes, each storage counted once."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return made
+
+
+@pytest.mark.parametrize(("num_classes", "height", "width", "window"), [(19, 1024, 2048, 768), (150, 512, 683, 480)])
+def test_memory_of_twelve_views_is_bounded(num_classes, height, width, window):
+    """All that is held beside the network's activations: never two volumes of logits at full resolution.
+
+    It grows neither with the number of views, beyond two maps on the canvas (the running sum and what is added to it)
+    and the view before, nor with the number of windows.
+    """
+    model, image = ConstantModel(num_classes), torch.zeros(3, height, width, dtype=torch.uint8)
+
+    def peak_of(function, scales: tuple[float, ...], **options) -> int:
+        with LiveBytes() as live:
+            function(model, image, InferenceConfig(scales=scales, flip=True, window=window, **options))
+        return live.peak
+
+    volume = num_classes * height * width * 4
+    peak = peak_of(predict_ids, PAPER_SCALES)
+    print(f"\n12 views of {width}x{height}, {num_classes} classes: {peak / 2**20:.0f} MiB, {peak / volume:.2f} volumes")
+    assert peak <= 2 * volume
+    canvas = (num_classes + 9) * height * width * 4 * 1.75**2 / 64
+    alone = peak_of(infer, PAPER_SCALES[-1:])
+    assert peak <= alone + 3.1 * canvas
+    assert peak_of(infer, PAPER_SCALES[-1:], window_stride=window // 4) <= alone * 1.01
+
+
+def test_a_single_image_without_batch(unept):
+    image = random_images(1, 33, 47)
+    config = InferenceConfig(flip=True)
+    assert torch.equal(predict_ids(unept, image[0], config), predict_ids(unept, image, config))
+
+
+def test_modes_are_restored_even_after_an_error(unept):
+    unept.train()
+    frozen = unept.model.backbone.eval()
+    infer(unept, random_images(1, 16, 16), InferenceConfig())
+    with pytest.raises(ValueError, match=r"they must be \(B, 3, H, W\)"):
+        infer(unept, random_images(1, 16, 16)[:, :2], InferenceConfig())
+    assert unept.training
+    assert unept.encoder.layers[0].training
+    assert not frozen.training
+    unept.eval()
+
+
+def test_a_model_without_boundaries():
+    model = UNEPT(
+        3, backbone="resnet10t", d_model=32, num_heads=2, num_points=2, ffn_dim=32, context_queries="learned"
+    ).eval()
+    images = random_images(1, 40, 48)
+    output = infer(model, images, InferenceConfig(flip=True, window=24))
+    assert output.boundary is None
+    assert output.direction is None
+    torch.testing.assert_close(output.logits.sum(1), torch.ones(1, 5, 6))
+    assert torch.equal(predict_ids(model, images, InferenceConfig()), model.predict(images))
+
+
+def test_autocast(unept):
+    images = random_images(1, 16, 24)
+    assert infer(unept, images, InferenceConfig(amp="bf16")).logits.dtype == torch.bfloat16
+    assert infer(unept, images, InferenceConfig(amp="bf16", flip=True)).logits.dtype == torch.float32
+
+
+def test_maps_of_any_resolution_cover_the_padded_image():
+    """`predicted_ids` reads the maps on the grid of the image, not on one of 8 pixels a map pixel."""
+    logits = torch.eye(2)[None, :, :, None] * 10  # class 0 above, class 1 below
+    ids = predicted_ids(UNEPTOutput(logits, None, None), (29, 20))
+    assert ids[0, :16].unique().tolist() == [0]
+    assert ids[0, 16:].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scales": ()}, "at least one"),
+        ({"scales": (1.0, 0.0)}, "positive"),
+        ({"scales": (float("nan"),)}, "positive"),
+        ({"window": 100}, "window is 100; it must be a positive multiple of 8"),
+        ({"window": -8}, "window is -8"),
+        ({"window": 32, "window_stride": 12}, "window_stride is 12"),
+        ({"window": 32, "window_stride": 40}, "window_stride is 40 and window 32"),
+        ({"window_stride": 32}, "window None; give a window that is at least as large, or no stride"),
+        ({"window": 0, "window_stride": 32}, "window 0"),
+        ({"window": 32, "window_stride": 0}, "window_stride is 0"),
+        ({"window_batch": 0}, "window_batch is 0"),
+        ({"refine_scale": 0}, "refine_scale is 0"),
+        ({"refine_scale": 128}, "refine_scale is 128"),
+        ({"short_side": -1}, "short_side is -1"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        InferenceConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "scale 1 without flip; images at their own size; whole images; refined by 1 px"),
+        (
+            {"scales": PAPER_SCALES, "flip": True, "window": 480, "short_side": 512, "refine": False},
+            "scales 0.5 0.75 1 1.25 1.5 1.75 with flip; short side 512; windows of 480 with stride 320; not refined",
+        ),
+    ],
+    ids=["plain", "paper"],
+)
+def test_a_protocol_in_one_line(options, line):
+    assert InferenceConfig(**options).describe() == line
+
+
+@pytest.mark.parametrize(("window", "stride"), [(480, 320), (768, 512), (32, 16), (8, 8), (0, 0), (None, 0)])
+def test_default_stride_is_two_thirds(window, stride):
+    assert InferenceConfig(window=window).stride == stride

@@ -1,0 +1,131 @@
+"""Eq. 7 term by term against plain torch at full resolution."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unept.kernels import boundary_targets
+from unept.model.boundary import DIRECTIONS
+from unept.model.loss import UNEPTLoss
+from unept.model.network import UNEPTOutput
+
+
+def random_output(batch=2, classes=5, h=4, w=6, dtype=torch.float64):
+    return UNEPTOutput(
+        torch.randn(batch, classes, h, w, dtype=dtype, requires_grad=True),
+        torch.randn(batch, 1, h, w, dtype=dtype, requires_grad=True),
+        torch.randn(batch, 8, h, w, dtype=dtype, requires_grad=True),
+    )
+
+
+def blocks(height, width, classes=5):
+    """Labels with segments wide enough to have an inside."""
+    coarse = torch.randint(0, classes, (2, 1, 2, 3)).double()
+    labels = F.interpolate(coarse, (height, width), mode="nearest")[:, 0].long()
+    labels[:, :5, :7] = 255
+    return labels
+
+
+def equation_7(output, labels, weights):
+    """The same, written with full-resolution maps."""
+    size = labels.shape[1:]
+    up = [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in output]
+    offsets = torch.tensor(DIRECTIONS)[up[2].argmax(1)] * (up[1][:, 0].sigmoid() > 0.5)[..., None]
+    y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    xs = (x + offsets[..., 0]).clamp(0, size[1] - 1)
+    ys = (y + offsets[..., 1]).clamp(0, size[0] - 1)
+    refined = torch.stack([up[0][b][:, ys[b], xs[b]] for b in range(len(labels))])
+    distance, direction = boundary_targets(labels)
+    counted = labels != 255
+    boundary = F.binary_cross_entropy_with_logits(up[1][:, 0][counted], (distance <= 5)[counted].double())
+    terms = [
+        F.cross_entropy(up[0], labels, ignore_index=255),
+        F.cross_entropy(refined, labels, ignore_index=255),
+        boundary,
+        F.cross_entropy(up[2], direction.long(), ignore_index=255),
+    ]
+    return terms, sum(w * t for w, t in zip(weights, terms, strict=True))
+
+
+@pytest.mark.parametrize("size", [(32, 48), (27, 43)])
+def test_equation_7(size):
+    output, labels = random_output(), blocks(*size)
+    terms = UNEPTLoss()(output, labels)
+    padded = F.pad(labels, (0, 48 - size[1], 0, 32 - size[0]), value=255)
+    expected_terms, expected = equation_7(output, padded, (1, 1.5, 3, 0.7))
+    names = ("segmentation", "refined", "boundary", "direction")
+    for name, value in zip(names, expected_terms, strict=True):
+        torch.testing.assert_close(terms[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(terms["loss"].double(), expected, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(terms["loss"], output)
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected, output), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_counted_is_zero_not_nan():
+    output = random_output(dtype=torch.float32)
+    terms = UNEPTLoss()(output, torch.full((2, 32, 48), 255))
+    assert all(term == 0 for term in terms.values())
+    terms["loss"].backward()
+    assert all((m.grad == 0).all() for m in output)
+
+
+def test_class_weights_change_the_segmentation_terms_only():
+    output, labels = random_output(), blocks(32, 48)
+    weights = torch.tensor([1.0, 5.0, 1.0, 1.0, 0.2])
+    plain, weighted = UNEPTLoss()(output, labels), UNEPTLoss(class_weights=weights)(output, labels)
+    up = F.interpolate(output.logits, (32, 48), mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(up, labels, weights.double(), ignore_index=255)
+    torch.testing.assert_close(weighted["segmentation"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert weighted["boundary"] == plain["boundary"]
+
+
+def test_labels_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"give labels \(B, H, W\) of the size of the images"):
+        UNEPTLoss()(random_output(), torch.zeros(2, 64, 64, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"give labels \(B, H, W\)"):
+        UNEPTLoss()(random_output(), torch.zeros(32, 48, dtype=torch.int64))
+
+
+def test_four_weights():
+    with pytest.raises(ValueError, match="the four lambdas"):
+        UNEPTLoss((1, 1.5))
+
+
+def test_learns_boundaries_and_directions():
+    """Gradient descent on the maps alone drives every term down: targets and predictions agree in meaning."""
+    labels = blocks(32, 48)
+    output = UNEPTOutput(*(m.detach().float().requires_grad_() for m in random_output()))
+    optimizer = torch.optim.Adam(output, lr=0.3)
+    first = None
+    for _ in range(60):
+        terms = UNEPTLoss()(output, labels)
+        first = first or {name: term.item() for name, term in terms.items()}
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+    for name, term in terms.items():
+        assert term.item() < 0.7 * first[name], name
+
+
+@pytest.mark.parametrize("class_weights", [None, torch.tensor([1.0, 5.0, 1.0, 1.0, 0.2])])
+def test_terms_of_parts_add_up_to_those_of_the_batch(class_weights):
+    """Also where the parts differ in ignored pixels and in boundaries; so do their gradients."""
+    output, labels = random_output(), blocks(27, 43)
+    labels[1, 9:] = 255
+    loss = UNEPTLoss(class_weights=class_weights)
+    whole = loss(output, labels)
+    targets = loss.targets(labels)
+    parts = [loss.terms(UNEPTOutput(*(m[i : i + 1] for m in output)), targets.part(i, i + 1)) for i in range(2)]
+    for name, value in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-6, atol=1e-7, msg=name)
+    gradients = torch.autograd.grad(sum(part["loss"] for part in parts), output)
+    for actual, wanted in zip(gradients, torch.autograd.grad(whole["loss"], output), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_targets_without_boundaries():
+    targets = UNEPTLoss().targets(blocks(27, 43), boundaries=False)
+    assert targets.distance is None
+    assert targets.direction is None
+    assert targets.counts.tolist() == [2 * 27 * 43 - 2 * 35, 2 * 27 * 43 - 2 * 35, 0]

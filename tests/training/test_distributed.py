@@ -1,0 +1,256 @@
+"""Several processes: as one process with their whole batch, through a worker's death, and with one clear error."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from tests.helpers import layouts
+from unept import cli, distributed, train
+from unept.training.run_folder import continues
+
+OPTIONS = [
+    *("--backbone", "resnet10t", "--no-pretrained-backbone", "--output-stride", "32", "--d-model", "32"),
+    *("--num-heads", "2", "--num-points", "2", "--ffn-dim", "32", "--dropout", "0", "--crop-size", "64", "64"),
+    *("--short-side", "None", "--batch-size", "4", "--iterations", "12", "--log-every", "3", "--eval-every", "6"),
+    *("--checkpoint-every", "4", "--num-samples", "1", "--workers", "0", "--device", "cpu", "--lr", "1e-3"),
+]
+NUMBERS = ("loss", "segmentation", "refined", "boundary", "direction", "mIoU", "pixAcc", "boundary_f")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Five training and three validation images of the shapes data set, as files: no number that two divides."""
+    return layouts.shapes(tmp_path_factory.mktemp("data"), train=5, val=3)
+
+
+def configuration(data, **changes):
+    _, config = train.parse(["folder", "--root", str(data), *OPTIONS])
+    return dataclasses.replace(config, **changes)
+
+
+def numbers(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in ("step", *NUMBERS) if key in line} for line in lines]
+
+
+def one_step(config, out: Path) -> tuple[torch.Tensor, dict]:
+    """Loss terms and gradients of the first optimiser step of a run, as this rank sees them."""
+    torch.use_deterministic_algorithms(True)
+    trainer = train.Trainer(config, out)
+    trainer.model.train()
+    gradients: dict = {}
+
+    def keep(*_):
+        gradients.update((name, p.grad.clone()) for name, p in trainer.model.named_parameters())
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    terms = distributed.mean_over_ranks(trainer.optimize(*trainer._on_device(next(iter(trainer._loader())))))
+    buffers = {name: b.clone() for name, b in trainer.model.named_buffers() if "running" in name}
+    torch.use_deterministic_algorithms(False)
+    return terms, {**gradients, **buffers}
+
+
+class Norms(nn.Sequential):
+    """A batch normalisation of torch's and one of timm's, which holds its activation."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), BatchNormAct2d(6), nn.Conv2d(6, 2, 1))
+
+
+def norms_step(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Outputs, gradients and running statistics of `Norms` on this rank's images, in float64."""
+    torch.manual_seed(0)
+    model = Norms().double()
+    network = distributed.parallel(model, torch.device("cpu"))
+    output = network(images)
+    (output**3).mean().backward()
+    state = {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+    return {"output": output.detach(), "eval": model.eval()(images).detach(), **state}
+
+
+def _rank(rank: int, rendezvous: str, folder: str, data: str) -> None:
+    """One of two processes."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    images = torch.load(f"{folder}/images.pt")
+    results = {"norms": norms_step(images[2 * rank : 2 * rank + 2])}
+    results["step"] = one_step(configuration(data), Path(folder) / "run")
+    results["main"] = distributed.from_main(lambda: f"said by {distributed.rank()}")
+    try:
+        distributed.from_main(lambda: int("no number"))
+    except BaseException as error:
+        results["error"] = repr(error)
+    try:
+        train.Trainer(configuration(data, batch_size=3), Path(folder) / "odd")
+    except BaseException as error:
+        results["odd"] = repr(error)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory):
+    """What two processes found, and their images."""
+    folder = tmp_path_factory.mktemp("two")
+    images = torch.randn(4, 3, 5, 7, dtype=torch.float64)
+    torch.save(images, folder / "images.pt")
+    torch.multiprocessing.spawn(_rank, (str(folder / "rendezvous"), str(folder), str(data)), nprocs=2)
+    return images, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_batch_normalisation_of_two_processes_is_that_of_the_whole_batch(two):
+    images, ranks = two
+    alone = norms_step(images)
+    for i, result in enumerate(ranks):
+        for name, value in result["norms"].items():
+            expected = alone[name]
+            if name in ("output", "eval"):
+                expected = expected[2 * i : 2 * i + 2]
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_two_processes_have_the_loss_and_gradients_of_one(two, data, tmp_path):
+    """The images differ in ignored pixels and boundaries; gradients and statistics agree with one process's."""
+    alone, expected = one_step(configuration(data), tmp_path / "run")
+    for result in two[1]:
+        terms, state = result["step"]
+        torch.testing.assert_close(terms, alone, rtol=1e-5, atol=1e-6)
+        assert state.keys() == expected.keys()
+        for name, value in state.items():
+            scale = expected[name].abs().max().item()
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
+
+
+def test_main_process_speaks_for_all(two):
+    first, second = two[1]
+    assert first["main"] == second["main"] == "said by 0"
+    assert first["error"].startswith("ValueError")
+    assert second["error"] == "SystemExit(2)"
+    assert "batch_size 3 can't be split over 2 processes in 1 parts each" in first["odd"]
+    assert second["odd"] == "SystemExit(2)"
+
+
+def test_accumulation_has_the_gradients_of_the_whole_batch(data, tmp_path):
+    """With batch normalisation left out of it: its statistics are those of a part."""
+
+    def gradients(accumulate: int) -> tuple[torch.Tensor, dict]:
+        trainer = train.Trainer(configuration(data, accumulate=accumulate), tmp_path / "run")
+        trainer.model.eval()
+        kept: dict = {}
+        trainer.optimizer.register_step_pre_hook(
+            lambda *_: kept.update((name, p.grad.clone()) for name, p in trainer.model.named_parameters())
+        )
+        return trainer.optimize(*trainer._on_device(next(iter(trainer._loader())))), kept
+
+    (whole, expected), (parts, actual) = gradients(1), gradients(4)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    for name, value in actual.items():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5 * scale + 1e-8, msg=name)
+
+
+def _workers(launcher: subprocess.Popen) -> list[int]:
+    """Process ids of the training processes that torchrun started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [pid for pid in map(int, children.read_text().split()) if "unept.train" in _command_line(pid)]
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")
+def test_killed_worker_is_started_again_and_nothing_is_lost(data, tmp_path):
+    """Two processes, one killed after the first checkpoint: the run ends as that of one process without a break."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher += ["--max-restarts", "1", "-m", "unept.train", "folder", "--root", str(data), *OPTIONS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        launcher, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    out = tmp_path / "runs" / "folder"
+    deadline = time.monotonic() + 240
+    while not (out / "checkpoints" / "step_00000004.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no checkpoint after four minutes"
+        time.sleep(0.01)
+    workers = _workers(process)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    assert not (out / "checkpoints" / "step_00000012.pt").exists(), "the run had ended before the kill"
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    assert stdout.count("Run folder") == 1, "rank 0 alone speaks"
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["folder"]
+    alone = train.Trainer(configuration(data), tmp_path / "alone")
+    alone.train()
+    lines, expected = numbers(out), numbers(tmp_path / "alone")
+    assert [line["step"] for line in lines] == [3, 6, 6, 9, 12, 12]
+    for line, wanted in zip(lines, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=2e-3, abs=2e-3)
+    final = torch.load(out / "checkpoints" / "step_00000012.pt")
+    assert final["step"] == 12
+
+
+def test_restart_continues_its_own_run_only(tmp_path, monkeypatch):
+    config = train.TrainConfig()
+    (tmp_path / "launch").write_text("job 7")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not continues(config, tmp_path), "a first start"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert continues(config, tmp_path)
+    assert not continues(config, tmp_path / "elsewhere")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 8")
+    assert not continues(config, tmp_path), "another's run"
+
+
+def test_commands_for_one_process_refuse_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun"):
+        cli.refuse_several_processes()
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "[enforce fail] DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory_says_what_to_change(data, tmp_path, monkeypatch, message):
+    trainer = train.Trainer(configuration(data), tmp_path / "run")
+    kind = torch.OutOfMemoryError if "CUDA" in message else RuntimeError
+
+    def full(images, labels):
+        raise kind(message)
+
+    monkeypatch.setattr(trainer, "optimize", full)
+    with pytest.raises(
+        MemoryError, match=r"with 4 images of 64x64 at once \(batch_size 4\): --accumulate 2 .*crop-size"
+    ):
+        trainer.train()
+
+
+def test_memory_errors_end_a_command_with_one_line(monkeypatch, capsys):
+    def command():
+        with cli.out_of_memory("with 4 images"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(command)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: out of memory with 4 images\n"
+
+
+def test_other_runtime_errors_stay():
+    with pytest.raises(RuntimeError, match="a bug"), cli.out_of_memory(""):
+        raise RuntimeError("a bug")

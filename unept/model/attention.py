@@ -1,0 +1,86 @@
+"""Sparse sampling attention as a module (Eq. 2-4, 6)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import sparse_sampling_attention
+
+Shapes = list[tuple[int, int]]
+
+
+def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
+    """Where sampling starts: head m looks in direction 2 pi m / M, point n lies n + 1 pixels away, on every level.
+
+    The initialisation of Deformable DETR. Returns (M, L, N, 2), (x, y) in pixels, on square rings.
+    """
+    angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
+    direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+    distance = torch.arange(1, num_points + 1, dtype=torch.float32)
+    rings = direction[:, None, None, :] * distance[None, None, :, None]
+    return rings.expand(num_heads, num_levels, num_points, 2).contiguous()
+
+
+class SparseSamplingAttention(nn.Module):
+    """Each query attends to N points of each of L feature maps, a head at a time (Eq. 3, 4 and 6).
+
+    W^Q maps a query to M heads of d_k channels; from each head's channels U^wts gives L * N attention logits and U^pos
+    the (x, y) offsets of the L * N points; W^V and W^O are the usual projections of values and output.
+
+    Args:
+        d_model: channels of queries, values and output.
+        num_heads: M; d_model must be a multiple of it.
+        num_levels: L.
+        num_points: N, points a level.
+    """
+
+    def __init__(self, d_model: int = 256, num_heads: int = 8, num_levels: int = 3, num_points: int = 16):
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"d_model is {d_model} and num_heads {num_heads}: d_model must be a multiple of num_heads")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        head_dim = d_model // num_heads
+        samples = num_levels * num_points
+        self.query_projection = nn.Linear(d_model, d_model)  # W^Q
+        self.value_projection = nn.Linear(d_model, d_model)  # W^V
+        self.output_projection = nn.Linear(d_model, d_model)  # W^O
+        # U^pos and U^wts of all heads side by side, [M, d_k, 2LN + LN]: zero, so that the biases alone count at first.
+        self.sampling_weight = nn.Parameter(torch.zeros(num_heads, head_dim, 3 * samples))
+        offsets = ring_offsets(num_heads, num_levels, num_points).flatten(1)
+        self.sampling_bias = nn.Parameter(torch.cat([offsets, torch.zeros(num_heads, samples)], dim=1))
+        for projection in (self.query_projection, self.value_projection, self.output_projection):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def sampling(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Offsets (B, Q, M, L, N, 2), (x, y) in pixels of each level, and logits (B, Q, M, L, N) (Eq. 3).
+
+        Both are views of one float32 projection: near 16 pixels bfloat16 steps by 1/8 of a pixel.
+        """
+        q = self.query_projection(query).unflatten(-1, (self.num_heads, -1)).to(self.sampling_weight.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            heads = q.permute(2, 0, 1, 3).flatten(1, 2)  # (M, B * Q, d_k)
+            projected = torch.baddbmm(self.sampling_bias[:, None], heads, self.sampling_weight)
+        projected = projected.unflatten(1, query.shape[:2]).permute(1, 2, 0, 3)
+        samples = self.num_levels * self.num_points
+        offsets, logits = projected.split([2 * samples, samples], dim=-1)
+        levels = (self.num_levels, self.num_points)
+        return offsets.unflatten(-1, (*levels, 2)), logits.unflatten(-1, levels)
+
+    def forward(self, query: Tensor, value: Tensor, shapes: Shapes, reference_points: Tensor) -> Tensor:
+        """Attend (Eq. 4 and 6).
+
+        Args:
+            query: (B, Q, d_model).
+            value: (B, S, d_model), the L flattened maps one after another.
+            shapes: [(H_l, W_l)] of the L maps.
+            reference_points: (1 or B, Q, 2), the queries' (x, y) in [0, 1].
+
+        Returns:
+            (B, Q, d_model).
+        """
+        offsets, logits = self.sampling(query)
+        value = self.value_projection(value).unflatten(-1, (self.num_heads, -1))
+        return self.output_projection(sparse_sampling_attention(value, shapes, offsets, logits, reference_points))

@@ -1,0 +1,90 @@
+"""Models by name, in the manner of timm."""
+
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor
+
+from .backbone import close_names, read_weights
+from .network import UNEPT
+
+PREFIX = "unept_"
+# Short names and their backbones; the first two are the paper's (Sec. 4.2).
+BACKBONES = {
+    "unept_resnet50": "resnet50",
+    "unept_deit_base": "deit_base_distilled_patch16_384",
+    "unept_lite0": "tf_efficientnet_lite0",
+    "unept_dinov3_base": "vit_base_patch16_dinov3",  # its weights come under the licence of DINOv3
+}
+
+
+def list_models(filter: str = "", *, all_backbones: bool = False) -> list[str]:
+    """Names that `create_model` takes, sorted.
+
+    Args:
+        filter: only names that match this pattern, with `*` and `?`.
+        all_backbones: also `unept_NAME` for every model of timm; those that give no feature maps are refused later.
+    """
+    names = set(BACKBONES)
+    if all_backbones:
+        names |= {PREFIX + name for name in timm.list_models()}
+    return sorted(fnmatch.filter(names, filter) if filter else names)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    pretrained_backbone: bool = False,
+    checkpoint_path: str | Path | None = None,
+    **options: Any,
+) -> UNEPT:
+    """A new network.
+
+    Args:
+        name: one of `list_models()`, or `unept_` and any model of timm, with or without a tag.
+        num_classes: K.
+        pretrained_backbone: start from timm's ImageNet weights, downloaded from its hub.
+        checkpoint_path: start from the weights of the whole network in this file (.safetensors, or a .pth or .pt of
+            tensors, such as a run's checkpoints); nothing is downloaded.
+        options: of `UNEPT`.
+
+    Raises:
+        ValueError: an unknown name, a file of another network, or options that don't fit together.
+        FileNotFoundError: there is no such file.
+        ConnectionError: the backbone's weights can't be downloaded.
+
+    Example:
+        >>> create_model("unept_lite0", num_classes=11, pretrained_backbone=True)
+    """
+    backbone = _backbone(name)
+    state = None if checkpoint_path is None else read_weights(Path(checkpoint_path), "checkpoint_path")
+    model = UNEPT(num_classes, backbone, pretrained_backbone=pretrained_backbone and state is None, **options)
+    if state is not None:
+        _load(model, state, f"{checkpoint_path} does not fit {name} with {num_classes} classes")
+    return model
+
+
+def _backbone(name: str) -> str:
+    if name in BACKBONES:
+        return BACKBONES[name]
+    backbone = name.removeprefix(PREFIX)
+    if name.startswith(PREFIX) and timm.is_model(backbone.split(".")[0]):
+        return backbone
+    hint = close_names(PREFIX + backbone, list_models(all_backbones=True))
+    raise ValueError(
+        f"there is no model {name!r}{hint}. unept.list_models() lists {', '.join(BACKBONES)}; {PREFIX} and any name of "
+        "timm.list_models() works too"
+    )
+
+
+def _load(model: UNEPT, state: dict[str, Tensor], failure: str) -> None:
+    stored = state.get("classifier.weight")
+    if stored is not None and len(stored) != model.num_classes:
+        failure += f" (it holds {len(stored)} classes)"
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{failure}: give the options it was trained with. {error}") from error
