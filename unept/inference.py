@@ -8,9 +8,10 @@ multiples of 8, so that the network's maps at 1/8 cover the padded image exactly
 summed up on one canvas at 1/8 of the largest view; class scores are never held at full resolution.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,11 @@ from .kernels import upsample_argmax, upsample_cross_entropy
 from .model.boundary import DIRECTIONS, upsample_boundary
 from .model.network import STRIDE, UNEPT, UNEPTOutput, evaluation_mode, output_offset, padded_size, predicted_ids
 
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+# The inference options that belong to a trained model, and which its config.json therefore has (`UNEPT.preprocessing`).
+PROTOCOL = ("short_side", "window", "window_stride", "refine", "refine_scale", "amp")
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
 
 # Which direction is seen in a mirrored image where direction k is seen in the original.
@@ -94,6 +100,40 @@ class InferenceConfig:
                 f"refined by {self.refine_scale or 1} px" if self.refine is not False else "not refined",
             ]
         )
+
+
+def as_trained(inference: InferenceConfig, config: "TrainConfig") -> InferenceConfig:
+    """Inference options with what was left open filled in from the run, so that they say all that will be done."""
+    chosen = {name: value for name, value in vars(inference).items() if value not in (None, "auto")}
+    if "window" in chosen:
+        chosen.setdefault("window_stride", None)  # the run's stride belongs to the run's window
+    filled = dataclasses.replace(config.inference(), **chosen)
+    return dataclasses.replace(
+        filled,
+        window=filled.window or None,
+        window_stride=filled.stride or None,
+        short_side=filled.short_side or None,
+        refine=filled.refine and config.model.context_queries == "spatial",
+    )
+
+
+def protocol(config: "TrainConfig") -> dict[str, Any]:
+    """What a run fixed of the inference options: those of `PROTOCOL` that it did not leave open."""
+    options = vars(as_trained(InferenceConfig(), config))
+    return {name: options[name] for name in PROTOCOL if options[name] not in (None, "auto")}
+
+
+def as_described(inference: InferenceConfig, model: UNEPT) -> InferenceConfig:
+    """Inference options; those that are as by default follow the model's `preprocessing`, where it has them.
+
+    Raises:
+        ValueError: the two don't fit together.
+    """
+    chosen = {name: value for name, value in vars(inference).items() if value != getattr(InferenceConfig(), name)}
+    described = {name: model.preprocessing[name] for name in PROTOCOL if name in model.preprocessing}
+    if "window" in chosen:
+        described.pop("window_stride", None)  # it belongs to the described window
+    return InferenceConfig(**{**described, **chosen})
 
 
 def infer(model: UNEPT, images: Tensor, config: InferenceConfig) -> UNEPTOutput:
