@@ -3,7 +3,6 @@
 Letters: H, W height and width of an image, K number of classes.
 """
 
-import colorsys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
+
+from ..colors import default_palette as default_palette
 
 SPLITS = ("train", "val", "test")
 IGNORE_INDEX = 255
@@ -310,15 +311,6 @@ def read_label_ids(path: Path) -> np.ndarray:
             "if it shows classes as colours, turn every colour into its class id first"
         )
     return ids
-
-
-def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
-    """`num_classes` (r, g, b) colours, neighbours far apart: hues step by the golden ratio, brightness varies."""
-    colours = []
-    for k in range(num_classes):
-        red, green, blue = colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.75, (1.0, 0.7, 0.85)[k % 3])
-        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
-    return tuple(colours)
 
 
 def _unreadable(path: Path, error: Exception) -> str:

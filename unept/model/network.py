@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ..data.base import default_palette
+from ..colors import default_palette
 from ..kernels import upsample_argmax
 from .backbone import Backbone, PyramidProjection
 from .boundary import DIRECTIONS, PixelHead, refinement_offset
