@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from .data import SegmentationDataset, build_dataset
 from .inference import InferenceConfig
+from .model.loss import PAPER_WEIGHTS, LossWeights
 
 
 def _require(condition: bool, message: str) -> None:
@@ -117,9 +116,9 @@ class DataConfig:
 class TrainConfig:
     """One training run."""
 
-    model: tyro.conf.OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
-    data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     out: Path | None = None
     """Run folder. None: runs/PRESET, or runs/PRESET-2 and so on if that exists."""
@@ -145,7 +144,7 @@ class TrainConfig:
     """Steps over which the learning rates rise from zero; the paper has none."""
     schedule: Literal["step", "cosine"] = "step"
     """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero."""
-    loss_weights: tuple[float, float, float, float] = (1.0, 1.5, 3.0, 0.7)
+    loss_weights: LossWeights = PAPER_WEIGHTS
     """lambda_1..4 of Eq. 7: segmentation, refined segmentation, boundary, direction."""
     seed: int = 0
     """Of initialisation, data order and augmentation."""
@@ -185,16 +184,17 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("warmup", "boundary_tolerance", "num_samples"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        self.loss_weights = LossWeights.read(self.loss_weights)  # config.json has a dict, that of old runs a list
         self.inference()  # which checks its options
 
     def inference(self) -> InferenceConfig:
-        """The protocol of the run's validation, and of what is done with its model later (`unept.cli.as_trained`)."""
+        """How the run sees images at validation, and what is done with its model later follows (`protocol`)."""
         return InferenceConfig(
-            window=self.window,
-            window_stride=self.window_stride,
-            refine=self.refine,
+            window=self.window or 0,
+            window_stride=self.window_stride or 0,
+            refine=self.refine and self.model.context_queries == "spatial",
             refine_scale=self.refine_scale,
-            short_side=self.data.short_side,
+            short_side=self.data.short_side or 0,
             amp=self.amp,
         )
 

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,8 @@ from . import cli, distributed
 from .data import DatasetError, SegmentationDataset, evaluation_loader
 from .data.loader import OnBadSample, read_sample, report_skipped
 from .evaluation.metrics import BoundaryFScore, ConfusionMatrix
-from .inference import InferenceConfig, infer
-from .model.boundary import upsample_boundary
-from .model.network import UNEPT, padded_size, predicted_ids
+from .inference import InferenceConfig, InferenceOptions, infer, resolve
+from .model.output import SegmentationModel, boundary_probability, class_ids
 from .pictures import drawing
 
 
@@ -35,7 +34,7 @@ class EvaluateConfig:
     """Folder of the data set. None: as in training."""
     boundary_tolerance: int | None = None
     """Pixels within which a boundary counts as found. None: as in training."""
-    inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
+    inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views and refinement."""
     device: cli.Device = "auto"
     """auto: CUDA where there is a device."""
@@ -63,7 +62,7 @@ class _Tally:
 
 
 def evaluate_model(
-    model: UNEPT,
+    model: SegmentationModel,
     dataset: SegmentationDataset,
     config: InferenceConfig,
     device: torch.device,
@@ -106,8 +105,8 @@ def evaluate_model(
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
         size = labels.shape[1:]
-        refined.update(predicted_ids(output, size, **config.refinement), labels)
-        unrefined.update(predicted_ids(output, size, refine=False), labels)
+        refined.update(class_ids(output, size, config.refinement), labels)
+        unrefined.update(class_ids(output, size, None), labels)
     if world_size > 1:
         refined.all_reduce()
         unrefined.all_reduce()
@@ -139,7 +138,7 @@ def evaluate_model(
     }
 
 
-def check_classes(model: UNEPT, dataset: SegmentationDataset) -> None:
+def check_classes(model: SegmentationModel, dataset: SegmentationDataset) -> None:
     """Raise ValueError if a model does not predict the classes of a data set, or the data set is empty."""
     if model.num_classes != len(dataset.classes):
         raise ValueError(
@@ -157,7 +156,7 @@ def check_classes(model: UNEPT, dataset: SegmentationDataset) -> None:
 
 
 def draw_samples(
-    model: UNEPT,
+    model: SegmentationModel,
     dataset: SegmentationDataset,
     count: int,
     config: InferenceConfig,
@@ -178,11 +177,12 @@ def draw_samples(
         image, truth = (tensor.as_subclass(Tensor) for tensor in pair)
         output = infer(model, image.to(device), config)
         size = (truth.shape[0], truth.shape[1])
-        prediction = predicted_ids(output, size, refine=False)[0]
+        prediction = class_ids(output, size, None)[0]
         refined = boundary = None
-        if output.boundary is not None:
-            refined = predicted_ids(output, size, refine_scale=config.refine_scale or 1)[0]
-            boundary = upsample_boundary(output.boundary, padded_size(size))[0, : size[0], : size[1]].sigmoid()
+        probability = boundary_probability(output, size)
+        if probability is not None:
+            refined = class_ids(output, size, replace(config, refine=True).refinement)[0]
+            boundary = probability[0]
         samples.append(drawing.Sample(dataset.name(i), image, truth, prediction, refined, boundary))
     drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
@@ -241,7 +241,7 @@ def evaluate_run(options: EvaluateConfig) -> None:
 def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
     trained, model = cli.load_run(options.run, device)
     dataset = trained.data.build(options.split, options.root)
-    config = cli.as_trained(options.inference, trained)
+    config = resolve(options.inference, model)
     tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
     reading: dict[str, Any] = {"workers": options.workers, "on_bad_sample": options.on_bad_sample}
     progress = distributed.is_main()

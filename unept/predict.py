@@ -11,7 +11,7 @@ from torch import Tensor
 from . import cli
 from .data import DatasetError
 from .data.base import IMAGE_SUFFIXES, read_image
-from .inference import InferenceConfig, predict_ids
+from .inference import InferenceOptions, predict_ids, resolve
 from .pictures import drawing
 
 RUNS = Path("runs")
@@ -28,7 +28,7 @@ class PredictConfig:
     Face hub. None: the newest run folder with a model under runs/."""
     out: Path = Path("predictions")
     """Folder for the results."""
-    inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
+    inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views and refinement."""
     alpha: float = 0.5
     """Weight of the class colours in the overlay, from 0 to 1."""
@@ -108,7 +108,7 @@ def predict(options: PredictConfig) -> int:
     device = cli.choose_device(options.device)
     run = newest_run() if options.run is None else options.run
     model = cli.load(run, device)
-    config = cli.as_described(options.inference, model)
+    config = resolve(options.inference, model)
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"Model of {run}")
     failed = 0

@@ -37,7 +37,13 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
         args.insert(0, "shapes")
     # Of the paper's rows what they are and what to expect; the rest of it is in unept/presets.py.
     presets = {name: ((inspect.getdoc(preset) or "").split("\nSize:")[0], preset()) for name, preset in PRESETS.items()}
-    config = tyro.extras.overridable_config_cli(presets, prog="python -m unept.train", args=args)
+    config = tyro.extras.overridable_config_cli(
+        presets,
+        prog="python -m unept.train",
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=cli.REGISTRY,
+    )
     return args[0], config
 
 
@@ -72,7 +78,7 @@ class Trainer:
         self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
         compiled = cuda if config.compile == "auto" else config.compile == "on"
         self.network = distributed.parallel(self.model, self.device)
-        self.predict, self.terms, self.distort = self.network, self.loss.terms, distort
+        self.predict, self.terms, self.distort = self.network, self.loss.losses, distort
         if compiled:
             self.predict, self.terms = torch.compile(self.predict), torch.compile(self.terms)
             self.distort = torch.compile(self.distort)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,10 +14,11 @@ from torch import Tensor
 from . import cli
 from .data import DatasetError
 from .data.base import read_image
-from .inference import InferenceConfig, infer
+from .inference import InferenceConfig, InferenceOptions, infer, resolve
 from .model.attention import SparseSamplingAttention
-from .model.boundary import upsample_boundary
-from .model.network import UNEPT, UNEPTOutput, padded_size, predicted_ids
+from .model.boundary import Refinement
+from .model.network import UNEPT
+from .model.output import DenseOutput, boundary_probability, class_ids
 from .pictures import drawing
 from .pictures.recording import (
     Attention,
@@ -64,7 +65,7 @@ class VisualizeConfig:
     """Which of these layers, from 1. None: the last."""
     compare: tuple[Path, Path] | None = None
     """Two run folders that unept.evaluate measured: their IoU by class (Fig. 8), what the first gains most on top."""
-    inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
+    inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views of the refinement picture; the others are of a single view at scale 1."""
     device: cli.Device = "auto"
     """auto: CUDA where there is a device."""
@@ -95,20 +96,20 @@ def most_different(first: Tensor, second: Tensor) -> tuple[int, int, int, int]:
 
 
 def draw_refinement(
-    model: UNEPT, image: Tensor, output: UNEPTOutput, refine_scale: int, name: str, path: Path
+    model: UNEPT, image: Tensor, output: DenseOutput, refinement: Refinement | None, name: str, path: Path
 ) -> float:
     """Draw the predictions before and after refinement; gives the share of the pixels that it changes.
 
     Raises:
         NotInModel: the network does not refine.
     """
-    if output.boundary is None:
-        raise NotInModel("no refinement picture: this network has no spatial branch, so it does not refine")
     size = (image.shape[1], image.shape[2])
-    plain = predicted_ids(output, size, refine=False)[0].cpu()
-    refined = predicted_ids(output, size, refine_scale=refine_scale)[0].cpu()
-    boundary = upsample_boundary(output.boundary, padded_size(size))[0, : size[0], : size[1]].sigmoid().cpu()
-    sample = drawing.Sample(name, image.cpu(), None, plain, refined, boundary)
+    boundary = boundary_probability(output, size)
+    if boundary is None:
+        raise NotInModel("no refinement picture: this network has no spatial branch, so it does not refine")
+    plain = class_ids(output, size, None)[0].cpu()
+    refined = class_ids(output, size, refinement)[0].cpu()
+    sample = drawing.Sample(name, image.cpu(), None, plain, refined, boundary[0].cpu())
     drawing.refinement_panel(sample, most_different(plain, refined), model.classes, model.palette, path)
     return float((plain != refined).float().mean())
 
@@ -231,7 +232,8 @@ def draw_image(
         try:
             if picture == "refinement":
                 output = infer(model, image, config)
-                share = draw_refinement(model, image, output, config.refine_scale or 1, file.stem, path)
+                refinement = replace(config, refine=True).refinement  # whether the run refined or not
+                share = draw_refinement(model, image, output, refinement, file.stem, path)
                 note = f"  refinement changes {share:.2%} of the pixels"
             elif picture == "pyramid":
                 draw_pyramid(image, recording, path)
@@ -272,9 +274,9 @@ def visualize(options: VisualizeConfig) -> int:
     files = find_images(options.images)
     device = cli.choose_device(options.device)
     run = newest_run() if options.run is None else options.run
-    trained, model = cli.load_run(run, device)
+    _, model = cli.load_run(run, device)
     layer = sampling_layer(model, options.points_of, options.layer)
-    config = cli.as_trained(options.inference, trained)
+    config = resolve(options.inference, model)
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"Model of {run}")
     failed, told = 0, set()

@@ -13,7 +13,9 @@ from unept import visualize
 from unept.config import DataConfig, ModelConfig, TrainConfig
 from unept.inference import InferenceConfig
 from unept.model.attention import SparseSamplingAttention
-from unept.model.network import UNEPT, UNEPTOutput
+from unept.model.boundary import Refinement
+from unept.model.network import UNEPT
+from unept.model.output import UNEPTOutput
 from unept.model.transformer import reference_grid
 from unept.pictures import drawing, recording
 
@@ -330,7 +332,7 @@ def test_refinement_picture(model, tmp_path, monkeypatch, scale):
     panel = drawing.refinement_panel
     monkeypatch.setattr(drawing, "refinement_panel", lambda *args: (drawn.extend(args[:2]), panel(*args)))
     image = noise(16, 32)
-    share = visualize.draw_refinement(model, image, edge_at_20(), scale, "a", tmp_path / "a.png")
+    share = visualize.draw_refinement(model, image, edge_at_20(), Refinement(scale=scale), "a", tmp_path / "a.png")
     assert share == pytest.approx(scale / 32)
     sample, (_, left, _, width) = drawn
     changed = (sample.prediction != sample.refined).any(dim=0).nonzero().flatten()

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .. import cli
 from ..config import TrainConfig
 from ..evaluate import json_ready
 from ..model.network import UNEPT
@@ -105,7 +104,7 @@ def save_model(
         OSError: the disk is full or not writable; the model before is intact.
     """
     if config is not None:
-        model.preprocessing.update(cli.protocol(config))
+        model.preprocessing.update(config.inference().protocol())
     if scores is not None:
         known = {"dataset": config and config.data.dataset, "split": "val", "step": step}
         known |= {name: scores.get(name) for name in KEPT_SCORES}
