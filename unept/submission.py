@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from . import cli
 from .data import SegmentationDataset, image_loader
-from .evaluate import check_classes
+from .evaluation.evaluator import check_classes
+from .files import write_atomically
 from .inference import InferenceConfig, predict_ids
 from .model.network import UNEPT
 from .pictures import drawing
-from .training.checkpoint import write_atomically
 
 
 @dataclass

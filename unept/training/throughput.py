@@ -23,7 +23,7 @@ def peak_memory(device: torch.device) -> float | None:
 class Throughput:
     """Rates since they were last asked for; measuring them never waits for a GPU.
 
-    The clock runs from `go` to `stop`. What isn't training (an evaluation) is left out by stopping it meanwhile.
+    The clock runs from `start` to `stop`. Stop it during anything that is not training, such as an evaluation.
 
     Args:
         device: that steps run on. On CUDA, where the host is ahead, they are timed by events.
@@ -38,7 +38,7 @@ class Throughput:
         self.since: float | None = None
         self._clear()
 
-    def go(self) -> None:
+    def start(self) -> None:
         """Let the clock run."""
         self.since = time.perf_counter()
 
@@ -78,7 +78,7 @@ class Throughput:
         }
         self._clear()
         if running:
-            self.go()
+            self.start()
         return rates
 
     def _mark(self) -> Any:
