@@ -161,8 +161,8 @@ class Trainer:
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Its images, their colours distorted, and its labels."""
         images = batch.images.to(self.device, non_blocking=True)
-        if batch.strengths is not None:
-            images = self.distort(images, batch.strengths.to(self.device, non_blocking=True))
+        if batch.params is not None:
+            images = self.distort(images, batch.params.to(self.device, non_blocking=True))
         return images, batch.labels.to(self.device, non_blocking=True)
 
     def _skipped(self) -> int:
@@ -197,7 +197,7 @@ class Trainer:
                 data.crop_size,
                 short_side=data.short_side,
                 scale=data.scale,
-                category_cap=data.category_cap,
+                cat_max_ratio=data.category_cap,
                 flip=data.flip,
                 photometric=data.photometric,
                 fill=tuple(round(255 * mean) for mean in self.model.backbone.mean),
