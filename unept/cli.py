@@ -3,12 +3,14 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from .config import TrainConfig
+from .data import DatasetError
 from .distributed import Device as Device
 from .distributed import choose_device as choose_device
 from .inference import as_described as as_described
@@ -69,3 +71,30 @@ def memory_advice(config: TrainConfig, local_batch: int) -> str:
         f"with {at_once} images of {height}x{width} at once (batch_size {config.batch_size}): {smaller}; --crop-size "
         "makes images smaller; --amp bf16 halves most of the rest. --resume auto continues from the last checkpoint"
     )
+
+
+def process_images(files: Sequence[Path], process: Callable[[Path], Iterable[str]], failure: str) -> int:
+    """Process image files one after another, and go on after one that can't be processed.
+
+    Args:
+        files: the image files.
+        process: processes one file, and yields lines to print; a line is printed only the first time. A `DatasetError`
+            that it raises is reported on stderr.
+        failure: what could not be done with such a file, for the last line on stderr, such as "read".
+
+    Returns:
+        The exit status: 1 if any file could not be processed, else 0.
+    """
+    failed, printed = 0, set()
+    for file in files:
+        try:
+            for line in process(file):
+                if line not in printed:
+                    print(line)
+                    printed.add(line)
+        except DatasetError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+    if failed:
+        print(f"error: {failed} of {len(files)} images could not be {failure}", file=sys.stderr)
+    return min(failed, 1)

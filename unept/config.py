@@ -4,13 +4,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from .data.base import SegmentationDataset
+from .data.registry import DatasetName, build_dataset, find_dataset
 from .distributed import Device
 from .inference import InferenceConfig
-
-if TYPE_CHECKING:
-    from .data import SegmentationDataset
 
 
 def _require(condition: bool, message: str) -> None:
@@ -70,8 +69,8 @@ class ModelConfig:
 class DataConfig:
     """The data set and its augmentation (Sec. 4.2, Training)."""
 
-    dataset: Literal["shapes", "camvid", "folder", "ade20k", "cityscapes", "pascal_context"] = "shapes"
-    """Name of the data set; see `unept.data`."""
+    dataset: DatasetName = "shapes"
+    """Name of the data set; see `unept.data.registry`."""
     root: Path | None = None
     """Folder of the data set on disk. `shapes` is made in memory and has none."""
     images: str = "images/{split}"
@@ -108,15 +107,12 @@ class DataConfig:
         )
         _require(0 < self.cat_max_ratio <= 1, f"cat_max_ratio is {self.cat_max_ratio}; it must be in (0, 1]")
         _require(self.workers >= 0, f"workers is {self.workers}; it must be 0 or more")
-        in_memory = self.dataset == "shapes"
-        _require(not in_memory or self.root is None, "dataset 'shapes' is made in memory: omit --root")
+        in_memory = find_dataset(self.dataset).in_memory
+        _require(not in_memory or self.root is None, f"dataset {self.dataset!r} is made in memory: omit --root")
 
-    def build(self, split: str, root: Path | None = None) -> "SegmentationDataset":
+    def build(self, split: str, root: Path | None = None) -> SegmentationDataset:
         """Build one split of the data set, from another root if one is given; raises as `unept.data.build_dataset`."""
-        from .data import build_dataset  # not at the top: reading a model's config.json needs no data set
-
-        own = {"folder": ("images", "labels", "classes_file"), "pascal_context": ("background",)}
-        options = {name: getattr(self, name) for name in own.get(self.dataset, ())}
+        options = {name: getattr(self, name) for name in find_dataset(self.dataset).options}
         return build_dataset(self.dataset, root or self.root, split, **options)
 
 

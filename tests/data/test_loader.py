@@ -107,7 +107,7 @@ def test_without_skip_a_bad_sample_is_an_error(workers, tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_readable_is_an_error(workers, tmp_path):
     loader = training_loader(Numbered(5, set(range(5)), tmp_path), workers=workers, on_bad_sample="skip")
-    with pytest.raises(DatasetError, match=r"none of the data set's 5 samples can be read\. .*torn"):
+    with pytest.raises(DatasetError, match=r"none of the dataset's 5 samples can be read\. .*torn"):
         next(iter(loader))
 
 
@@ -153,7 +153,7 @@ def test_scores_say_how_many_images_were_left_out(tmp_path):
 
 def test_samples_are_drawn_of_images_that_can_be_read(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate.visual, "sample_panel", lambda samples, *_: drawn.extend(samples))
+    monkeypatch.setattr(evaluate.drawing, "sample_panel", lambda samples, *_: drawn.extend(samples))
     arguments = (Left(), Numbered(4, {2}, tmp_path), 2, InferenceConfig(), torch.device("cpu"), tmp_path / "x.png")
     evaluate.draw_samples(*arguments, on_bad_sample="skip")
     assert [sample.name for sample in drawn] == ["image0", "image3"]

@@ -177,7 +177,7 @@ class Trainer:
             data.crop_size,
             short_side=data.short_side,
             scale=data.scale,
-            category_cap=data.cat_max_ratio,
+            cat_max_ratio=data.cat_max_ratio,
             flip=data.flip,
             photometric=data.photometric,
             fill=tuple(round(255 * mean) for mean in self.model.backbone.mean),
@@ -211,8 +211,8 @@ class Trainer:
             Images (B, 3, h, w) and labels (B, h, w), both uint8.
         """
         images = batch.images.to(self.device, non_blocking=True)
-        if batch.strengths is not None:
-            images = self.distort(images, batch.strengths.to(self.device, non_blocking=True))
+        if batch.params is not None:
+            images = self.distort(images, batch.params.to(self.device, non_blocking=True))
         return images, batch.labels.to(self.device, non_blocking=True)
 
     def train_step(self, images: Tensor, labels: Tensor) -> Losses:
