@@ -1,16 +1,18 @@
-"""What the commands share: how options are parsed, how a command ends, and advice where memory runs out."""
+"""What the commands share: how options are parsed, exit codes for errors, and advice for when memory runs out."""
 
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 import tyro
 
 from .config import TrainConfig
+from .data import DatasetError
 from .distributed import Device as Device
 from .distributed import choose_device as choose_device
 from .inference import InferenceOptions
@@ -29,7 +31,7 @@ REGISTRY = tyro.constructors.ConstructorRegistry()
 def _loss_weights(
     type_info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec[LossWeights] | None:
-    """`--loss-weights` takes the four numbers of Eq. 7."""
+    """Take the four numbers of Eq. 7 for `--loss-weights`."""
     if type_info.type is not LossWeights:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -42,10 +44,11 @@ def _loss_weights(
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit: with what it returns (None is 0), or with 2 and one line where the input is at fault.
+    """Run a command and exit with its return value (None means 0), or with 2 and one line if the input is at fault.
 
-    ValueError is how this package reports bad input, OSError how a disk or a network does, FloatingPointError a loss
-    that is no number any more, MemoryError too large a batch; anything else is a bug, and its traceback is shown.
+    This package reports bad input as ValueError, a disk or a network its failures as OSError, training a loss that is
+    not finite as FloatingPointError, and too large a batch is a MemoryError. Any other exception is a bug, and its
+    traceback is shown.
     """
     try:
         status = main() or 0
@@ -61,14 +64,14 @@ def refuse_several_processes() -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ValueError(
-            f"this process is one of {processes} (WORLD_SIZE), but this command works in a single one: start it "
+            f"this process is one of {processes} (WORLD_SIZE), but this command works in a single process: start it "
             "without torchrun"
         )
 
 
 @contextlib.contextmanager
 def out_of_memory(advice: str) -> Iterator[None]:
-    """Turn PyTorch's errors about memory, a GPU's or the machine's, into a MemoryError that ends in `advice`."""
+    """Turn PyTorch's errors about the memory of a GPU or of the machine into a MemoryError that ends in `advice`."""
     try:
         yield
     except RuntimeError as error:
@@ -78,15 +81,42 @@ def out_of_memory(advice: str) -> Iterator[None]:
 
 
 def memory_advice(config: TrainConfig, local_batch: int) -> str:
-    """How a training step of `local_batch` images a rank gets by with less memory: the end of `out_of_memory`'s."""
+    """Say how a training step of `local_batch` images per rank takes less memory, as advice for `out_of_memory`."""
     height, width = config.data.crop_size
     at_once = local_batch // config.accumulate
     smaller = (
-        f"--accumulate {config.accumulate * 2} keeps the batch and sees it in twice as many parts"
+        f"--accumulate {config.accumulate * 2} keeps the batch and processes it in twice as many parts"
         if at_once % 2 == 0
         else "--batch-size takes fewer images"
     )
     return (
         f"with {at_once} images of {height}x{width} at once (batch_size {config.batch_size}): {smaller}; --crop-size "
-        "makes images smaller; --amp bf16 halves most of the rest. --resume auto goes on from the last checkpoint"
+        "makes images smaller; --amp bf16 halves most of the rest. --resume auto continues from the last checkpoint"
     )
+
+
+def process_images(files: Sequence[Path], process: Callable[[Path], Iterable[str]], failure: str) -> int:
+    """Process image files one after another, and go on after one that can't be processed.
+
+    Args:
+        files: the image files.
+        process: processes one file, and yields lines to print; a line is printed only the first time. A `DatasetError`
+            that it raises is reported on stderr.
+        failure: what could not be done with such a file, for the last line on stderr, such as "read".
+
+    Returns:
+        The exit status: 1 if any file could not be processed, else 0.
+    """
+    failed, printed = 0, set()
+    for file in files:
+        try:
+            for line in process(file):
+                if line not in printed:
+                    print(line)
+                    printed.add(line)
+        except DatasetError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+    if failed:
+        print(f"error: {failed} of {len(files)} images could not be {failure}", file=sys.stderr)
+    return min(failed, 1)

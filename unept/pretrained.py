@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from .config import TrainConfig
 from .model.network import UNEPT
 
+RUNS = Path("runs")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -76,3 +77,18 @@ def _read_model(source: str | Path, device: torch.device) -> UNEPT:
 def has_model(folder: Path) -> bool:
     """Whether a run folder holds a saved model."""
     return all((folder / "model" / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
+def newest_run(runs: Path = RUNS) -> Path:
+    """The run folder under `runs` whose model is the newest.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    folders = [folder for folder in sorted(runs.glob("*/")) if has_model(folder)]
+    if not folders:
+        raise FileNotFoundError(
+            f"there is no run folder with a model under {runs}/: train one with `python -m unept.train`, "
+            "or name one with --run"
+        )
+    return max(folders, key=lambda folder: (folder / "model" / "model.safetensors").stat().st_mtime)

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .data.base import image_to_tensor, read_image
+from .colors import overlay, to_pil
+from .data.files import image_to_tensor, read_image
 from .distributed import choose_device
 from .inference import InferenceConfig, InferenceOptions, predict, resolve
 from .model.network import UNEPT
@@ -38,10 +39,8 @@ class Segmentation:
     """(r, g, b) of every id, 0..255."""
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
-        """The image mixed with the colours of its classes, of weight alpha from 0 to 1."""
-        from .pictures import drawing
-
-        return Image.fromarray(drawing.overlay(self.image, self.ids, self.palette, alpha).permute(1, 2, 0).numpy())
+        """The image mixed with the colors of its classes, which have weight alpha, from 0 to 1."""
+        return to_pil(overlay(self.image, self.ids, self.palette, alpha))
 
 
 class Segmenter:

@@ -107,7 +107,7 @@ def test_without_skip_a_bad_sample_is_an_error(workers, tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_readable_is_an_error(workers, tmp_path):
     loader = training_loader(Numbered(5, set(range(5)), tmp_path), workers=workers, on_bad_sample="skip")
-    with pytest.raises(DatasetError, match=r"none of the data set's 5 samples can be read\. .*torn"):
+    with pytest.raises(DatasetError, match=r"none of the dataset's 5 samples can be read\. .*torn"):
         next(iter(loader))
 
 
@@ -153,7 +153,7 @@ def test_scores_say_how_many_images_were_left_out(tmp_path):
 
 def test_samples_are_drawn_of_images_that_can_be_read(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate.visual, "sample_panel", lambda samples, *_: drawn.extend(samples))
+    monkeypatch.setattr(evaluate.drawing, "sample_panel", lambda samples, *_: drawn.extend(samples))
     arguments = (Left(), Numbered(4, {2}, tmp_path), 2, InferenceConfig(), torch.device("cpu"), tmp_path / "x.png")
     evaluate.draw_samples(*arguments, on_bad_sample="skip")
     assert [sample.name for sample in drawn] == ["image0", "image3"]
@@ -179,7 +179,7 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_rates_tell_the_step_from_the_loader(clock, ranks):
     speed = Throughput(torch.device("cpu"), workers=2, ranks=ranks)
-    speed.go()
+    speed.start()
     for _ in range(2):
         for _ in range(5):
             clock[0] += 0.3  # waits for data
@@ -187,7 +187,7 @@ def test_rates_tell_the_step_from_the_loader(clock, ranks):
                 clock[0] += 0.2
         speed.stop()
         clock[0] += 1000  # an evaluation
-        speed.go()
+        speed.start()
         assert speed.rates() == pytest.approx(
             {
                 "images_per_s": 50 / 2.5 * ranks,
@@ -199,7 +199,7 @@ def test_rates_tell_the_step_from_the_loader(clock, ranks):
 
 def test_a_loader_without_workers_is_one(clock):
     speed = Throughput(torch.device("cpu"), workers=0)
-    speed.go()
+    speed.start()
     for images, seconds in ((6, 0.1), (2, 0.5)):
         with speed.step(images, seconds):
             clock[0] += 1

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from unept import UNEPT, Segmentation, Segmenter, UNEPTOutput, kernels
+from unept.colors import overlay
 from unept.data import DatasetError
 from unept.inference import PAPER_SCALES, InferenceConfig, infer, predict, predict_ids
 from unept.model.boundary import DIRECTIONS
 from unept.model.output import AveragedOutput
-from unept.pictures import drawing
 
 PALETTE = [[90, 160, 230], [10, 40, 120], [220, 200, 120]]
 
@@ -189,7 +189,7 @@ def test_class_scores_are_never_held_at_full_size(options):
 def test_result(model, pixels):
     result = Segmenter(model)(pixels)
     assert result.classes == ("sky", "sea", "sand")
-    expected = drawing.overlay(tensor_of(pixels), result.ids, PALETTE, 0.25).permute(1, 2, 0).numpy()
+    expected = overlay(tensor_of(pixels), result.ids, PALETTE, 0.25).permute(1, 2, 0).numpy()
     assert np.array_equal(np.asarray(result.overlay(0.25)), expected)
     assert result.overlay().size == (47, 33)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -93,7 +93,7 @@ class AveragedOutput(NamedTuple):
 
 
 class SegmentationModel(Protocol):
-    """What inference and evaluation need of a model, which is an `nn.Module` besides.
+    """What inference, evaluation and pictures need of a model, which is an `nn.Module` besides.
 
     `UNEPT` has it; so has any other network that is to be evaluated by the same code.
     """
@@ -102,6 +102,8 @@ class SegmentationModel(Protocol):
     """K."""
     classes: list[str]
     """Names of the K classes."""
+    palette: list[list[int]]
+    """(r, g, b) of each class, from 0 to 255."""
     refines: bool
     """Whether `UNEPTOutput.boundary` and `UNEPTOutput.direction` are predicted."""
     preprocessing: dict[str, Any]
@@ -123,8 +125,6 @@ class SegmentationModel(Protocol):
 class TrainableModel(SegmentationModel, Protocol):
     """What `unept.training` needs of a model besides."""
 
-    palette: list[list[int]]
-    """(r, g, b) of each class, from 0 to 255."""
     backbone: Any
     """The `nn.Module` that is trained at `backbone_lr`. Augmentation pads images with its `mean`, of RGB in [0, 1]."""
     evaluation: dict[str, Any]
