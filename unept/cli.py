@@ -1,4 +1,4 @@
-"""What the commands share: how they end, the device, and advice where memory runs out."""
+"""What the commands share: exit codes for errors, the device, and advice for when memory runs out."""
 
 import contextlib
 import os
@@ -22,10 +22,11 @@ from .pretrained import load_run as load_run
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit: with what it returns (None is 0), or with 2 and one line where the input is at fault.
+    """Run a command and exit with its return value (None means 0), or with 2 and one line if the input is at fault.
 
-    ValueError is how this package reports bad input, OSError how a disk or a network does, FloatingPointError a loss
-    that is no number any more, MemoryError too large a batch; anything else is a bug, and its traceback is shown.
+    This package reports bad input as ValueError, a disk or a network its failures as OSError, training a loss that is
+    not finite as FloatingPointError, and too large a batch is a MemoryError. Any other exception is a bug, and its
+    traceback is shown.
     """
     try:
         status = main() or 0
@@ -41,14 +42,14 @@ def refuse_several_processes() -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise ValueError(
-            f"this process is one of {processes} (WORLD_SIZE), but this command works in a single one: start it "
+            f"this process is one of {processes} (WORLD_SIZE), but this command works in a single process: start it "
             "without torchrun"
         )
 
 
 @contextlib.contextmanager
 def out_of_memory(advice: str) -> Iterator[None]:
-    """Turn PyTorch's errors about memory, a GPU's or the machine's, into a MemoryError that ends in `advice`."""
+    """Turn PyTorch's errors about the memory of a GPU or of the machine into a MemoryError that ends in `advice`."""
     try:
         yield
     except RuntimeError as error:
@@ -58,17 +59,17 @@ def out_of_memory(advice: str) -> Iterator[None]:
 
 
 def memory_advice(config: TrainConfig, local_batch: int) -> str:
-    """How a training step of `local_batch` images a rank gets by with less memory: the end of `out_of_memory`'s."""
+    """Say how a training step of `local_batch` images per rank takes less memory, as advice for `out_of_memory`."""
     height, width = config.data.crop_size
     at_once = local_batch // config.accumulate
     smaller = (
-        f"--accumulate {config.accumulate * 2} keeps the batch and sees it in twice as many parts"
+        f"--accumulate {config.accumulate * 2} keeps the batch and processes it in twice as many parts"
         if at_once % 2 == 0
         else "--batch-size takes fewer images"
     )
     return (
         f"with {at_once} images of {height}x{width} at once (batch_size {config.batch_size}): {smaller}; --crop-size "
-        "makes images smaller; --amp bf16 halves most of the rest. --resume auto goes on from the last checkpoint"
+        "makes images smaller; --amp bf16 halves most of the rest. --resume auto continues from the last checkpoint"
     )
 
 

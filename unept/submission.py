@@ -16,11 +16,11 @@ from tqdm import tqdm
 from . import cli
 from .colors import save_palette_png
 from .data import SegmentationDataset, image_loader
-from .evaluate import check_classes
+from .evaluation.evaluator import check_classes
+from .files import write_atomically
 from .inference import InferenceConfig, as_trained, predict_ids
 from .model.network import UNEPT
 from .pretrained import load_run
-from .training.checkpoint import write_atomically
 
 
 @dataclass

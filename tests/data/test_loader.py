@@ -179,7 +179,7 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_rates_tell_the_step_from_the_loader(clock, ranks):
     speed = Throughput(torch.device("cpu"), workers=2, ranks=ranks)
-    speed.go()
+    speed.start()
     for _ in range(2):
         for _ in range(5):
             clock[0] += 0.3  # waits for data
@@ -187,7 +187,7 @@ def test_rates_tell_the_step_from_the_loader(clock, ranks):
                 clock[0] += 0.2
         speed.stop()
         clock[0] += 1000  # an evaluation
-        speed.go()
+        speed.start()
         assert speed.rates() == pytest.approx(
             {
                 "images_per_s": 50 / 2.5 * ranks,
@@ -199,7 +199,7 @@ def test_rates_tell_the_step_from_the_loader(clock, ranks):
 
 def test_a_loader_without_workers_is_one(clock):
     speed = Throughput(torch.device("cpu"), workers=0)
-    speed.go()
+    speed.start()
     for images, seconds in ((6, 0.1), (2, 0.5)):
         with speed.step(images, seconds):
             clock[0] += 1

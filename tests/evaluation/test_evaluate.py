@@ -16,6 +16,7 @@ from unept.data import SegmentationDataset
 from unept.data.shapes import LENGTHS
 from unept.inference import InferenceConfig
 from unept.model.network import UNEPT, UNEPTOutput
+from unept.pictures import drawing
 
 TINY = ModelConfig(
     backbone="resnet10t", pretrained_backbone=False, d_model=32, num_heads=2, num_points=2, ffn_dim=32, dropout=0.0
@@ -169,7 +170,7 @@ def test_table():
 
 def test_samples_are_spread_over_the_data_set(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate.visual, "sample_panel", lambda samples, *_: drawn.extend(samples))
+    monkeypatch.setattr(drawing, "sample_panel", lambda samples, *_: drawn.extend(samples))
     evaluate.draw_samples(Shifted(), Halves(), 2, InferenceConfig(), torch.device("cpu"), tmp_path / "x.png")
     assert [sample.name for sample in drawn] == ["half0", "half1"]
     assert (drawn[0].prediction[0] == 0).sum() == 20
