@@ -21,15 +21,14 @@ DISTRIBUTED = ("unept", "kernels", "tests", "bench", "docs", "pyproject.toml", "
 
 # Run by a Python that has an installation of this project already: forget it, so that only what is tested is found.
 FORGET_INSTALLATION = f"""
-import importlib.metadata, sys
+import importlib.metadata, pathlib, sys
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
 sys.path = [path for path in sys.path if path != {str(ROOT)!r}]
-installed = importlib.metadata.distribution
 def distribution(name):
-    found = installed(name)
-    if name == "unept" and not str(found.locate_file("")).startswith(sys.argv[1]):
-        raise importlib.metadata.PackageNotFoundError(name)
-    return found
+    for found in importlib.metadata.distributions(name=name):
+        if pathlib.Path(found.locate_file("")).resolve().is_relative_to(sys.argv[1]):
+            return found
+    raise importlib.metadata.PackageNotFoundError(name)
 importlib.metadata.distribution = distribution
 """
 # Print the files of both packages, after an operator of one and a command of the other have run.
@@ -67,7 +66,7 @@ def run_python(code: str, cwd: Path, *arguments: str) -> str:
 
 def files_used(folder: Path, cwd: Path, setup: str = "") -> list[str]:
     """The files of `unept` and `unept.kernels` that a process uses that finds them below `folder`; and the version."""
-    *files, version = run_python(FORGET_INSTALLATION + setup + USE, cwd, str(folder)).split()
+    *files, version = run_python(FORGET_INSTALLATION + setup + USE, cwd, str(folder.resolve())).split()
     assert all(Path(file).resolve().is_relative_to(folder.resolve()) for file in files), files
     return [*(str(Path(file).relative_to(folder)) for file in files), version]
 
@@ -155,7 +154,7 @@ def test_editable_installation(copy, tmp_path):
         archive.extractall(tmp_path / "site")
     setup = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
     # The link and the mapping of setuptools lead to the same files.
-    *files, version = run_python(FORGET_INSTALLATION + setup + USE, tmp_path, str(tmp_path)).split()
+    *files, version = run_python(FORGET_INSTALLATION + setup + USE, tmp_path, str(tmp_path.resolve())).split()
     assert [str(Path(file).resolve().relative_to(ROOT)) for file in files] == [
         "unept/__init__.py",
         "kernels/__init__.py",

@@ -14,9 +14,8 @@ from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
 from ..data.loader import OnBadSample, read_sample, report_skipped
 from ..inference import InferenceConfig, infer
-from ..model.boundary import upsample_boundary
-from ..model.network import UNEPT, padded_size, predicted_ids
-from ..pictures import drawing
+from ..model.network import UNEPT, predicted_ids
+from ..pictures import drawing, figures
 from .metrics import BoundaryFScore, ConfusionMatrix
 
 
@@ -175,13 +174,7 @@ def draw_samples(
         report_skipped(skipped)
         image, labels = (tensor.as_subclass(Tensor) for tensor in pair)
         output = infer(model, image.to(device), config)
-        size = (labels.shape[0], labels.shape[1])
-        prediction = predicted_ids(output, size, refine=False)[0]
-        refined = boundary = None
-        if output.boundary is not None:
-            refined = predicted_ids(output, size, refine_scale=config.refine_scale or 1)[0]
-            boundary = upsample_boundary(output.boundary, padded_size(size))[0, : size[0], : size[1]].sigmoid()
-        samples.append(drawing.Sample(dataset.name(i), image, labels, prediction, refined, boundary))
+        samples.append(figures.make_sample(dataset.name(i), image, labels, output, config.refine_scale or 1))
     drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
 
