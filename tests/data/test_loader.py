@@ -1,4 +1,4 @@
-"""Bad samples: raised or passed over, as asked for. What batches say of themselves, and the rates made of it."""
+"""Bad samples are raised or skipped, as asked for; batches say how long they took."""
 
 import itertools
 import time
@@ -14,8 +14,6 @@ from unept.data.loader import TrainingSampler, read_sample
 from unept.data.loader import training_loader as make_training_loader
 from unept.inference import InferenceConfig
 from unept.model.output import UNEPTOutput
-from unept.training import throughput
-from unept.training.throughput import Throughput
 
 SIZE = 16
 
@@ -29,7 +27,7 @@ class Numbered(SegmentationDataset):
     def __init__(self, length: int, bad: set[int], where: object, delay: float = 0.0):
         self.length = length
         self.bad = bad
-        self.where = where  # a name of its own for each test: a file is reported once a process
+        self.where = where  # a different name in each test: a file is reported once per process
         self.delay = delay
 
     def __len__(self) -> int:
@@ -143,11 +141,11 @@ def test_scores_say_how_many_images_were_left_out(tmp_path):
     assert some["skipped"] == 2
     assert some["pixAcc"] == whole["pixAcc"] == 0.5
     last_line = evaluate.format_table(some, Numbered.classes).splitlines()[-1]
-    assert "; 3 images (2 more left out, as they can't be read), " in last_line
+    assert "; 3 images (2 more left out because they cannot be read), " in last_line
     assert "; 3 images, " in evaluate.format_table(whole, Numbered.classes).splitlines()[-1]
     with pytest.raises(DatasetError, match=r"0\.png can't be read"):
         scores(Numbered(5, {0, 3}, tmp_path))
-    with pytest.raises(DatasetError, match="none of the 2 images could be read"):
+    with pytest.raises(DatasetError, match="none of the 2 images can be read"):
         scores(Numbered(2, {0, 1}, tmp_path), on_bad_sample="skip")
 
 
@@ -166,43 +164,3 @@ def test_batches_say_how_long_a_sample_took(workers, tmp_path):
     batches = itertools.islice(training_loader(Numbered(8, set(), tmp_path, delay=0.02), workers=workers), 2)
     for batch in batches:
         assert 0.02 <= batch.seconds < 0.06
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still unless told: `clock[0] += seconds`."""
-    now = [100.0]
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    return now
-
-
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_rates_tell_the_step_from_the_loader(clock, ranks):
-    speed = Throughput(torch.device("cpu"), workers=2, ranks=ranks)
-    speed.start()
-    for _ in range(2):
-        for _ in range(5):
-            clock[0] += 0.3  # waits for data
-            with speed.step(images=10, loader_seconds=0.08):
-                clock[0] += 0.2
-        speed.stop()
-        clock[0] += 1000  # an evaluation
-        speed.start()
-        assert speed.rates() == pytest.approx(
-            {
-                "images_per_s": 50 / 2.5 * ranks,
-                "step_images_per_s": 50 / 1.0 * ranks,
-                "loader_images_per_s": 2 / 0.08 * ranks,
-            }
-        )
-
-
-def test_a_loader_without_workers_is_one(clock):
-    speed = Throughput(torch.device("cpu"), workers=0)
-    speed.start()
-    for images, seconds in ((6, 0.1), (2, 0.5)):
-        with speed.step(images, seconds):
-            clock[0] += 1
-    assert speed.rates() == pytest.approx(
-        {"images_per_s": 4, "step_images_per_s": 4, "loader_images_per_s": 8 / (6 * 0.1 + 2 * 0.5)}
-    )
