@@ -77,6 +77,7 @@ class Box:
 
 
 TRANSFORMER = (MODEL + "transformer.py", MODEL + "attention.py")
+PREDICTION = (MODEL + "output.py", "kernels/upsample/")
 BOXES = (
     Box(16, 214, 100, 76, "data", "Images", ("(B, 3, H, W)",)),
     # The context branch.
@@ -91,7 +92,7 @@ BOXES = (
     Box(466, 388, 136, 52, "part", "Boundary head", files=(MODEL + "boundary.py",)),
     Box(466, 458, 136, 52, "part", "Direction head", files=(MODEL + "boundary.py",)),
     Box(626, 272, 136, 92, "part", "Refinement", ("where to read Ŷ:", "p + offset(p)"), (MODEL + "boundary.py",)),
-    Box(785, 272, 136, 92, "data", "Prediction", ("Ŷ_ref, class ids", "(B, H, W)"), ("kernels/upsample/",)),
+    Box(785, 268, 136, 100, "data", "Prediction", ("Ŷ_ref, class ids", "(B, H, W)"), PREDICTION),
     # The loss.
     Box(16, 552, 100, 60, "data", "Labels Y", ("(B, H, W)",)),
     Box(466, 552, 296, 60, "kernel", "Distance and direction", files=("kernels/boundary_targets.py",)),
@@ -109,7 +110,7 @@ ARROWS = (
     ((442, 157), (466, 157)),
     ((602, 157), (626, 157)),
     ((762, 157), (785, 157)),
-    ((853, 214), (853, 272)),
+    ((853, 214), (853, 268)),
     ((921, 135), (943, 135)),
     ((282, 445), (374, 445), (374, 244), (694, 244), (694, 214)),
     ((374, 414), (466, 414)),
