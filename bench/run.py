@@ -46,8 +46,7 @@ def benchmark(name: str, file: str, *options: str) -> Step:
 def steps() -> dict[str, list[Step]]:
     """The steps of each part."""
     workers = ["-n", "4", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
-    kernel_tests = [f"tests/test_{op}.py" for op in ("sparse_attention", "bilinear_gather", "upsample_cross_entropy")]
-    kernel_tests += ["tests/test_boundary_targets.py", "-k", "triton and matches"]
+    kernel_tests = ["tests/kernels", "-k", "triton and matches"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
     # An access past the end of a tensor shows only where each tensor is an allocation of its own.
     unpooled = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "UNEPT_AUTOTUNE": "0"}
