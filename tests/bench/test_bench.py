@@ -190,6 +190,12 @@ def test_no_two_groups_share_a_name(full):
 # --- the command for a GPU --------------------------------------------------------------------------------------------
 
 
+def test_files_of_the_steps_exist():
+    for part in run.steps().values():
+        for word in (word for step in part for word in step.command if word.startswith(("bench/", "tests"))):
+            assert (run.ROOT / word).exists(), word
+
+
 def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, monkeypatch, capsys):
     ran = tmp_path / "ran"
 
@@ -222,12 +228,6 @@ def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, mo
     assert "- good: passed" in text
     assert "- bad: exit code 3" in text
     assert "- slow: stopped after 2 s" in text
-
-
-def test_files_of_the_steps_exist():
-    for part in run.steps().values():
-        for word in (word for step in part for word in step.command if word.startswith(("bench/", "tests"))):
-            assert (run.ROOT / word).exists(), word
 
 
 def test_aims_name_groups_and_variants_that_exist():
