@@ -34,7 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from unept.config import ModelConfig, TrainConfig
 from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
-from unept.model.network import UNEPT, UNEPTOutput, padded_size
+from unept.model.network import UNEPT
+from unept.model.output import UNEPTOutput, padded_size
 from unept.presets import DEIT, camvid
 from unept.train import Trainer
 from unept.training.throughput import peak_memory
@@ -257,7 +258,7 @@ def memory_of(backbone: str, batch: int, backend: str, amp: str, mode: str) -> d
     with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("torch"):
         model.eval()(torch.zeros(1, 3, 480, 480, device=DEVICE))
         model.train()
-    predict, terms = (torch.compile(model), torch.compile(loss.terms)) if mode == "compiled" else (model, loss.terms)
+    predict, losses = (torch.compile(model), torch.compile(loss.losses)) if mode == "compiled" else (model, loss.losses)
     optimizer = torch.optim.AdamW(model.parameters())
     images, labels = sample_batch(batch, 480)
     with use_backend(backend):
@@ -266,7 +267,7 @@ def memory_of(backbone: str, batch: int, backend: str, amp: str, mode: str) -> d
                 torch.cuda.reset_peak_memory_stats()
             with autocast(amp == "bf16"):
                 output = predict(images)
-            terms(output, loss.targets(labels))["loss"].backward()
+            losses(output, loss.targets(labels))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     torch.cuda.synchronize()

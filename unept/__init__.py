@@ -3,7 +3,8 @@
 import importlib.metadata
 
 from .model.loss import UNEPTLoss
-from .model.network import UNEPT, UNEPTOutput
+from .model.network import UNEPT
+from .model.output import UNEPTOutput
 from .model.registry import create_model, list_models
 from .segmenter import Segmentation, Segmenter
 

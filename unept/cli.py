@@ -1,24 +1,46 @@
-"""What the commands share: exit codes for errors, the device, and advice for when memory runs out."""
+"""What the commands share: how options are parsed, exit codes for errors, and advice for when memory runs out."""
 
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+import tyro
 
 from .config import TrainConfig
 from .data import DatasetError
 from .distributed import Device as Device
 from .distributed import choose_device as choose_device
-from .inference import as_described as as_described
-from .inference import as_trained as as_trained
-from .inference import protocol as protocol
+from .inference import InferenceOptions
+from .model.loss import LossWeights
 from .pretrained import has_model as has_model
 from .pretrained import load as load
 from .pretrained import load_run as load_run
+
+# The options of a command's `inference` field: without the field's name, and left out rather than given as None.
+InferenceArguments = tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[InferenceOptions]]
+
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _loss_weights(
+    type_info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[LossWeights] | None:
+    """Take the four numbers of Eq. 7 for `--loss-weights`."""
+    if type_info.type is not LossWeights:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=4,
+        metavar="FLOAT FLOAT FLOAT FLOAT",
+        instance_from_str=lambda numbers: LossWeights(*map(float, numbers)),
+        is_instance=lambda value: isinstance(value, LossWeights),
+        str_from_instance=lambda weights: [str(weight) for weight in astuple(weights)],
+    )
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -10,6 +10,7 @@ from .data.base import SegmentationDataset
 from .data.registry import DatasetName, build_dataset, find_dataset
 from .distributed import Device
 from .inference import InferenceConfig
+from .model.loss import PAPER_WEIGHTS, LossWeights
 
 
 def _require(condition: bool, message: str) -> None:
@@ -148,7 +149,7 @@ class TrainConfig:
     """Steps over which the learning rates rise from zero; the paper has none."""
     schedule: Literal["step", "cosine"] = "step"
     """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero."""
-    loss_weights: tuple[float, float, float, float] = (1.0, 1.5, 3.0, 0.7)
+    loss_weights: LossWeights = PAPER_WEIGHTS
     """lambda_1..4 of Eq. 7: segmentation, refined segmentation, boundary, direction."""
     seed: int = 0
     """Seed of initialisation, data order and augmentation."""
@@ -167,14 +168,14 @@ class TrainConfig:
     boundary_tolerance: int = 3
     """Distance in pixels within which a boundary counts as found, in the boundary F-score."""
     window: int | None = None
-    """Slide a square window of this many pixels over larger images, at validation, and unless they are told otherwise
-    in evaluate and predict. None: whole images."""
+    """Slide a square window of this many pixels over larger images; at validation, and by default in evaluate and
+    predict. None: whole images."""
     window_stride: int | None = None
     """Pixels from window to window. None: 2/3 of the window."""
     refine: bool = True
-    """Refine the prediction at the boundaries, likewise at validation, in evaluate and in predict."""
+    """Refine the prediction at the boundaries; at validation, and by default in evaluate and predict."""
     refine_scale: int = 1
-    """Pixels that a boundary pixel's prediction is read inside of its segment, at inference."""
+    """Length in pixels of the step into its segment by which the prediction of a boundary pixel is refined."""
     num_samples: int = 4
     """Number of validation images drawn into samples/ at each evaluation."""
 
@@ -188,16 +189,17 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("warmup", "boundary_tolerance", "num_samples"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        self.loss_weights = LossWeights.read(self.loss_weights)  # config.json has a dict, that of old runs a list
         self.inference()  # which checks its options
 
     def inference(self) -> InferenceConfig:
-        """The protocol of the run's validation, and of what is done with its model later (`unept.cli.as_trained`)."""
+        """Return how the run sees images at validation, which its model then keeps (`InferenceConfig.protocol`)."""
         return InferenceConfig(
-            window=self.window,
-            window_stride=self.window_stride,
-            refine=self.refine,
+            window=self.window or 0,
+            window_stride=self.window_stride or 0,
+            refine=self.refine and self.model.context_queries == "spatial",
             refine_scale=self.refine_scale,
-            short_side=self.data.short_side,
+            short_side=self.data.short_side or 0,
             amp=self.amp,
         )
 

@@ -13,7 +13,7 @@ from .evaluation.evaluator import evaluate_model as evaluate_model
 from .evaluation.evaluator import format_table as format_table
 from .files import json_ready as json_ready
 from .files import write_json
-from .inference import InferenceConfig, as_trained
+from .inference import InferenceOptions, resolve
 from .pictures import drawing
 from .pictures.figures import draw_samples as draw_samples
 from .pretrained import load_run
@@ -31,7 +31,7 @@ class EvaluateConfig:
     """Folder of the data set. None: as in training."""
     boundary_tolerance: int | None = None
     """Distance in pixels within which a boundary counts as found. None: as in training."""
-    inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
+    inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views and refinement."""
     device: distributed.Device = "auto"
     """auto: CUDA if there is a device."""
@@ -59,7 +59,7 @@ def evaluate_run(options: EvaluateConfig) -> None:
 def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
     trained, model = load_run(options.run, device)
     dataset = trained.data.build(options.split, options.root)
-    config = as_trained(options.inference, trained)
+    config = resolve(options.inference, model)
     tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
     with cli.out_of_memory("with whole images: --window sees them in parts, --window-batch fewer of these at once"):
         scores = evaluate_model(

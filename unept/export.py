@@ -24,8 +24,10 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from . import cli
-from .inference import InferenceConfig
-from .model.network import STRIDE, UNEPT, UNEPTOutput, output_offset, predicted_ids
+from .inference import InferenceOptions, resolve
+from .model.boundary import ONE_STEP, Refinement
+from .model.network import UNEPT
+from .model.output import STRIDE, UNEPTOutput, class_ids, read_offset
 
 Format = Literal["onnx", "torch-export", "aoti"]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".aoti.pt2"}
@@ -70,14 +72,12 @@ class WholeImage(nn.Module):
     Args:
         model: in evaluation mode.
         output: `"ids"` or `"logits"`.
-        refine: read the prediction of boundary pixels inside of their segment.
-        refine_scale: how many pixels inside.
+        refinement: how boundary pixels are refined; None does not refine.
     """
 
-    def __init__(self, model: UNEPT, output: str = "ids", refine: bool = True, refine_scale: int = 1):
+    def __init__(self, model: UNEPT, output: str = "ids", refinement: Refinement | None = ONE_STEP):
         super().__init__()
-        self.model, self.output = model, output
-        self.refine, self.refine_scale = refine and model.refines, refine_scale
+        self.model, self.output, self.refinement = model, output, refinement
 
     def forward(self, images: Tensor) -> Tensor:
         """Images uint8 (B, 3, H, W), RGB, to ids (B, H, W) or logits (B, K, H, W)."""
@@ -90,10 +90,9 @@ class WholeImage(nn.Module):
         output = UNEPTOutput(*(None if m is None else _cropped(m, h, w) for m in self.model(padded)))
         size = (STRIDE * h, STRIDE * w)
         if self.output == "ids":
-            ids = predicted_ids(output, size, refine=self.refine, refine_scale=self.refine_scale)
-            return _cropped(ids, height, width)
+            return _cropped(class_ids(output, size, self.refinement), height, width)
         logits = F.interpolate(output.logits.float(), size, mode="bilinear", align_corners=False)
-        offset = output_offset(output, size, self.refine_scale) if self.refine else None
+        offset = read_offset(output, size, self.refinement)
         return _cropped(logits if offset is None else _shifted(logits, offset), height, width)
 
 
@@ -329,8 +328,8 @@ def export(options: ExportConfig) -> None:
     """
     device = cli.choose_device(options.device)
     model = cli.load(options.run, device)
-    config = cli.as_described(InferenceConfig(refine=options.refine, refine_scale=options.refine_scale), model)
-    network = WholeImage(model, options.output, **config.refinement).eval()
+    config = resolve(InferenceOptions(refine=options.refine, refine_scale=options.refine_scale), model)
+    network = WholeImage(model, options.output, config.refinement).eval()
     folder = options.run if options.run.is_dir() else Path()
     path = options.out or folder / f"model{SUFFIX[options.format]}"
     with _time_limit(MINUTES):
@@ -351,7 +350,7 @@ def export(options: ExportConfig) -> None:
 
 
 def _described(network: WholeImage) -> str:
-    refined = f"refined by {network.refine_scale} px" if network.refine else "not refined"
+    refined = "not refined" if network.refinement is None else f"refined by {network.refinement.scale} px"
     classes = network.model.num_classes
     kind = "class ids, int64 (B, H, W)" if network.output == "ids" else f"logits, float32 (B, {classes}, H, W)"
     return f"{kind}, {refined}"

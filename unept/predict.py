@@ -11,7 +11,7 @@ from torch import Tensor
 from . import cli
 from .colors import overlay, save_palette_png, to_pil
 from .data.files import find_images, read_image
-from .inference import InferenceConfig, as_described, predict_ids
+from .inference import InferenceConfig, InferenceOptions, predict_ids, resolve
 from .model import UNEPT
 from .pretrained import load, newest_run
 
@@ -27,7 +27,7 @@ class PredictConfig:
     Face hub. None: the newest run folder with a model under runs/."""
     out: Path = Path("predictions")
     """Folder for the results."""
-    inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
+    inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views and refinement."""
     alpha: float = 0.5
     """Weight of the class colors in the overlay, from 0 to 1."""
@@ -81,7 +81,7 @@ def predict(options: PredictConfig) -> int:
     device = cli.choose_device(options.device)
     run = newest_run() if options.run is None else options.run
     model = load(run, device)
-    config = as_described(options.inference, model)
+    config = resolve(options.inference, model)
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"Model of {run}")
     return cli.process_images(files, lambda file: predict_image(options, config, model, file), failure="read")

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Literal
 
 from .config import DataConfig, ModelConfig, TrainConfig
+from .model.loss import LossWeights
 
 DEIT = "deit_base_distilled_patch16_384"
 DINOV3 = "vit_base_patch16_dinov3.lvd1689m"
@@ -76,7 +77,7 @@ def shapes() -> TrainConfig:
         backbone_lr=2e-3,
         warmup=50,
         schedule="cosine",
-        loss_weights=(1.0, 1.5, 3.0, 3.0),
+        loss_weights=LossWeights(direction=3.0),
         eval_every=150,
         checkpoint_every=60,
     )

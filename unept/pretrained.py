@@ -7,8 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from .config import TrainConfig
-from .inference import protocol
-from .model.network import UNEPT, load_model
+from .model.network import UNEPT
 
 RUNS = Path("runs")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,11 +29,13 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
             f"{folder} has no model/ yet: training writes it after its first evaluation, at step "
             f"{min(config.eval_every, config.iterations)}; wait for it, or continue the run with --resume auto"
         )
-    return config, _read_model(folder / "model", device)
+    model = _read_model(folder / "model", device)
+    model.preprocessing = {**config.inference().protocol(), **model.preprocessing}  # old versions saved none
+    return config, model
 
 
 def load(source: str | Path, device: torch.device) -> UNEPT:
-    """A trained model in evaluation mode; its `preprocessing` says how it is to see images (`as_described`).
+    """A trained model in evaluation mode; its `preprocessing` says how it is to see images (`unept.inference.resolve`).
 
     Args:
         source: a run folder of `unept.train`, a folder that `save_pretrained` wrote, or, where there is no such path,
@@ -50,15 +51,13 @@ def load(source: str | Path, device: torch.device) -> UNEPT:
         return _read_model(folder, device)
     if not folder.exists() and REPOSITORY.fullmatch(str(source)):
         return _read_model(str(source), device)
-    config, model = load_run(folder, device)
-    model.preprocessing = {**protocol(config), **model.preprocessing}  # models saved by older versions have none
-    return model
+    return load_run(folder, device)[1]
 
 
 def _read_model(source: str | Path, device: torch.device) -> UNEPT:
     """The model in a folder, a Path, or in a repository of the hub, a str."""
     try:
-        return load_model(source, device)
+        return UNEPT.from_pretrained(str(source)).to(device).eval()
     except SafetensorError as error:
         raise ValueError(f"{source}/model.safetensors is damaged ({error}): restore it or train again") from error
     except RuntimeError as error:  # of load_state_dict

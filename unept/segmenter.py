@@ -10,11 +10,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from . import cli
 from .colors import overlay, to_pil
 from .data.files import image_to_tensor, read_image
-from .inference import InferenceConfig, predict
+from .distributed import choose_device
+from .inference import InferenceConfig, InferenceOptions, predict, resolve
 from .model.network import UNEPT
+from .pretrained import load
 
 File: TypeAlias = str | Path | Image.Image
 Pixels: TypeAlias = np.ndarray | Tensor
@@ -49,8 +50,8 @@ class Segmenter:
         source: a run folder of `unept.train`, a folder that `save_pretrained` wrote, ORG/NAME of a repository on the
             Hugging Face hub, or a model.
         device: `"auto"`: CUDA where there is a device; of a model: where it is.
-        options: of `unept.inference.InferenceConfig` (`scales`, `flip`, `window`, ...); what is left out is done as the
-            model was trained, as its config.json says.
+        options: fields of `unept.inference.InferenceOptions` (`scales`, `flip`, `window`, ...); what is left out is
+            done as the model was trained, as its config.json says.
 
     Attributes:
         model: in evaluation mode.
@@ -58,7 +59,7 @@ class Segmenter:
         classes: the K names.
 
     Raises:
-        FileNotFoundError, ValueError: see `unept.cli.load`; or an option has a bad value.
+        FileNotFoundError, ValueError: see `unept.pretrained.load`; or an option has a bad value.
         TypeError: there is no such option.
 
     Example:
@@ -72,9 +73,9 @@ class Segmenter:
         if isinstance(source, UNEPT):
             self.model = (source if device == "auto" else source.to(device)).eval()
         else:
-            place = cli.choose_device("auto") if device == "auto" else torch.device(device)
-            self.model = cli.load(source, place)
-        self.inference: InferenceConfig = cli.as_described(InferenceConfig(**options), self.model)
+            place = choose_device("auto") if device == "auto" else torch.device(device)
+            self.model = load(source, place)
+        self.inference: InferenceConfig = resolve(InferenceOptions(**options), self.model)
         self.classes = tuple(self.model.classes)
 
     @overload

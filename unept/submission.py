@@ -18,8 +18,8 @@ from .colors import save_palette_png
 from .data import SegmentationDataset, image_loader
 from .evaluation.evaluator import check_classes
 from .files import write_atomically
-from .inference import InferenceConfig, as_trained, predict_ids
-from .model.network import UNEPT
+from .inference import InferenceConfig, InferenceOptions, predict_ids, resolve
+from .model.output import SegmentationModel
 from .pretrained import load_run
 
 
@@ -39,7 +39,7 @@ class SubmissionConfig:
     """Folder of the dataset. None: as in training."""
     out: Path | None = None
     """Folder for the results. None: submission_SPLIT in the run folder."""
-    inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
+    inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views and refinement."""
     device: cli.Device = "auto"
     """auto: CUDA where there is a device."""
@@ -70,7 +70,7 @@ def save_labels(ids: Tensor, dataset: SegmentationDataset, name: str, out: Path)
 
 
 def write_submission(
-    model: UNEPT,
+    model: SegmentationModel,
     dataset: SegmentationDataset,
     config: InferenceConfig,
     device: torch.device,
@@ -128,7 +128,7 @@ def submit(options: SubmissionConfig) -> None:
     device = cli.choose_device(options.device)
     trained, model = load_run(options.run, device)
     dataset = trained.data.build(options.split, options.root)
-    config = as_trained(options.inference, trained)
+    config = resolve(options.inference, model)
     out = options.run / f"submission_{options.split}" if options.out is None else options.out
     result = write_submission(model, dataset, config, device, out, options.workers)
     print(f"{len(dataset)} images of {dataset.description}, split {options.split}. Written: {result}")

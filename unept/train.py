@@ -26,6 +26,7 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
         prog="python -m unept.train",
         args=[_current_name(argument) for argument in args],
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=cli.REGISTRY,
     )
     return args[0], config
 

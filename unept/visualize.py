@@ -11,7 +11,7 @@ from . import cli
 from .data import DatasetError
 from .data.files import find_images, read_image
 from .evaluation.comparison import compare_classes, short_names
-from .inference import InferenceConfig, as_trained, infer
+from .inference import InferenceConfig, InferenceOptions, infer, resolve
 from .model.attention import SparseSamplingAttention
 from .model.network import UNEPT
 from .pictures import drawing, figures
@@ -52,7 +52,7 @@ class VisualizeConfig:
     compare: tuple[Path, Path] | None = None
     """Two run folders that unept.evaluate measured: draw their IoU per class (Fig. 8), the largest gain of the first on
     top."""
-    inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
+    inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views of the refinement picture; the other pictures show a single view at scale 1."""
     device: cli.Device = "auto"
     """auto: CUDA where there is a device."""
@@ -96,7 +96,7 @@ def draw_image(
         try:
             if picture == "refinement":
                 output = infer(model, image, config)
-                share = figures.draw_refinement(model, image, output, config.refine_scale or 1, file.stem, path)
+                share = figures.draw_refinement(model, image, output, config, file.stem, path)
                 note = f"  refinement changes {share:.2%} of the pixels"
             elif picture == "pyramid":
                 figures.draw_pyramid(image, recording, path)
@@ -147,9 +147,9 @@ def visualize(options: VisualizeConfig) -> int:
     files = find_images(options.images)
     device = cli.choose_device(options.device)
     run = newest_run() if options.run is None else options.run
-    trained, model = load_run(run, device)
+    _, model = load_run(run, device)
     layer = sampling_layer(model, options.points_of, options.layer)
-    config = as_trained(options.inference, trained)
+    config = resolve(options.inference, model)
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"Model of {run}")
     return cli.process_images(files, lambda file: draw_image(options, config, model, layer, file), failure="drawn")

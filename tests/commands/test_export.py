@@ -12,7 +12,8 @@ from unept import UNEPT, export
 from unept.export import DECOMPOSITIONS, SUFFIX, WholeImage
 from unept.kernels import use_backend
 from unept.model.backbone import Backbone
-from unept.model.network import predicted_ids
+from unept.model.boundary import Refinement
+from unept.model.output import class_ids
 
 CPU = torch.device("cpu")
 
@@ -58,10 +59,10 @@ def test_class_ids_in_pytorchs_own_operators(shifted):
 def test_whole_image_predicts_as_the_model_does(model, size):
     images = noise(2, 3, *size)
     with torch.no_grad():
-        ids = WholeImage(model, "ids", refine_scale=2)(images)
-        logits = WholeImage(model, "logits", refine_scale=2)(images)
-        wanted = predicted_ids(model(images), size, refine_scale=2)
-        plain = predicted_ids(model(images), size, refine=False)
+        ids = WholeImage(model, "ids", Refinement(scale=2))(images)
+        logits = WholeImage(model, "logits", Refinement(scale=2))(images)
+        wanted = class_ids(model(images), size, Refinement(scale=2))
+        plain = class_ids(model(images), size, None)
     # The image is padded to 32 here, not to 8: cells at the border see a little more of the padding.
     assert (ids == wanted).float().mean() > 0.98
     assert torch.equal(logits.argmax(1), ids)
@@ -86,7 +87,7 @@ def programs(model):
     return {
         output: (network, export.export_program(network))
         for output in ("ids", "logits")
-        for network in [WholeImage(model, output, refine_scale=2).eval()]
+        for network in [WholeImage(model, output, Refinement(scale=2)).eval()]
     }
 
 

@@ -13,7 +13,7 @@ from unept.data import DatasetError, SegmentationDataset, evaluation_loader, tra
 from unept.data.loader import TrainingSampler, read_sample
 from unept.data.loader import training_loader as make_training_loader
 from unept.inference import InferenceConfig
-from unept.model.network import UNEPTOutput
+from unept.model.output import UNEPTOutput
 
 SIZE = 16
 

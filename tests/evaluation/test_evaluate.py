@@ -14,8 +14,9 @@ from unept import cli, evaluate
 from unept.config import DataConfig, ModelConfig, TrainConfig
 from unept.data import SegmentationDataset
 from unept.data.shapes import LENGTHS
-from unept.inference import InferenceConfig
-from unept.model.network import UNEPT, UNEPTOutput
+from unept.inference import InferenceConfig, InferenceOptions, resolve
+from unept.model.network import UNEPT
+from unept.model.output import UNEPTOutput
 from unept.pictures import drawing
 
 TINY = ModelConfig(
@@ -229,12 +230,12 @@ RUN_LINE = "scale 1 without flip; short side 512; windows of 480 with stride 240
 )
 def test_the_protocol_of_the_run_fills_in_what_is_left_open(run, chosen, line):
     trained = TrainConfig(data=DataConfig(short_side=512), **run)
-    config = cli.as_trained(InferenceConfig(**chosen), trained)
+    model = Shifted()
+    model.preprocessing = trained.inference().protocol()
+    model.refines = trained.model.context_queries == "spatial"
+    config = resolve(InferenceOptions(**chosen), model)
     assert config.describe().endswith(line)
-    # Nothing is left to be filled in: None is no window and the image's own size.
-    assert cli.as_trained(config, TrainConfig()) == config
-    assert config.window != 0
-    assert config.short_side != 0
+    assert None not in vars(config).values()
 
 
 def test_the_run_says_whether_to_refine(tmp_path, command):

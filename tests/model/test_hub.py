@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import unept
-from unept import cli, predict, train
+from unept import predict, train
 from unept.config import DataConfig, ModelConfig, TrainConfig
-from unept.inference import InferenceConfig, predict_ids
+from unept.inference import InferenceConfig, InferenceOptions, predict_ids, resolve
 from unept.model import registry
 from unept.model.network import UNEPT
+from unept.pretrained import load, load_run
 from unept.training.checkpoint import save_model
 
 TINY = {"backbone": "resnet10t", "d_model": 32, "num_heads": 2, "num_points": 2, "ffn_dim": 32, "dropout": 0.0}
@@ -157,7 +158,7 @@ def test_push_and_load(model, saved, hub):
     assert 'Segmenter("org/beach")' in (hub / "org" / "beach" / "README.md").read_text()
     # save_pretrained can push as well
     model.save_pretrained(hub.parent / "local", push_to_hub=True, repo_id="org/other")
-    assert cli.load("org/other", CPU).classes == CLASSES
+    assert load("org/other", CPU).classes == CLASSES
 
 
 @pytest.fixture
@@ -195,22 +196,22 @@ def test_folders_of_older_versions(saved, tmp_path):
     edit_config(run / "model", lambda stored: [stored.pop(key) for key in ("preprocessing", "evaluation")])
     config = TrainConfig(model=ModelConfig(**TINY), data=DataConfig(short_side=40), amp="off", refine_scale=3)
     (run / "config.json").write_text(config.to_json())
-    alone, of_run = (cli.as_described(InferenceConfig(), cli.load(path, CPU)) for path in (run / "model", run))
+    alone, of_run = (resolve(InferenceOptions(), load(path, CPU)) for path in (run / "model", run))
     assert alone == InferenceConfig()
     assert (of_run.short_side, of_run.amp, of_run.refine_scale) == (40, "off", 3)
-    assert cli.load_run(run, CPU)[0] == config
+    assert load_run(run, CPU)[0] == config
 
 
 def test_what_the_caller_chooses_comes_before_what_the_model_says(model):
     described = {"short_side": 64, "window": 32, "window_stride": 16, "refine": False, "amp": "off"}
     other = UNEPT(3, **TINY)
     other.preprocessing.update(described)
-    assert cli.as_described(InferenceConfig(flip=True), other) == InferenceConfig(flip=True, **described)
-    chosen = cli.as_described(InferenceConfig(window=64, amp="bf16"), other)
+    assert resolve(InferenceOptions(flip=True), other) == InferenceConfig(flip=True, **described)
+    chosen = resolve(InferenceOptions(window=64, amp="bf16"), other)
     assert chosen == InferenceConfig(window=64, short_side=64, refine=False, amp="bf16")
     other.preprocessing["window"] = 30
     with pytest.raises(ValueError, match="window is 30"):
-        cli.as_described(InferenceConfig(), other)
+        resolve(InferenceOptions(), other)
 
 
 @pytest.mark.parametrize(
@@ -236,13 +237,13 @@ def test_damaged_and_foreign_folders(saved, tmp_path):
     broken, foreign = (shutil.copytree(saved, tmp_path / name) for name in ("broken", "foreign"))
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"broken/model\.safetensors is damaged"):
-        cli.load(broken, CPU)
+        load(broken, CPU)
     edit_config(foreign, lambda stored: stored.update(d_model=64))
     with pytest.raises(ValueError, match=r"don't fit the network that its config.json describes"):
-        cli.load(foreign, CPU)
+        load(foreign, CPU)
     (foreign / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"foreign has no config\.json of a model"):
-        cli.load(foreign, CPU)
+        load(foreign, CPU)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(TrainConfig().to_json())
     with pytest.raises(FileNotFoundError, match=r"model/ in a folder of unept\.train"):
@@ -266,7 +267,7 @@ def test_training_writes_the_card(tmp_path):
         device="cpu",
     )
     scores = train.Trainer(config, tmp_path / "run").train()
-    model = cli.load(tmp_path / "run", CPU)
+    model = load(tmp_path / "run", CPU)
     assert (model.evaluation["dataset"], model.evaluation["step"], model.evaluation["images"]) == ("folder", 1, 1)
     assert model.evaluation["mIoU"] == pytest.approx(scores["mIoU"])
     assert model.preprocessing["short_side"] == 32

@@ -14,6 +14,7 @@ from unept.colors import overlay
 from unept.data import DatasetError
 from unept.inference import PAPER_SCALES, InferenceConfig, infer, predict, predict_ids
 from unept.model.boundary import DIRECTIONS
+from unept.model.output import AveragedOutput
 
 PALETTE = [[90, 160, 230], [10, 40, 120], [220, 200, 120]]
 
@@ -100,12 +101,14 @@ def full_size(model: UNEPT, image: Tensor, config: InferenceConfig) -> tuple[Ten
     height, width = image.shape[1:]
     output = infer(model, image, config)
     size = (height + -height % 8, width + -width % 8)
-    maps = [F.interpolate(m.float(), size, mode="bilinear")[0] for m in output]
-    plain = config.scales == (1.0,) and not config.flip and config.window is None
+    plain = config.scales == (1.0,) and not config.flip and not config.window
+    assert isinstance(output, UNEPTOutput if plain else AveragedOutput)
+    boundary_logits = output.boundary if plain else output.boundary.logit()
+    maps = [F.interpolate(m.float(), size, mode="bilinear")[0] for m in (output[0], boundary_logits, output.direction)]
     scores, boundary, direction = maps[0].softmax(0) if plain else maps[0], maps[1][0].sigmoid(), maps[2].argmax(0)
     y, x = torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
-    if config.refine is not False:
-        step = torch.tensor(DIRECTIONS)[direction] * (boundary > 0.5)[..., None] * (config.refine_scale or 1)
+    if config.refine:
+        step = torch.tensor(DIRECTIONS)[direction] * (boundary > 0.5)[..., None] * config.refine_scale
         x, y = (x + step[..., 0]).clamp(0, size[1] - 1), (y + step[..., 1]).clamp(0, size[0] - 1)
     return scores[:, y, x][:, :height, :width], boundary[:height, :width]
 

@@ -6,7 +6,8 @@ import torch
 
 from tests.helpers.figures import on_save
 from tests.helpers.runs import CLASSES, PALETTE, small_model
-from unept.model.network import UNEPTOutput
+from unept.inference import InferenceConfig
+from unept.model.output import UNEPTOutput
 from unept.pictures import drawing, figures
 
 
@@ -50,7 +51,9 @@ def test_refinement_picture(tmp_path, monkeypatch, scale):
     panel = drawing.refinement_panel
     monkeypatch.setattr(drawing, "refinement_panel", lambda *args: (drawn.extend(args[:2]), panel(*args)))
     image = noise(16, 32)
-    share = figures.draw_refinement(small_model(), image, edge_at_20(), scale, "a", tmp_path / "a.png")
+    share = figures.draw_refinement(
+        small_model(), image, edge_at_20(), InferenceConfig(refine_scale=scale), "a", tmp_path / "a.png"
+    )
     assert share == pytest.approx(scale / 32)
     sample, (_, left, _, width) = drawn
     changed = (sample.prediction != sample.refined).any(dim=0).nonzero().flatten()

@@ -20,7 +20,7 @@ from tests.helpers import layouts
 from unept import train
 from unept.config import DataConfig, ModelConfig, TrainConfig
 from unept.data import DatasetError
-from unept.model.network import load_model
+from unept.model.network import UNEPT
 from unept.presets import PRESETS
 from unept.training import checkpoint
 from unept.training.optimizer import build_optimizer, learning_rate_factor
@@ -81,7 +81,7 @@ def test_run_folder(finished):
     assert [line["step"] for line in evaluations] == [6, 12]
     assert max(line["mIoU"] for line in evaluations) == pytest.approx(trainer.best)
     assert scores["mIoU"] == pytest.approx(evaluations[-1]["mIoU"])
-    assert load_model(out / "model").classes == trainer.model.classes
+    assert UNEPT.from_pretrained(out / "model").classes == trainer.model.classes
     assert TrainConfig.from_json(out / "config.json") == trainer.config
 
 
@@ -189,7 +189,7 @@ def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkey
     monkeypatch.setattr(checkpoint, "write_atomically", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save_model(finished[1].model, folder)
-    assert load_model(folder).num_classes == 8
+    assert UNEPT.from_pretrained(folder).num_classes == 8
 
 
 @pytest.mark.parametrize(

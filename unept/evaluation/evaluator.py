@@ -13,7 +13,7 @@ from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
 from ..data.loader import OnBadSample
 from ..inference import InferenceConfig, infer
-from ..model.network import UNEPT, predicted_ids
+from ..model.output import SegmentationModel, class_ids
 from .metrics import BoundaryFScore, ConfusionMatrix
 
 
@@ -35,7 +35,7 @@ class _Metrics:
 
 
 def evaluate_model(
-    model: UNEPT,
+    model: SegmentationModel,
     dataset: SegmentationDataset,
     config: InferenceConfig,
     device: torch.device,
@@ -80,8 +80,8 @@ def evaluate_model(
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
         size = labels.shape[1:]
-        refined.update(predicted_ids(output, size, **config.refinement), labels)
-        unrefined.update(predicted_ids(output, size, refine=False), labels)
+        refined.update(class_ids(output, size, config.refinement), labels)
+        unrefined.update(class_ids(output, size, None), labels)
     if distributed.world_size() > 1:
         refined.all_reduce()
         unrefined.all_reduce()
@@ -120,7 +120,7 @@ def _summarize(refined: _Metrics, unrefined: _Metrics, classes: Sequence[str]) -
     }
 
 
-def check_classes(model: UNEPT, dataset: SegmentationDataset) -> None:
+def check_classes(model: SegmentationModel, dataset: SegmentationDataset) -> None:
     """Raise ValueError if a model does not predict the classes of a data set, or the data set is empty.
 
     A model without class names of its own ("class 0", "class 1", ...) only needs their number.

@@ -3,6 +3,7 @@
 Letters: H, W height and width of the image.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from ..data import SegmentationDataset
 from ..data.loader import OnBadSample, read_sample, report_skipped
 from ..evaluation.evaluator import check_classes
 from ..inference import InferenceConfig, infer
-from ..model.boundary import upsample_boundary
-from ..model.network import UNEPT, UNEPTOutput, padded_size, predicted_ids
+from ..model.network import UNEPT
+from ..model.output import DenseOutput, SegmentationModel, boundary_probability, class_ids
 from . import drawing
 from .recording import NotInModel, Recording, feature_colors, joint_attention, on_image
 
@@ -22,7 +23,7 @@ ZOOM = 4  # the enlarged window has 1 / ZOOM of the image's height and width
 
 
 def make_sample(
-    name: str, image: Tensor, truth: Tensor | None, output: UNEPTOutput, refine_scale: int
+    name: str, image: Tensor, truth: Tensor | None, output: DenseOutput, config: InferenceConfig
 ) -> drawing.Sample:
     """Collect what a panel shows of one image: its predictions with and without refinement, and its boundaries.
 
@@ -31,19 +32,19 @@ def make_sample(
         image: uint8 (3, H, W), on any device.
         truth: the class ids (H, W), or None.
         output: the network's output for the image alone.
-        refine_scale: how many pixels inside a segment the prediction of a boundary pixel is read.
+        config: how boundary pixels are refined; whether they are (`refine`) does not count.
     """
     size = (image.shape[1], image.shape[2])
-    plain = predicted_ids(output, size, refine=False)[0]
-    if output.boundary is None:
+    plain = class_ids(output, size, None)[0]
+    boundary = boundary_probability(output, size)
+    if boundary is None:
         return drawing.Sample(name, image, truth, plain, None, None)
-    refined = predicted_ids(output, size, refine_scale=refine_scale)[0]
-    boundary = upsample_boundary(output.boundary, padded_size(size))[0, : size[0], : size[1]].sigmoid()
-    return drawing.Sample(name, image, truth, plain, refined, boundary)
+    refined = class_ids(output, size, replace(config, refine=True).refinement)[0]
+    return drawing.Sample(name, image, truth, plain, refined, boundary[0])
 
 
 def draw_samples(
-    model: UNEPT,
+    model: SegmentationModel,
     dataset: SegmentationDataset,
     count: int,
     config: InferenceConfig,
@@ -74,7 +75,7 @@ def draw_samples(
         report_skipped(skipped)
         image, labels = (tensor.as_subclass(Tensor) for tensor in pair)
         output = infer(model, image.to(device), config)
-        samples.append(make_sample(dataset.name(i), image, labels, output, config.refine_scale or 1))
+        samples.append(make_sample(dataset.name(i), image, labels, output, config))
     drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
 
@@ -93,7 +94,7 @@ def most_different(first: Tensor, second: Tensor) -> tuple[int, int, int, int]:
 
 
 def draw_refinement(
-    model: UNEPT, image: Tensor, output: UNEPTOutput, refine_scale: int, name: str, path: Path
+    model: SegmentationModel, image: Tensor, output: DenseOutput, config: InferenceConfig, name: str, path: Path
 ) -> float:
     """Draw the predictions before and after refinement.
 
@@ -101,7 +102,7 @@ def draw_refinement(
         model: the network; only its classes and palette are used.
         image: uint8 (3, H, W).
         output: the network's output for the image alone.
-        refine_scale: how many pixels inside a segment the prediction of a boundary pixel is read.
+        config: how boundary pixels are refined; whether they are (`refine`) does not count.
         name: the label of the picture.
         path: the file to write.
 
@@ -111,7 +112,7 @@ def draw_refinement(
     Raises:
         NotInModel: if the network does not refine.
     """
-    sample = make_sample(name, image, None, output, refine_scale)
+    sample = make_sample(name, image, None, output, config)
     if sample.refined is None:
         raise NotInModel("no refinement picture: this network has no spatial branch, so it does not refine")
     window = most_different(sample.prediction, sample.refined)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..inference import InferenceConfig, infer
 from ..model.attention import SparseSamplingAttention
-from ..model.network import UNEPT, padded_size
+from ..model.network import UNEPT
+from ..model.output import padded_size
 
 Attention = Literal["decoder", "decoder-self", "encoder"]
 
@@ -87,7 +88,7 @@ def record(
     def note_points(module: nn.Module, args: tuple, output: Tensor) -> None:
         seen["points"] = points_of_query(attention, *args, covered=seen["covered"], position=query)
 
-    once = dataclasses.replace(config, scales=(1.0,), flip=False, window=None, window_stride=None)
+    once = dataclasses.replace(config, scales=(1.0,), flip=False, window=0, window_stride=0)
     with contextlib.ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(note_view).remove)
         stack.callback(model.backbone.register_forward_hook(note_features).remove)

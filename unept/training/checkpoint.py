@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..files import json_ready, write_atomically
-from ..inference import protocol
-from ..model.network import UNEPT
+from ..model.output import TrainableModel
 
 # The scores of an evaluation that a saved model keeps.
 KEPT_SCORES = ("mIoU", "pixAcc", "boundary_f", "boundary_tolerance", "images", "iou")
@@ -117,7 +116,7 @@ def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 def save_model(
-    model: UNEPT,
+    model: TrainableModel,
     folder: Path,
     config: TrainConfig | None = None,
     step: int | None = None,
@@ -137,7 +136,7 @@ def save_model(
         OSError: the disk is full or not writable; the model that was there before is intact.
     """
     if config is not None:
-        model.preprocessing.update(protocol(config))
+        model.preprocessing.update(config.inference().protocol())
     if scores is not None:
         known = {"dataset": config and config.data.dataset, "split": "val", "step": step}
         known |= {name: scores.get(name) for name in KEPT_SCORES}

@@ -7,10 +7,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import TrainConfig
-from ..model.network import UNEPT
+from ..model.output import TrainableModel
 
 
-def build_optimizer(model: UNEPT, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: TrainableModel, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW with a learning rate of its own for the backbone; the backbone is the second parameter group."""
     backbone = list(model.backbone.parameters())
     ids = {id(p) for p in backbone}

@@ -20,6 +20,7 @@ from ..data.transforms import train_transform
 from ..evaluation.evaluator import evaluate_model
 from ..model.loss import Targets, UNEPTLoss
 from ..model.network import UNEPT
+from ..model.output import TrainableModel
 from ..pictures.figures import draw_samples
 from . import run_folder
 from .checkpoint import TrainingState, checkpoints, save_checkpoint, save_model
@@ -67,7 +68,7 @@ class Trainer:
         self.model = self.build_model().to(self.device)
         self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index).to(self.device)
         self.network = distributed.parallel(self.model, self.device)
-        self.forward, self.compute_losses, self.distort = self.network, self.loss.terms, distort
+        self.forward, self.compute_losses, self.distort = self.network, self.loss.losses, distort
         cuda = self.device.type == "cuda"
         self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
         if config.compile == "on" or (config.compile == "auto" and cuda):
@@ -92,11 +93,8 @@ class Trainer:
             dataset.check(sample=20)
         return datasets
 
-    def build_model(self) -> UNEPT:
-        """Return the network as it is before the first step.
-
-        A subclass may return another network with the same interface.
-        """
+    def build_model(self) -> TrainableModel:
+        """Return the network as it is before the first step. A subclass may return another one."""
         options = self.config.model.options()
         if distributed.run_on_main(lambda: self.resumes and bool(checkpoints(self.out / "checkpoints"))):
             # The checkpoint holds all weights, and the file or the network that the first ones came from may be gone.
