@@ -35,7 +35,7 @@ from unept.config import ModelConfig, TrainConfig
 from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
-from unept.model.output import UNEPTOutput, padded_size
+from unept.model.output import TrainableModel, UNEPTOutput, padded_size
 from unept.presets import DEIT, camvid
 from unept.train import Trainer
 from unept.training.throughput import peak_memory
@@ -142,7 +142,7 @@ def best_rate(name: str, jobs: Sequence[Job], results: dict[str, dict[str, Any]]
 
 
 class Rival(nn.Module):
-    """A network of segmentation-models-pytorch on the same backbone, as `Trainer` and `evaluate_model` use ours.
+    """A network of segmentation-models-pytorch on the same backbone, as a `TrainableModel` that `Trainer` can train.
 
     Its scores are at 1/4 of the image (ours at 1/8), and are up-sampled by the loss and the prediction like ours.
 
@@ -204,7 +204,7 @@ class RivalTrainer(Trainer):
         self.architecture = architecture
         super().__init__(config, out)
 
-    def build_model(self) -> Any:
+    def build_model(self) -> TrainableModel:
         """See `Trainer`."""
         weights = self.config.model.backbone_weights
         return Rival(self.architecture, self.train_set.classes, self.train_set.palette, weights)

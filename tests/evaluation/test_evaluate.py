@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import tv_tensors
 
+from tests.helpers.models import StandIn
 from unept import cli, evaluate
 from unept.config import DataConfig, ModelConfig, TrainConfig
 from unept.data import SegmentationDataset
@@ -52,15 +53,11 @@ class Unlike(Halves):
         return image, mask
 
 
-class Shifted(nn.Module):
+class Shifted(StandIn):
     """Predicts the edge at x = 20 and that all is boundary, whose refinement reads 1 pixel to the left."""
 
-    num_classes = 3
-    classes = Halves.classes
-    refines = True
-
     def __init__(self):
-        super().__init__()
+        super().__init__(Halves.classes)
         self.calls = 0
 
     def forward(self, images: Tensor) -> UNEPTOutput:
@@ -275,7 +272,9 @@ def test_no_such_folder(tmp_path, command):
     assert command(tmp_path / "nothing")[2].startswith(f"error: {tmp_path}/nothing does not exist")
     status, _, err = command(tmp_path)
     assert status == 2
-    assert err.startswith(f"error: {tmp_path} is no run folder: give a folder that unept.train wrote, with config.json")
+    assert err.startswith(
+        f"error: {tmp_path} is not a run folder: give a folder that unept.train wrote, with config.json"
+    )
 
 
 def test_run_without_a_model_yet(tmp_path, command):
