@@ -2,7 +2,7 @@
 
 Runs the test suite, compute-sanitizer over some of the kernel tests (where it is on PATH) and the benchmarks, in steps
 that end within 8 minutes each. A step that passed at this revision on this device is not run again, so that the command
-can be repeated where time is limited. Leaves JSON and a table in bench/results and prints the aims and the table.
+can be repeated where time is limited. Leaves JSON and a table in bench/results and prints the targets and the table.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .harness import device_name, revision
-from .report import judged, read, table
+from .report import check_targets, read, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -121,7 +121,7 @@ def main() -> int:
     measured = [RESULTS / f"{step.name}.json" for part in parts.values() for step in part if step.measures]
     rows = read(path for path in measured if path.exists())
     outcomes = "\n".join(f"- {name}: {done['outcome']} ({done['seconds']} s)" for name, done in state.items())
-    text = f"{outcomes}\n\n{judged(rows)}\n\n{table(rows)}\n"
+    text = f"{outcomes}\n\n{check_targets(rows)}\n\n{table(rows)}\n"
     (RESULTS / "table.md").write_text(text)
     print(text)
     return int(not all(state[step.name]["outcome"].startswith("passed") for step in chosen))
