@@ -15,11 +15,13 @@ from .config import TrainConfig
 from .data import DatasetError
 from .distributed import Device as Device
 from .distributed import choose_device as choose_device
-from .inference import InferenceOptions
+from .inference import InferenceConfig, InferenceOptions, resolve
 from .model.loss import LossWeights
+from .model.network import UNEPT
 from .pretrained import has_model as has_model
 from .pretrained import load as load
 from .pretrained import load_run as load_run
+from .pretrained import newest_run
 
 # The options of a command's `inference` field: without the field's name, and left out rather than given as None.
 InferenceArguments = tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[InferenceOptions]]
@@ -93,6 +95,31 @@ def memory_advice(config: TrainConfig, local_batch: int) -> str:
         f"with {at_once} images of {height}x{width} at once (batch_size {config.batch_size}): {smaller}; --crop-size "
         "makes images smaller; --amp bf16 halves most of the rest. --resume auto continues from the last checkpoint"
     )
+
+
+def open_model(
+    run: Path | None, device: Device, inference: InferenceOptions, out: Path
+) -> tuple[UNEPT, InferenceConfig]:
+    """Load the model with which a command sees images, create the folder for the results, and print what is loaded.
+
+    Args:
+        run: what `unept.pretrained.load` takes; None means the newest run folder.
+        device: the option of that name.
+        inference: the options for inference.
+        out: the folder for the results.
+
+    Returns:
+        The model in evaluation mode, and how it sees images.
+
+    Raises:
+        FileNotFoundError, ValueError: see `unept.pretrained.load` and `unept.inference.resolve`.
+    """
+    source = newest_run() if run is None else run
+    model = load(source, choose_device(device))
+    config = resolve(inference, model)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"Model of {source}")
+    return model, config
 
 
 def process_images(files: Sequence[Path], process: Callable[[Path], Iterable[str]], failure: str) -> int:

@@ -9,13 +9,13 @@ import tyro
 
 from . import cli, distributed
 from .evaluation.evaluator import check_classes as check_classes
-from .evaluation.evaluator import draw_samples as draw_samples
 from .evaluation.evaluator import evaluate_model as evaluate_model
 from .evaluation.evaluator import format_table as format_table
 from .files import json_ready as json_ready
 from .files import write_json
 from .inference import InferenceOptions, resolve
 from .pictures import drawing
+from .pictures.figures import draw_samples as draw_samples
 from .pretrained import load_run
 
 

@@ -17,10 +17,11 @@ from ..data import DatasetError, SegmentationDataset
 from ..data.loader import Batch, training_loader
 from ..data.photometric import distort
 from ..data.transforms import train_transform
-from ..evaluation.evaluator import draw_samples, evaluate_model
+from ..evaluation.evaluator import evaluate_model
 from ..model.loss import Targets, UNEPTLoss
 from ..model.network import UNEPT
 from ..model.output import TrainableModel
+from ..pictures.figures import draw_samples
 from . import run_folder
 from .checkpoint import TrainingState, checkpoints, save_checkpoint, save_model
 from .optimizer import build_optimizer, build_scheduler
