@@ -14,14 +14,22 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
-    """Options and best model of a run folder, the model in evaluation mode.
+    """Load the options and the best model of a run folder.
+
+    Args:
+        folder: the run folder.
+        device: device of the model.
+
+    Returns:
+        The options, and the model in evaluation mode; its `preprocessing` says how it is to see images.
 
     Raises:
-        FileNotFoundError: no such folder, not one of `unept.train`, or one without a model yet; the message says which.
-        ValueError: its config.json or its model can't be read by this version.
+        FileNotFoundError: there is no such folder, `unept.train` did not write it, or it has no model yet; the message
+            says which.
+        ValueError: its config.json or its model cannot be read by this version.
     """
     if not (folder / "config.json").is_file():
-        what = "is no run folder" if folder.is_dir() else "does not exist"
+        what = "is not a run folder" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"{folder} {what}: give a folder that unept.train wrote, with config.json and model/")
     config = TrainConfig.from_json(folder / "config.json")
     if not has_model(folder):
@@ -35,16 +43,19 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
 
 
 def load(source: str | Path, device: torch.device) -> UNEPT:
-    """A trained model in evaluation mode; its `preprocessing` says how it is to see images (`unept.inference.resolve`).
+    """Load a trained model.
 
     Args:
         source: a run folder of `unept.train`, a folder that `save_pretrained` wrote, or, where there is no such path,
             ORG/NAME of a repository on the Hugging Face hub.
-        device: where to.
+        device: device of the model.
+
+    Returns:
+        The model in evaluation mode; its `preprocessing` says how it is to see images (`unept.inference.resolve`).
 
     Raises:
-        FileNotFoundError: no such folder or repository, or one without a model; the message says which.
-        ValueError: a config.json or weights that can't be read by this version.
+        FileNotFoundError: there is no such folder or repository, or it has no model; the message says which.
+        ValueError: its config.json or its weights cannot be read by this version.
     """
     folder = Path(source)
     if (folder / "model.safetensors").is_file():
@@ -55,14 +66,14 @@ def load(source: str | Path, device: torch.device) -> UNEPT:
 
 
 def _read_model(source: str | Path, device: torch.device) -> UNEPT:
-    """The model in a folder, a Path, or in a repository of the hub, a str."""
+    """Load the model in a folder (a Path) or in a repository of the hub (a str)."""
     try:
         return UNEPT.from_pretrained(str(source)).to(device).eval()
     except SafetensorError as error:
         raise ValueError(f"{source}/model.safetensors is damaged ({error}): restore it or train again") from error
     except RuntimeError as error:  # of load_state_dict
         raise ValueError(
-            f"the weights in {source} don't fit the network that its config.json describes, as this version "
+            f"the weights in {source} do not fit the network that its config.json describes, as this version "
             f"of unept builds it: use the version that saved them, or train again. {error}"
         ) from error
     except OSError as error:
@@ -70,7 +81,8 @@ def _read_model(source: str | Path, device: torch.device) -> UNEPT:
             raise
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"{source} is no folder here, and no model of that name could be had from the Hugging Face hub ({reason})"
+            f"there is no folder {source}, and no model of that name could be loaded from the Hugging Face hub "
+            f"({reason}): check the name and the connection"
         ) from error
 
 

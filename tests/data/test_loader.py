@@ -5,9 +5,10 @@ import time
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import tv_tensors
 
+from tests.helpers.models import StandIn
 from unept import evaluate
 from unept.data import DatasetError, SegmentationDataset, evaluation_loader, train_transform
 from unept.data.loader import TrainingSampler, read_sample
@@ -45,11 +46,11 @@ class Numbered(SegmentationDataset):
         return f"image{i}"
 
 
-class Left(nn.Module):
+class Left(StandIn):
     """Predicts class 0 everywhere."""
 
-    num_classes = 2
-    classes = Numbered.classes
+    def __init__(self):
+        super().__init__(Numbered.classes, refines=False)
 
     def forward(self, images: Tensor) -> UNEPTOutput:
         logits = torch.zeros(len(images), 2, SIZE // 8, SIZE // 8)

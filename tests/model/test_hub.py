@@ -217,11 +217,14 @@ def test_what_the_caller_chooses_comes_before_what_the_model_says(model):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("org/none", "org/none is no folder here, and no model of that name could be had from the Hugging Face hub"),
+        (
+            "org/none",
+            "there is no folder org/none, and no model of that name could be loaded from the Hugging Face hub",
+        ),
         ("org/bare", "org/bare has no config.json of a model"),
         ("nowhere", "nowhere does not exist"),
         ("a/b/c", "a/b/c does not exist"),
-        ("empty", "empty is no run folder"),
+        ("empty", "empty is not a run folder"),
     ],
 )
 def test_what_is_no_model(source, message, hub, command):
@@ -239,7 +242,7 @@ def test_damaged_and_foreign_folders(saved, tmp_path):
     with pytest.raises(ValueError, match=r"broken/model\.safetensors is damaged"):
         load(broken, CPU)
     edit_config(foreign, lambda stored: stored.update(d_model=64))
-    with pytest.raises(ValueError, match=r"don't fit the network that its config.json describes"):
+    with pytest.raises(ValueError, match=r"do not fit the network that its config.json describes"):
         load(foreign, CPU)
     (foreign / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"foreign has no config\.json of a model"):
@@ -341,9 +344,9 @@ def test_bad_checkpoints(tmp_path, capsys):
     torch.save({"classifier.weight": Evil()}, tmp_path / "evil.pth")
     (tmp_path / "torn.safetensors").write_bytes(b"no weights")
     for name in ("evil.pth", "torn.safetensors"):
-        with pytest.raises(ValueError, match=f"{name} can't be read as weights"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
             unept.create_model("unept_resnet10t", num_classes=2, checkpoint_path=tmp_path / name)
     assert not capsys.readouterr().out
     for path in (tmp_path, tmp_path / "missing.pth"):
-        with pytest.raises(FileNotFoundError, match=r"checkpoint_path names .*, which is no file"):
+        with pytest.raises(FileNotFoundError, match=r"checkpoint_path names .*, which is not a file"):
             unept.create_model("unept_resnet10t", num_classes=2, checkpoint_path=path)

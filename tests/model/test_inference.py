@@ -9,10 +9,11 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.models import StandIn
 from unept.inference import (
     MIRRORED,
     PAPER_SCALES,
@@ -32,17 +33,14 @@ from unept.model.output import AveragedOutput, UNEPTOutput, class_ids
 ANGLES = torch.arange(8) * torch.pi / 4 - torch.pi
 
 
-class FakeModel(nn.Module):
+class FakeModel(StandIn):
     """Sees each 8x8 block by its mean colour: equivariant to mirroring and to cutting out windows, and exactly so.
 
     The direction is that of the red channel's gradient, which turns around in a mirror.
     """
 
-    num_classes = 3
-    refines = True
-
     def __init__(self):
-        super().__init__()
+        super().__init__(3)
         self.calls: list[tuple[int, ...]] = []
         self.outputs: list[weakref.ref] = []
         self.most_held = 0
@@ -281,17 +279,8 @@ def test_no_view_outlives_its_turn():
     assert model.most_held <= 1
 
 
-class ConstantModel(nn.Module):
+class ConstantModel(StandIn):
     """Takes no memory of its own."""
-
-    refines = True
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.num_classes = num_classes
-
-    def normalized(self, images: Tensor) -> Tensor:
-        return images.float() if images.dtype == torch.uint8 else images
 
     def forward(self, images: Tensor) -> UNEPTOutput:
         maps = torch.zeros(()).expand(len(images), self.num_classes + 9, images.shape[2] // 8, images.shape[3] // 8)
@@ -431,9 +420,9 @@ def test_default_stride_is_two_thirds(window, stride):
     assert config == InferenceConfig(window=window, window_stride=stride)
 
 
-def trained_model(refines=True, **preprocessing) -> nn.Module:
-    model = FakeModel()
-    model.refines, model.preprocessing = refines, {"input": "uint8 RGB", **preprocessing}
+def trained_model(refines=True, **preprocessing) -> StandIn:
+    model = StandIn(3, refines)
+    model.preprocessing = {"input": "uint8 RGB", **preprocessing}
     return model
 
 

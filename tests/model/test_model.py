@@ -306,12 +306,12 @@ def test_weights_of_another_model_are_refused(tmp_path):
     (tmp_path / "garbage.safetensors").write_bytes(b"no weights")
     (tmp_path / "garbage.pth").write_bytes(b"no weights")
     for name in ("garbage.safetensors", "garbage.pth"):
-        with pytest.raises(ValueError, match=f"{name} can't be read as weights"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
             tiny_model(backbone_weights=str(tmp_path / name))
     save_file(timm.create_model("resnet50").state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="tensors of wide_resnet50_2"):
         tiny_model(backbone="wide_resnet50_2", backbone_weights=str(tmp_path / "w.safetensors"))
-    with pytest.raises(FileNotFoundError, match="which is no file"):
+    with pytest.raises(FileNotFoundError, match="which is not a file"):
         tiny_model(backbone_weights=str(tmp_path / "missing.safetensors"))
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from tests.helpers.models import StandIn
 from unept import UNEPT, Segmentation, Segmenter, UNEPTOutput, kernels
 from unept.colors import overlay
 from unept.data import DatasetError
@@ -168,13 +169,8 @@ def test_class_scores_are_never_held_at_full_size(options):
                     self.elements = max(self.elements, tensor.numel())
             return result
 
-    class Flat(torch.nn.Module):
+    class Flat(StandIn):
         """A network whose own maps are small beside (K, H, W)."""
-
-        num_classes, refines, mean = 400, True, torch.zeros(1)
-
-        def normalized(self, images):
-            return images.float()
 
         def forward(self, images):
             h, w = images.shape[2] // 8, images.shape[3] // 8
@@ -182,7 +178,7 @@ def test_class_scores_are_never_held_at_full_size(options):
 
     images = torch.zeros(1, 3, 256, 512, dtype=torch.uint8)
     with Largest() as largest:
-        predict(Flat(), images, InferenceConfig(**options))
+        predict(Flat(400), images, InferenceConfig(**options))
     assert 0 < largest.elements <= 8 * 256 * 512 < 400 * 256 * 512
 
 
