@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._triton import LOWEST, autotune_pool, autotuned, device_guard, tl, triton
+from .._autotune import autotune_pool, autotuned
+from .._triton import LOWEST, device_guard, tl, triton
 from .triton_common import (
     LOG2_E,
     channels,
@@ -110,7 +111,12 @@ def softmax_backward(
             tl.store(grad_scores_ptr + level * N + n, grad_score.to(grad_scores_ptr.dtype.element_ty), mask=usable)
 
 
-@autotuned(POINTS_POOL, key=["N", "D", "LOCATIONS", "PADDED", "REFERENCE_GRAD"], fit=fewer_queries)
+@autotuned(
+    POINTS_POOL,
+    key=["N", "D", "LOCATIONS", "PADDED", "REFERENCE_GRAD"],
+    unspecialised=["num_levels", "num_queries"],
+    fit=fewer_queries,
+)
 def points_backward_kernel(
     grad_pairs_ptr,  # (B, Q, M, L, N), contiguous
     grad_weights_ptr,  # (B, Q, M, L, N), contiguous; float32 if scores are logits
@@ -131,7 +137,7 @@ def points_backward_kernel(
     num_levels,
     num_heads,
     num_queries,
-    size_class,
+    size_bucket,
     N: tl.constexpr,
     D: tl.constexpr,
     WORDS: tl.constexpr,

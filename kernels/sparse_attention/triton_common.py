@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._triton import LOWEST, UNSPECIALISED, autotune_pool, autotuned, device_guard, size_class, tl, triton
+from .._autotune import autotune_pool, autotuned, size_bucket
+from .._triton import LOWEST, device_guard, tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -227,7 +228,7 @@ def origin(reference_ptr, strides, size_x, size_y, LOCATIONS: tl.constexpr):
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=["num_rows"])
 def pad_kernel(
     padded_ptr,  # (B, M, rows, BLOCK_D), contiguous
     value_ptr,  # (B, S, M, D)
@@ -251,7 +252,9 @@ def pad_kernel(
     tl.store(out_ptrs, words, mask=(row < num_rows)[:, None])
 
 
-@autotuned(FORWARD_POOL, key=["N", "D", "LOCATIONS", "PADDED"], fit=fewer_queries)
+@autotuned(
+    FORWARD_POOL, key=["N", "D", "LOCATIONS", "PADDED"], unspecialised=["num_levels", "num_queries"], fit=fewer_queries
+)
 def forward_kernel(
     out_ptr,  # (B, Q, M, D), contiguous
     value_ptr,  # (B, M, rows, WORDS), or (B, S, M, D) with strides in this order: B, M, S, D
@@ -267,7 +270,7 @@ def forward_kernel(
     num_levels,
     num_heads,
     num_queries,
-    size_class,
+    size_bucket,
     N: tl.constexpr,
     D: tl.constexpr,
     WORDS: tl.constexpr,
@@ -473,7 +476,7 @@ def sample_arguments(shapes: Sequence[int], points: Tensor, scores: Tensor, refe
         "num_levels": num_levels,
         "num_heads": heads,
         "num_queries": queries,
-        "size_class": size_class(batch * heads * queries),
+        "size_bucket": size_bucket(batch * heads * queries),
         "N": num_points,
         "POINT_TYPE": {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(points.dtype, tl.float32),
         "LOCATIONS": reference is None,

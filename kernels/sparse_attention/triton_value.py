@@ -28,18 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._triton import (
-    PRECISION,
-    UNSPECIALISED,
-    ScatterBuffer,
-    autotune_pool,
-    autotuned,
-    fastest,
-    operand,
-    scatter_add,
-    tl,
-    triton,
-)
+from .._autotune import autotune_pool, autotuned, fastest
+from .._scatter import ScatterBuffer, scatter_add
+from .._triton import PRECISION, operand, tl, triton
 from .triton_common import (
     fewer_queries,
     geometry,
@@ -117,7 +108,13 @@ def more_warps(config: triton.Config, arguments: Mapping[str, Any]) -> triton.Co
 # --- atomic -----------------------------------------------------------------------------------------------------------
 
 
-@autotuned(SCATTER_POOL, key=["N", "D", "LOCATIONS"], adds_into=["grad_value_ptr"], fit=fewer_queries)
+@autotuned(
+    SCATTER_POOL,
+    key=["N", "D", "LOCATIONS"],
+    adds_into=["grad_value_ptr"],
+    unspecialised=["num_pixels", "num_levels", "num_queries"],
+    fit=fewer_queries,
+)
 def scatter_backward_kernel(
     grad_value_ptr,  # (B, S, M, D), contiguous, the data of a ScatterBuffer
     scale_ptr,  # its scale, or None
@@ -135,7 +132,7 @@ def scatter_backward_kernel(
     num_levels,
     num_heads,
     num_queries,
-    size_class,
+    size_bucket,
     N: tl.constexpr,
     D: tl.constexpr,
     POINT_TYPE: tl.constexpr,
@@ -220,7 +217,7 @@ def grad_by_atomics(
 # --- binned -----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=["num_cells", "num_levels", "num_queries"])
 def bin_backward_kernel(
     cursor_ptr,  # (images, M, cells) int32: COUNT adds the samples of each cell; otherwise the next free record
     records_ptr,  # (samples, 2) int64; None if COUNT
@@ -277,7 +274,9 @@ def bin_backward_kernel(
                 tl.store(pointers, words, mask=usable[:, :, None])
 
 
-@autotuned(WINDOW_POOL, key=["D"], fit=more_warps)
+@autotuned(
+    WINDOW_POOL, key=["D"], unspecialised=["num_windows", "num_pixels", "num_cells", "num_queries"], fit=more_warps
+)
 def window_backward_kernel(
     grad_value_ptr,  # (images, S, M, D), contiguous
     grad_out_ptr,  # (images, Q, M, D), contiguous
@@ -290,7 +289,7 @@ def window_backward_kernel(
     num_cells,
     num_heads,
     num_queries,
-    size_class,
+    size_bucket,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -371,7 +370,7 @@ def bin_samples(
 ) -> tuple[Tensor, Tensor]:
     """starts and records of a few images, whose geometry, `samples` and normaliser are given."""
     queries, heads, device = samples["num_queries"], samples["num_heads"], table.device
-    arguments = {name: argument for name, argument in samples.items() if name != "size_class"}
+    arguments = {name: argument for name, argument in samples.items() if name != "size_bucket"}
     arguments |= {"normaliser_ptr": normaliser, "geometry_ptr": table, "num_cells": num_cells}
     # At least one sample a thread: were there fewer, several threads would share what an atomic gives back.
     block_n = min(4, triton.next_power_of_2(samples["N"]))
@@ -434,7 +433,7 @@ def grad_by_bins(
             num_cells=num_cells,
             num_heads=heads,
             num_queries=samples["num_queries"],
-            size_class=samples["size_class"],
+            size_bucket=samples["size_bucket"],
             D=channels,
             BLOCK_D=max(16, triton.next_power_of_2(channels)),
             ROWS=WINDOW_ROWS,
@@ -473,5 +472,5 @@ def grad_of_value(
         return methods["atomic"]()
     # Samples a pixel decide: records share the work of a window, atomics don't.
     density = samples["num_queries"] * samples["num_levels"] * samples["N"] // value.shape[1]
-    key = (str(value.dtype), value.shape[3], samples["N"], samples["size_class"], density.bit_length())
+    key = (str(value.dtype), value.shape[3], samples["N"], samples["size_bucket"], density.bit_length())
     return fastest("grad_of_value", methods, key)()

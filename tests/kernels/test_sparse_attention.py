@@ -20,7 +20,9 @@ from unept.kernels import (
     sparse_sampling_attention,
     use_backend,
 )
-from unept.kernels._triton import INTERPRETED, ScatterBuffer, size_class
+from unept.kernels._autotune import size_bucket
+from unept.kernels._scatter import ScatterBuffer
+from unept.kernels._triton import INTERPRETED
 from unept.kernels.sparse_attention import torch_backend, triton_common, triton_value
 
 SHAPES = [(5, 7), (3, 4), (1, 6)]
@@ -406,9 +408,9 @@ def test_only_deterministic_mode_looks_for_the_largest_contribution():
 
 def test_tuning_of_a_tiny_problem_does_not_decide_for_real_ones():
     heads, queries = 8, 3 * 60 * 60
-    tiny, image, batch = size_class(heads * 5), size_class(heads * queries), size_class(16 * heads * queries)
+    tiny, image, batch = size_bucket(heads * 5), size_bucket(heads * queries), size_bucket(16 * heads * queries)
     assert len({tiny, image, batch}) == 3
-    assert size_class(heads * 3 * 64 * 48) == image, "another size of image would tune anew"
+    assert size_bucket(heads * 3 * 64 * 48) == image, "another size of image would tune anew"
 
 
 def test_deterministic_bound_covers_weights_above_one(backend, deterministic):
