@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from ..backend import runs_on_triton
 from ..checks import check_count, check_floating, check_integer, check_same_device, check_shape, check_sides
-from . import torch_backend, triton_backward, triton_common
-from .torch_backend import levels
+from . import torch_backend, triton_backward, triton_forward
+from .levels import levels
 
 # --- custom ops -------------------------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ def _sparse_sampling(
 ) -> Tensor:
     if value.numel() == 0 or points.numel() == 0:
         return value.new_empty((value.shape[0], points.shape[1], value.shape[2] * value.shape[3]))
-    run = (triton_common if runs_on_triton(value) else torch_backend).forward
+    run = (triton_forward if runs_on_triton(value) else torch_backend).forward
     return run(value, shapes, points, scores, reference)
 
 
@@ -54,8 +54,8 @@ def _sparse_sampling_backward(
     points: Tensor,
     scores: Tensor,
     reference: Tensor | None,
-    value_grad: bool,
-    reference_grad: bool,
+    needs_value: bool,
+    needs_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of value, points, scores and reference; empty ones for value and reference where not wanted."""
     if grad_out.numel() == 0:
@@ -64,14 +64,14 @@ def _sparse_sampling_backward(
     else:
         run = (triton_backward if runs_on_triton(value) else torch_backend).backward
         grad_value, grad_points, grad_scores, grad_reference = run(
-            grad_out, value, shapes, points, scores, reference, value_grad, reference_grad
+            grad_out, value, shapes, points, scores, reference, needs_value, needs_reference
         )
         if reference is not None and grad_reference is not None:
             shared = reference.shape[0] != value.shape[0]
             grad_reference = (grad_reference.sum(0, keepdim=True) if shared else grad_reference).to(reference.dtype)
     # A custom op returns no None.
-    grad_value = grad_value if value_grad else value.new_empty(0)
-    grad_reference = grad_reference if reference_grad else value.new_empty(0)
+    grad_value = grad_value if needs_value else value.new_empty(0)
+    grad_reference = grad_reference if needs_reference else value.new_empty(0)
     return grad_value, grad_points, grad_scores, grad_reference
 
 
@@ -83,14 +83,14 @@ def _(
     points: Tensor,
     scores: Tensor,
     reference: Tensor | None,
-    value_grad: bool,
-    reference_grad: bool,
+    needs_value: bool,
+    needs_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        value.new_empty(value.shape if value_grad else (0,)),
+        value.new_empty(value.shape if needs_value else (0,)),
         points.new_empty(points.shape),
         scores.new_empty(scores.shape),
-        reference.new_empty(reference.shape) if reference is not None and reference_grad else value.new_empty(0),
+        reference.new_empty(reference.shape) if reference is not None and needs_reference else value.new_empty(0),
     )
 
 

@@ -23,7 +23,9 @@ from unept.kernels import (
 from unept.kernels._autotune import size_bucket
 from unept.kernels._scatter import ScatterBuffer
 from unept.kernels._triton import INTERPRETED
-from unept.kernels.sparse_attention import torch_backend, triton_common, triton_value
+from unept.kernels.sparse_attention import force_form, torch_backend, triton_value_binned
+from unept.kernels.sparse_attention.forms import should_pad
+from unept.kernels.sparse_attention.triton_arguments import query_order
 
 SHAPES = [(5, 7), (3, 4), (1, 6)]
 
@@ -152,11 +154,9 @@ FORMS = {"padded, binned": (True, "binned"), "masked, atomic": (False, "atomic")
 
 
 @pytest.fixture(params=FORMS.values(), ids=FORMS)
-def form(request, monkeypatch):
+def form(request):
     padded, method = request.param
-    monkeypatch.setattr(triton_common, "copy_pays", lambda *_: padded)
-    monkeypatch.setattr(triton_value, "fastest", lambda name, methods, key: methods[method])
-    with use_backend("triton"):
+    with force_form(padded=padded, value_gradient=method), use_backend("triton"):
         yield "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -191,25 +191,25 @@ def test_values_at_the_edge_do_not_leak_into_samples_outside(form, value):
 
 def test_images_are_binned_a_few_at_a_time(form, monkeypatch):
     case = make_case(batch=3, queries=9, heads=2).to(form, torch.float32)
-    monkeypatch.setattr(triton_value, "MAX_RECORD_BYTES", 16 * 2 * 9 * 2 * 2 * 3)
+    monkeypatch.setattr(triton_value_binned, "MAX_RECORD_BYTES", 16 * 2 * 9 * 2 * 2 * 3)
     check(attention, case)
 
 
 def test_maps_are_copied_for_many_samples_only():
     dense, few = 3 * 60 * 60, 300
     value = torch.empty(1, dense, 8, 32, dtype=torch.bfloat16, device="meta")
-    assert triton_common.copy_pays(value, torch.empty(1, dense, 8, 3, 16, 2, device="meta"))
-    assert not triton_common.copy_pays(value, torch.empty(1, few, 8, 4, 4, 2, device="meta"))
+    assert should_pad(value, torch.empty(1, dense, 8, 3, 16, 2, device="meta"))
+    assert not should_pad(value, torch.empty(1, few, 8, 4, 4, 2, device="meta"))
 
 
 def test_queries_of_a_grid_are_taken_in_blocks():
-    order = triton_common.query_order((10, 12, 3, 4), 132, torch.device("cpu"))
+    order = query_order((10, 12, 3, 4), 132, torch.device("cpu"))
     assert sorted(order.tolist()) == list(range(132))
     rows, columns = order[:64] // 12, order[:64] % 12
     assert rows.max() == 7
     assert columns.max() == 7
     assert order[120:].min() == 120
-    assert torch.equal(triton_common.query_order((10, 12), 7, torch.device("cpu")), torch.arange(7).int())
+    assert torch.equal(query_order((10, 12), 7, torch.device("cpu")), torch.arange(7).int())
 
 
 def test_ms_deform_attn_matches_its_definition_in_every_dtype(backend):
@@ -437,11 +437,11 @@ def test_opcheck(backend, op):
     others = [*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in others), None][:3]
     shapes = [size for shape in case.spatial_shapes for size in shape]
     torch.library.opcheck(torch.ops.unept.sparse_sampling, (value, shapes, *others))
-    for value_grad, reference_grad in ((True, op is attention), (False, False)):
-        arguments = (case.grad_out, value, shapes, *others, value_grad, reference_grad)
+    for needs_value, needs_reference in ((True, op is attention), (False, False)):
+        arguments = (case.grad_out, value, shapes, *others, needs_value, needs_reference)
         torch.library.opcheck(torch.ops.unept.sparse_sampling_backward, arguments)
         no_queries = [t[:, :0] if t is not None else None for t in others]
-        arguments = (case.grad_out[:, :0], value, shapes, *no_queries, value_grad, reference_grad)
+        arguments = (case.grad_out[:, :0], value, shapes, *no_queries, needs_value, needs_reference)
         torch.library.opcheck(torch.ops.unept.sparse_sampling_backward, arguments)
 
 
