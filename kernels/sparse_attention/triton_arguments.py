@@ -15,7 +15,6 @@ from torch import Tensor
 from .._autotune import size_bucket
 from .._triton import device_guard, tl, triton
 from .levels import levels
-from .triton_common import Level
 
 # Pixels of zeros around each level of the padded copy.
 BORDER = 2
@@ -37,7 +36,7 @@ def geometry(shapes: tuple[int, ...], padded: bool, device: torch.device) -> Ten
     starts = accumulate(rows[:-1], initial=0)
     first_rows = [start + border * pitch + border for start, pitch in zip(starts, pitches, strict=True)]
     first_cells = accumulate(((h + 1) * (w + 1) for h, w in zip(heights[:-1], widths[:-1], strict=True)), initial=0)
-    table = [Level(*row) for row in zip(heights, widths, pitches, first_rows, first_cells, strict=True)]
+    table = list(zip(heights, widths, pitches, first_rows, first_cells, strict=True))
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
@@ -77,8 +76,8 @@ def query_order(shapes: tuple[int, ...], Q: int, device: torch.device) -> Tensor
 def pad_kernel(
     padded_ptr,  # (B, M, R, BLOCK_D), contiguous
     value_ptr,  # (B, S, M, D)
-    value_strides,
     source_ptr,  # (R,) int32: the row of value that each row copies, -1 for zeros
+    value_strides,
     R,
     M,
     D: tl.constexpr,
@@ -96,8 +95,8 @@ def pad_kernel(
     pointers = value_ptr + source[:, None] * value_strides[1] + channel.to(tl.int64) * value_strides[3]
     # [BLOCK_S, BLOCK_D]
     words = tl.load(pointers, mask=(source >= 0)[:, None] & (channel < D), other=0.0)
-    out_ptrs = padded_ptr + (image_head * R + row)[:, None] * BLOCK_D + channel
-    tl.store(out_ptrs, words, mask=(row < R)[:, None])
+    out_pointers = padded_ptr + (image_head * R + row)[:, None] * BLOCK_D + channel
+    tl.store(out_pointers, words, mask=(row < R)[:, None])
 
 
 def pad_value(value: Tensor, shapes: Sequence[int]) -> Tensor:
@@ -112,8 +111,8 @@ def pad_value(value: Tensor, shapes: Sequence[int]) -> Tensor:
         pad_kernel[(triton.cdiv(R, block_s) * B * M,)](
             padded_ptr=padded,
             value_ptr=value,
-            value_strides=value.stride(),
             source_ptr=source,
+            value_strides=value.stride(),
             R=R,
             M=M,
             D=D,

@@ -39,7 +39,7 @@ POINTS_POOL = autotune_pool(
 )
 
 
-# --- kernels ----------------------------------------------------------------------------------------------------------
+# --- device functions -------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -109,6 +109,9 @@ def softmax_backward(
             tl.store(grad_scores_ptr + index * N + n, grad_score.to(grad_scores_ptr.dtype.element_ty), mask=valid)
 
 
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
 @autotuned(
     POINTS_POOL,
     key=["N", "D", "LOCATIONS", "PADDED", "NEEDS_REFERENCE"],
@@ -123,15 +126,15 @@ def points_backward_kernel(
     normaliser_ptr,  # (B, Q, M, 2) float32, contiguous, written for `value_gradient`; unused if LOCATIONS
     grad_out_ptr,  # (B, Q, M, D), contiguous
     value_ptr,  # the rest as in the forward kernel
-    value_strides,
     pairs_ptr,
-    pairs_strides,
     scores_ptr,
-    scores_strides,
     reference_ptr,
-    reference_strides,
     order_ptr,
     geometry_ptr,
+    value_strides,
+    pairs_strides,
+    scores_strides,
+    reference_strides,
     M,
     Q,
     L,
@@ -173,10 +176,10 @@ def points_backward_kernel(
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             # [BLOCK_N, BLOCK_Q]
-            x, y = load_positions(tile.pairs, origin, level, index, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX)
+            x, y = load_positions(tile.pairs, origin, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX)
             x0, y0, fx, fy = split_position(x, y, level, PADDED)
-            score_ptrs = point_pointers(tile.scores, index, n, INT64_INDEX)
-            weight = load_weights(score_ptrs, n, largest, N, BLOCK_N, LOCATIONS) * inverse_total
+            score_pointers = point_pointers(tile.scores, level.index, n, INT64_INDEX)
+            weight = load_weights(score_pointers, n, largest, N, BLOCK_N, LOCATIONS) * inverse_total
             # [BLOCK_N, BLOCK_Q, WORDS]
             pointers = corner_pointers(maps, level, x0, y0, WORDS, INT64_INDEX)
             grad_weight = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
@@ -252,15 +255,15 @@ def backward(
             normaliser_ptr=normaliser,
             grad_out_ptr=grad_out,
             value_ptr=maps.value,
-            value_strides=maps.value.stride(),
             pairs_ptr=samples.pairs,
-            pairs_strides=samples.pairs.stride(),
             scores_ptr=samples.scores,
-            scores_strides=samples.scores.stride(),
             reference_ptr=samples.reference,
-            reference_strides=samples.reference_strides,
             order_ptr=samples.order,
             geometry_ptr=maps.geometry,
+            value_strides=maps.value.stride(),
+            pairs_strides=samples.pairs.stride(),
+            scores_strides=samples.scores.stride(),
+            reference_strides=samples.reference_strides,
             M=M,
             Q=Q,
             L=L,

@@ -15,7 +15,7 @@ Legend (`op` has the equation and the letters B, S, M, D, Q, L, N)
     R          rows of one head's padded maps
     WORDS      loads per pixel: D up to a power of two, half of that where two channels make one word (PACKED)
     pairs      (B, Q, M, L, N)      points as integers: x in the lower half, y in the upper
-    geometry   (L, 5) int32         one row per level, with the columns of `Level`
+    geometry   (L, 5) int32         the columns height, width, pitch, first_row, first_cell of each `Level`
     order      (Q,) int32           a permutation of the queries
 """
 
@@ -31,8 +31,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Level(NamedTuple):
-    """The row of one level in `geometry`, all int32."""
+    """One level and its row in `geometry`, all int32."""
 
+    index: Any
     height: Any
     width: Any
     pitch: Any
@@ -113,9 +114,10 @@ def load_tile(order_ptr, pairs, scores, M, Q, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def load_level(geometry_ptr, index):
-    """One row of `geometry`."""
+    """The level with this index."""
     row_ptr = geometry_ptr + 5 * index
     return Level(
+        index=index,
         height=tl.load(row_ptr),
         width=tl.load(row_ptr + 1),
         pitch=tl.load(row_ptr + 2),
@@ -193,7 +195,6 @@ def load_positions(
     pairs,
     origin,
     level,
-    index,
     n,  # [BLOCK_N, 1]
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -202,7 +203,7 @@ def load_positions(
     INT64_INDEX: tl.constexpr,
 ):
     """x and y of the samples in pixels of a level, [BLOCK_N, BLOCK_Q]; past the last point they are outside."""
-    pointers = point_pointers(pairs, index, n, INT64_INDEX)
+    pointers = point_pointers(pairs, level.index, n, INT64_INDEX)
     if N % BLOCK_N == 0:
         x, y = unpack_xy(tl.load(pointers), POINT_TYPE)
     else:
@@ -225,7 +226,6 @@ def load_sample(
     origin,
     normaliser_ptr,  # (B, Q, M, 2), or None
     level,
-    index,
     n,  # [BLOCK_N, 1]
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -234,13 +234,14 @@ def load_sample(
     INT64_INDEX: tl.constexpr,
 ):
     """x, y, weight and whether the sample reads anything, each [BLOCK_N, BLOCK_Q]."""
-    x, y = load_positions(tile.pairs, origin, level, index, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX)
-    score_ptrs = point_pointers(tile.scores, index, n, INT64_INDEX)
+    x, y = load_positions(tile.pairs, origin, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX)
+    score_pointers = point_pointers(tile.scores, level.index, n, INT64_INDEX)
     if LOCATIONS:
-        weight = load_scores(score_ptrs, n, 0.0, N, BLOCK_N)
+        weight = load_scores(score_pointers, n, 0.0, N, BLOCK_N)
     else:
-        statistics_ptr = normaliser_ptr + tile.row[None, :] * 2
-        weight = load_weights(score_ptrs, n, tl.load(statistics_ptr), N, BLOCK_N, False) * tl.load(statistics_ptr + 1)
+        pointers = normaliser_ptr + tile.row[None, :] * 2
+        largest, inverse_total = tl.load(pointers), tl.load(pointers + 1)
+        weight = load_weights(score_pointers, n, largest, N, BLOCK_N, False) * inverse_total
     in_bounds = (x > -1.0) & (x < level.width) & (y > -1.0) & (y < level.height)
     return x, y, weight, in_bounds & (n < N) & tile.mask[None, :]
 

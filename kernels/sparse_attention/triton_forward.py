@@ -32,7 +32,7 @@ FORWARD_POOL = autotune_pool(
 )
 
 
-# --- kernels ----------------------------------------------------------------------------------------------------------
+# --- device functions -------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -49,19 +49,22 @@ def largest_score(scores, L, N: tl.constexpr, BLOCK_Q: tl.constexpr, INT64_INDEX
     return tl.max(largest, 0)[None, :]
 
 
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
 @autotuned(FORWARD_POOL, key=["N", "D", "LOCATIONS", "PADDED"], unspecialised=["Q", "L"], fit=scale_block_q)
 def forward_kernel(
     out_ptr,  # (B, Q, M, D), contiguous
     value_ptr,  # (B, M, R, WORDS), or (B, M, S, D) with any strides
-    value_strides,
     pairs_ptr,  # (B, Q, M, L, N)
-    pairs_strides,
     scores_ptr,  # (B, Q, M, L, N)
-    scores_strides,
     reference_ptr,  # (B, Q, 2), or None
-    reference_strides,
     order_ptr,  # (Q,)
     geometry_ptr,  # (L, 5)
+    value_strides,
+    pairs_strides,
+    scores_strides,
+    reference_strides,
     M,
     Q,
     L,
@@ -94,10 +97,10 @@ def forward_kernel(
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             # [BLOCK_N, BLOCK_Q]
-            x, y = load_positions(tile.pairs, origin, level, index, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX)
+            x, y = load_positions(tile.pairs, origin, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX)
             x0, y0, fx, fy = split_position(x, y, level, PADDED)
-            score_ptrs = point_pointers(tile.scores, index, n, INT64_INDEX)
-            weight = load_weights(score_ptrs, n, largest, N, BLOCK_N, LOCATIONS)
+            score_pointers = point_pointers(tile.scores, level.index, n, INT64_INDEX)
+            weight = load_weights(score_pointers, n, largest, N, BLOCK_N, LOCATIONS)
             total += weight
             # [BLOCK_N, BLOCK_Q, WORDS]
             pointers = corner_pointers(maps, level, x0, y0, WORDS, INT64_INDEX)
@@ -137,15 +140,15 @@ def forward(value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor
         forward_kernel[query_grid(samples)](
             out_ptr=out,
             value_ptr=maps.value,
-            value_strides=maps.value.stride(),
             pairs_ptr=samples.pairs,
-            pairs_strides=samples.pairs.stride(),
             scores_ptr=samples.scores,
-            scores_strides=samples.scores.stride(),
             reference_ptr=samples.reference,
-            reference_strides=samples.reference_strides,
             order_ptr=samples.order,
             geometry_ptr=maps.geometry,
+            value_strides=maps.value.stride(),
+            pairs_strides=samples.pairs.stride(),
+            scores_strides=samples.scores.stride(),
+            reference_strides=samples.reference_strides,
             M=M,
             Q=Q,
             L=L,

@@ -47,13 +47,13 @@ def scatter_backward_kernel(
     grad_out_ptr,  # (B, Q, M, D), contiguous
     normaliser_ptr,  # (B, Q, M, 2), or None
     pairs_ptr,  # (B, Q, M, L, N)
-    pairs_strides,
     scores_ptr,  # (B, Q, M, L, N)
-    scores_strides,
     reference_ptr,  # (B, Q, 2), or None
-    reference_strides,
     order_ptr,  # (Q,)
     geometry_ptr,  # (L, 5), of maps that are not padded
+    pairs_strides,
+    scores_strides,
+    reference_strides,
     S,
     M,
     Q,
@@ -83,7 +83,7 @@ def scatter_backward_kernel(
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             # [BLOCK_N, BLOCK_Q]
             x, y, weight, valid = load_sample(
-                tile, origin, normaliser_ptr, level, index, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX
+                tile, origin, normaliser_ptr, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX
             )
             x0, y0, fx, fy = split_position(x, y, level, False)
             for dy in tl.static_range(2):
@@ -124,13 +124,13 @@ def value_gradient_atomic(
         grad_out_ptr=grad_out,
         normaliser_ptr=normaliser,
         pairs_ptr=samples.pairs,
-        pairs_strides=samples.pairs.stride(),
         scores_ptr=samples.scores,
-        scores_strides=samples.scores.stride(),
         reference_ptr=samples.reference,
-        reference_strides=samples.reference_strides,
         order_ptr=samples.order,
         geometry_ptr=geometry(tuple(shapes), False, value.device),
+        pairs_strides=samples.pairs.stride(),
+        scores_strides=samples.scores.stride(),
+        reference_strides=samples.reference_strides,
         S=S,
         M=M,
         Q=Q,

@@ -51,6 +51,18 @@ def scale_warps(config: "triton.Config", arguments: Mapping[str, Any]) -> "trito
     return triton.Config(config.kwargs, num_warps=min(8, config.num_warps * factor))
 
 
+# --- device functions -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_records(records_ptr, record, valid):
+    """x, y - floor(y), weight (float32) and query (int64) of the records [BLOCK_R]."""
+    pointers = records_ptr + (record.to(tl.int64) * 2)[:, None] + tl.arange(0, 2)[None, :]
+    position, share = tl.split(tl.load(pointers, mask=valid[:, None], other=0))
+    x, fy = unpack_xy(position, tl.float32)
+    return x, fy, share.to(tl.int32).to(tl.float32, bitcast=True), share >> 32
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -60,13 +72,13 @@ def bin_backward_kernel(
     records_ptr,  # (samples, 2) int64; None if COUNT
     normaliser_ptr,  # (B, Q, M, 2), or None
     pairs_ptr,  # (B, Q, M, L, N)
-    pairs_strides,
     scores_ptr,  # (B, Q, M, L, N)
-    scores_strides,
     reference_ptr,  # (B, Q, 2), or None
-    reference_strides,
     order_ptr,  # (Q,)
     geometry_ptr,  # (L, 5), of maps that are not padded
+    pairs_strides,
+    scores_strides,
+    reference_strides,
     C,
     M,
     Q,
@@ -90,7 +102,7 @@ def bin_backward_kernel(
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             # [BLOCK_N, BLOCK_Q]
             x, y, weight, valid = load_sample(
-                tile, origin, normaliser_ptr, level, index, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX
+                tile, origin, normaliser_ptr, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX
             )
             x0, y0, _, fy = split_position(x, y, level, False)
             cells = cursor_ptr + (level.first_cell + (y0 + 1) * (level.width + 1) + (x0 + 1))
@@ -100,15 +112,6 @@ def bin_backward_kernel(
                 words = tl.join(pack_xy(x, fy, tl.float32), share)  # [BLOCK_N, BLOCK_Q, 2]
                 pointers = records_ptr + (place * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]
                 tl.store(pointers, words, mask=valid[:, :, None])
-
-
-@triton.jit
-def load_records(records_ptr, record, valid):
-    """x, y - floor(y), weight (float32) and query (int64) of the records [BLOCK_R]."""
-    pointers = records_ptr + (record.to(tl.int64) * 2)[:, None] + tl.arange(0, 2)[None, :]
-    position, share = tl.split(tl.load(pointers, mask=valid[:, None], other=0))
-    x, fy = unpack_xy(position, tl.float32)
-    return x, fy, share.to(tl.int32).to(tl.float32, bitcast=True), share >> 32
 
 
 @autotuned(WINDOW_POOL, key=["D"], unspecialised=["T", "C", "S", "Q"], fit=scale_warps)
@@ -159,9 +162,9 @@ def window_backward_kernel(
             valid = record < end
             # [BLOCK_R]
             x, fy, weight, query = load_records(records_ptr, record, valid)
-            grad_ptrs = grad_out_ptr + (query * M * D)[:, None]
+            grad_pointers = grad_out_ptr + (query * M * D)[:, None]
             # [BLOCK_R, BLOCK_D]
-            grad = tl.load(grad_ptrs, mask=valid[:, None] & (channel < D), other=0.0).to(DOT_TYPE)
+            grad = tl.load(grad_pointers, mask=valid[:, None] & (channel < D), other=0.0).to(DOT_TYPE)
             # [WINDOW_COLUMNS, BLOCK_R]
             tent = tl.maximum(1.0 - tl.abs(pixel_x.to(tl.float32)[:, None] - x[None, :]), 0.0)
             lower = (weight * fy)[None, :]
@@ -224,13 +227,13 @@ def bin_samples(shapes: Sequence[int], samples: Samples, normaliser: Tensor | No
             records_ptr=records,
             normaliser_ptr=normaliser,
             pairs_ptr=samples.pairs,
-            pairs_strides=samples.pairs.stride(),
             scores_ptr=samples.scores,
-            scores_strides=samples.scores.stride(),
             reference_ptr=samples.reference,
-            reference_strides=samples.reference_strides,
             order_ptr=samples.order,
             geometry_ptr=geometry(tuple(shapes), False, device),
+            pairs_strides=samples.pairs.stride(),
+            scores_strides=samples.scores.stride(),
+            reference_strides=samples.reference_strides,
             C=C,
             M=M,
             Q=Q,
