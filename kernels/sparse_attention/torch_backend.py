@@ -90,7 +90,7 @@ def _value_table(value: Tensor, layout: _Layout) -> Tensor:
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def _blocks(points: Tensor, limit: int, map_size: int = 0) -> Iterator[Block]:
+def blocks(points: Tensor, limit: int, map_size: int = 0) -> Iterator[Block]:
     """Blocks of at most `limit` samples: as many queries as fit, then heads, then images.
 
     A block takes several heads only with all queries, several images only with all heads, and only so many that
@@ -191,7 +191,7 @@ def forward(value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor
     if reference is not None:
         reference = reference.expand(layout.B, -1, -1)
     out = value.new_empty((*points.shape[:3], layout.D))
-    for block in _blocks(points, MAX_TEMPORARY // 8):
+    for block in blocks(points, MAX_TEMPORARY // 8):
         samples = _samples(layout, points, scores, reference, block)
         weights = _corner_weights(samples.weights, samples.fx, samples.fy)
         left = table[layout.first_row(block) :]
@@ -262,7 +262,7 @@ def _sample_gradients(
     pairs = table.flatten().unfold(0, 2 * layout.D, layout.D)
     grad_points, grad_scores = points.new_empty(points.shape), scores.new_empty(scores.shape)
     grad_reference = table.new_zeros((layout.B, points.shape[1], 2)) if needs_reference else None
-    for block in _blocks(points, MAX_TEMPORARY // 8):
+    for block in blocks(points, MAX_TEMPORARY // 8):
         samples = _samples(layout, points, scores, reference, block)
         fx, fy, weights = samples.fx, samples.fy, samples.weights
         grad = _by_map(grad_out, block, layout.dtype).view(-1, 1, layout.D)
@@ -295,7 +295,7 @@ def _value_gradient(
     grad_table = layout.zeros()
     # A block walks over all rows of its maps: with fewer samples than rows most of that would be for nothing.
     limit = max(layout.rows, MAX_TEMPORARY // 2)
-    for block in _blocks(points, limit, map_size=layout.rows * layout.D // 2):
+    for block in blocks(points, limit, map_size=layout.rows * layout.D // 2):
         samples = _samples(layout, points, scores, reference, block)
         grad = _by_map(grad_out, block, layout.dtype).view(-1, layout.D)
         rows, order = samples.rows.flatten().sort(stable=True)

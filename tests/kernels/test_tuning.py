@@ -65,3 +65,10 @@ def test_a_pool_without_tuning_is_its_first_configuration(monkeypatch):
     assert _autotune.autotune_pool(*configs) == configs
     monkeypatch.setattr(_autotune, "TUNES", False)
     assert _autotune.autotune_pool(*configs) == configs[:1]
+
+
+def test_tuning_of_a_tiny_problem_does_not_decide_for_real_ones():
+    size_bucket, heads, queries = _autotune.size_bucket, 8, 3 * 60 * 60
+    tiny, image, batch = size_bucket(heads * 5), size_bucket(heads * queries), size_bucket(16 * heads * queries)
+    assert len({tiny, image, batch}) == 3
+    assert size_bucket(heads * 3 * 64 * 48) == image, "another size of image would tune anew"
