@@ -228,7 +228,7 @@ def test_stride_that_passes_32_bits_one_row_outside(backend, tmp_path):
 
 def test_rows_of_a_level_that_pass_32_bits(backend, tmp_path):
     """Two rows of pixels lie more than 2**31 elements apart, though no stride is that large."""
-    case = make_case(batch=1, queries=3, heads=1, channels=3, num_points=1, shapes=[(2, 2)])
+    case = make_case(batch=1, queries=9, heads=1, channels=3, num_points=4, shapes=[(2, 2)])
     case = case.to(backend[1], torch.float16)
     near = with_gradients(attention, case)
     case.inputs["value"] = spread(case.inputs["value"], 1, tmp_path).requires_grad_()
