@@ -22,7 +22,9 @@ import math
 import torch
 from torch import Tensor
 
-from ._triton import ScatterBuffer, autotune_pool, autotuned, device_guard, scatter_add, size_class, tl, triton
+from ._autotune import autotune_pool, autotuned, size_bucket
+from ._scatter import ScatterBuffer, scatter_add
+from ._triton import device_guard, tl, triton
 from .backend import runs_on_triton
 from .checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
 
@@ -164,7 +166,7 @@ def gather_kernel(
     H,
     W,
     P,
-    size_class,
+    size_bucket,
     BORDER: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -230,7 +232,7 @@ def gather_backward_kernel(
     H,
     W,
     P,
-    size_class,
+    size_bucket,
     BORDER: tl.constexpr,
     NEEDS_FEATURES: tl.constexpr,
     NEEDS_POINTS: tl.constexpr,
@@ -298,7 +300,7 @@ def _forward_triton(features: Tensor, points: Tensor, padding: str) -> Tensor:
             H,
             W,
             P,
-            size_class=size_class(B * P),
+            size_bucket=size_bucket(B * P),
             BORDER=padding == "border",
             enable_fp_fusion=True,
         )
@@ -335,7 +337,7 @@ def _backward_triton(
             H,
             W,
             P,
-            size_class=size_class(B * P),
+            size_bucket=size_bucket(B * P),
             BORDER=padding == "border",
             NEEDS_FEATURES=needs_features,
             NEEDS_POINTS=needs_points,

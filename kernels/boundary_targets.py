@@ -33,7 +33,8 @@ import math
 import torch
 from torch import Tensor
 
-from ._triton import autotune_pool, autotuned, device_guard, size_class, tl, triton
+from ._autotune import autotune_pool, autotuned, size_bucket
+from ._triton import device_guard, tl, triton
 from .backend import runs_on_triton
 from .checks import check_count, check_integer, check_shape
 
@@ -221,7 +222,7 @@ def column_kernel(
     ignore_index,
     H,
     W,
-    size_class,
+    size_bucket,
     SATURATION: tl.constexpr,
     REACH: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -256,7 +257,7 @@ def row_kernel(
     distance_ptr,  # (B, H, W), contiguous float32
     H,
     W,
-    size_class,
+    size_bucket,
     SATURATION: tl.constexpr,
     REACH: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -302,7 +303,7 @@ def direction_kernel(
     H,
     W,
     radius,
-    size_class,
+    size_bucket,
     CENTRES: tl.constexpr,  # 2 n numbers
     NUM_DIRECTIONS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -355,11 +356,11 @@ def _boundary_targets_triton(
     nearest, squares = labels.new_empty((2, B, H, W), dtype=torch.int32)
     grid = lambda meta: (B * triton.cdiv(H, meta["BLOCK_H"]) * triton.cdiv(W, meta["BLOCK_W"]),)
     saturation = _saturation(radius)
-    lanes = size_class(labels.numel())
+    lanes = size_bucket(labels.numel())
     look = {"SATURATION": saturation, "REACH": math.isqrt(saturation - 1)}
     with device_guard(labels):
-        column_kernel[grid](labels, nearest, squares, *labels.stride(), ignore_index, H, W, size_class=lanes, **look)
-        row_kernel[grid](nearest, squares, distance, H, W, size_class=lanes, **look)
+        column_kernel[grid](labels, nearest, squares, *labels.stride(), ignore_index, H, W, size_bucket=lanes, **look)
+        row_kernel[grid](nearest, squares, distance, H, W, size_bucket=lanes, **look)
         direction_kernel[grid](
             labels,
             distance,
@@ -369,7 +370,7 @@ def _boundary_targets_triton(
             H,
             W,
             math.sqrt(_largest_square(radius)),
-            size_class=lanes,
+            size_bucket=lanes,
             CENTRES=_bin_centres(num_directions),
             NUM_DIRECTIONS=num_directions,
             enable_fp_fusion=False,  # fused, products would be rounded otherwise than on a CPU

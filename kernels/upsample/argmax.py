@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._triton import autotuned, device_guard, tl, triton
+from .._autotune import autotuned
+from .._triton import device_guard, tl, triton
 from ..backend import runs_on_triton
 from .tiles_torch import Where, check_maps, visit_tiles
 from .tiles_triton import (
@@ -80,7 +81,7 @@ def argmax_kernel(
     scale_x,  # w / W
     shift_y,
     shift_x,
-    size_class,
+    size_bucket,
     HAS_OFFSET: tl.constexpr,
     OPERAND: tl.constexpr,
     NO_CLASS: tl.constexpr,

@@ -13,17 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._triton import (
-    INTERPRETED,
-    LOWEST,
-    PRECISION,
-    ScatterBuffer,
-    autotuned,
-    device_guard,
-    scatter_add,
-    tl,
-    triton,
-)
+from .._autotune import autotuned
+from .._scatter import ScatterBuffer, scatter_add
+from .._triton import INTERPRETED, LOWEST, PRECISION, device_guard, tl, triton
 from .tiles_triton import (
     CLASS_POOL,
     GATHERED_K,
@@ -132,7 +124,7 @@ def losses_kernel(
     scale_x,  # w / W
     shift_y,
     shift_x,
-    size_class,
+    size_bucket,
     HAS_OFFSET: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -194,7 +186,7 @@ def losses_backward_kernel(
     scale_x,  # w / W
     shift_y,
     shift_x,
-    size_class,
+    size_bucket,
     HAS_OFFSET: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     DETERMINISTIC: tl.constexpr,

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._triton import INTERPRETED, autotune_pool, operand, size_class, tl, triton
+from .._autotune import autotune_pool, size_bucket
+from .._triton import INTERPRETED, operand, tl, triton
 
 CLASS_POOL = autotune_pool(
     triton.Config({"BLOCK_K": 32}, num_warps=2),
@@ -230,7 +231,7 @@ def tile_arguments(logits: Tensor, size: tuple[int, int], offset: Tensor | None)
         "scale_x": w / W,
         "shift_y": tile_shift(H, h),
         "shift_x": tile_shift(W, w),
-        "size_class": size_class(B * H * W),
+        "size_bucket": size_bucket(B * H * W),
         "HAS_OFFSET": offset is not None,
         "OPERAND": operand(logits.dtype),
         "NO_CLASS": no_class(logits.dtype),

@@ -44,7 +44,7 @@ from triton.runtime.jit import JITFunction
 
 import unept.kernels
 from tests.helpers.offline_ops import OPS
-from unept.kernels._triton import ScatterBuffer
+from unept.kernels._scatter import ScatterBuffer
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),

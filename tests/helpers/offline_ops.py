@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -37,16 +36,13 @@ def _attention(
     channels: int = 32,
 ) -> None:
     """The encoder's attention, forward and backward, with maps and gradient of the value in a given form."""
-    from unept.kernels.sparse_attention import triton_common as shared
-    from unept.kernels.sparse_attention import triton_value as of_value
-    from unept.kernels.sparse_attention.triton_backward import backward
+    from unept.kernels.sparse_attention import force_form, triton_backward, triton_forward
 
     grad_out, *inputs = _encoder(dtype, channels)
     centres = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32) if reference else None
-    with mock.patch.object(shared, "copy_pays", return_value=padded):
-        shared.forward(*inputs, centres)
-        with mock.patch.object(of_value, "fastest", lambda name, methods, key: methods[method]):
-            backward(grad_out, *inputs, centres, value_grad=True, reference_grad=gradient)
+    with force_form(padded=padded, value_gradient=method):
+        triton_forward.forward(*inputs, centres)
+        triton_backward.backward(grad_out, *inputs, centres, needs_value=True, needs_reference=gradient)
 
 
 def sparse_sampling(dtype: torch.dtype) -> None:
@@ -76,9 +72,7 @@ def sparse_sampling_deterministic(dtype: torch.dtype) -> None:
 
 def sparse_sampling_sizes_of_one(dtype: torch.dtype) -> None:
     """One image, pixel, head, channel, query, level and point: arguments that are 1 become constants."""
-    from unept.kernels.sparse_attention import triton_common as shared
-    from unept.kernels.sparse_attention import triton_value as of_value
-    from unept.kernels.sparse_attention.triton_backward import backward
+    from unept.kernels.sparse_attention import force_form, triton_backward, triton_forward
 
     value, grad_out, reference = (
         _meta(1, 1, 1, 1, dtype=dtype),
@@ -87,12 +81,9 @@ def sparse_sampling_sizes_of_one(dtype: torch.dtype) -> None:
     )
     inputs = value, [1, 1], _meta(1, 1, 1, 1, 1, 2, dtype=dtype), _meta(1, 1, 1, 1, 1, dtype=dtype), reference
     for padded, method in ((True, "binned"), (False, "atomic")):
-        with (
-            mock.patch.object(shared, "copy_pays", return_value=padded),
-            mock.patch.object(of_value, "fastest", lambda name, methods, key, method=method: methods[method]),
-        ):
-            shared.forward(*inputs)
-            backward(grad_out, *inputs, value_grad=True, reference_grad=True)
+        with force_form(padded=padded, value_gradient=method):
+            triton_forward.forward(*inputs)
+            triton_backward.backward(grad_out, *inputs, needs_value=True, needs_reference=True)
 
 
 def ms_deform(dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from unept.kernels import _triton
+from unept.kernels import _autotune
 
 SECONDS = {"slow": 2.0, "fast": 1.0}
 
@@ -20,8 +20,8 @@ def timed(monkeypatch, tmp_path):
         calls.append(run())
         return SECONDS[calls[-1]]
 
-    monkeypatch.setattr(_triton, "INTERPRETED", False)
-    monkeypatch.setattr(_triton, "_choices", {})
+    monkeypatch.setattr(_autotune, "INTERPRETED", False)
+    monkeypatch.setattr(_autotune, "_choices", {})
     monkeypatch.setattr(triton.testing, "do_bench", bench)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -35,17 +35,17 @@ CANDIDATES = {"slow": lambda: "slow", "fast": lambda: "fast"}
 
 
 def test_the_fastest_is_chosen_once_for_each_key(timed):
-    assert _triton.fastest("op", CANDIDATES, ("a",))() == "fast"
-    assert _triton.fastest("op", CANDIDATES, ("a",))() == "fast"
+    assert _autotune.fastest("op", CANDIDATES, ("a",))() == "fast"
+    assert _autotune.fastest("op", CANDIDATES, ("a",))() == "fast"
     assert timed == ["slow", "fast"]
-    _triton.fastest("op", CANDIDATES, ("b",))
+    _autotune.fastest("op", CANDIDATES, ("b",))
     assert timed == ["slow", "fast"] * 2
 
 
 def test_the_choice_outlives_the_process(timed, monkeypatch):
-    _triton.fastest("op", CANDIDATES, ("a",))
-    monkeypatch.setattr(_triton, "_choices", {})
-    assert _triton.fastest("op", CANDIDATES, ("a",))() == "fast"
+    _autotune.fastest("op", CANDIDATES, ("a",))
+    monkeypatch.setattr(_autotune, "_choices", {})
+    assert _autotune.fastest("op", CANDIDATES, ("a",))() == "fast"
     assert timed == ["slow", "fast"]
 
 
@@ -54,14 +54,21 @@ def test_nothing_is_timed_while_a_graph_is_captured_or_when_told_not_to(timed, m
     if reason == "capture":
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     else:
-        monkeypatch.setattr(_triton, "TUNES", False)
-    assert _triton.fastest("op", CANDIDATES, ("a",))() == "slow"
+        monkeypatch.setattr(_autotune, "TUNES", False)
+    assert _autotune.fastest("op", CANDIDATES, ("a",))() == "slow"
     assert not timed
 
 
 def test_a_pool_without_tuning_is_its_first_configuration(monkeypatch):
     configs = [triton.Config({"BLOCK_Q": size}) for size in (64, 32)]
-    monkeypatch.setattr(_triton, "INTERPRETED", False)
-    assert _triton.autotune_pool(*configs) == configs
-    monkeypatch.setattr(_triton, "TUNES", False)
-    assert _triton.autotune_pool(*configs) == configs[:1]
+    monkeypatch.setattr(_autotune, "INTERPRETED", False)
+    assert _autotune.autotune_pool(*configs) == configs
+    monkeypatch.setattr(_autotune, "TUNES", False)
+    assert _autotune.autotune_pool(*configs) == configs[:1]
+
+
+def test_tuning_of_a_tiny_problem_does_not_decide_for_real_ones():
+    size_bucket, heads, queries = _autotune.size_bucket, 8, 3 * 60 * 60
+    tiny, image, batch = size_bucket(heads * 5), size_bucket(heads * queries), size_bucket(16 * heads * queries)
+    assert len({tiny, image, batch}) == 3
+    assert size_bucket(heads * 3 * 64 * 48) == image, "another size of image would tune anew"
