@@ -54,7 +54,7 @@ def graph() -> dict[str, set[str]]:
 def test_the_graph_sees_every_kind_of_import(graph):
     assert {"unept.model.network", "unept.segmenter"} <= graph["unept"]
     assert "unept.model.output" in graph["unept.inference"]
-    assert {"unept.cli", "unept.pretrained"} <= graph["unept.predict"]
+    assert {"unept.cli", "unept.data.files"} <= graph["unept.predict"]
 
 
 def test_there_is_no_circle(graph):
