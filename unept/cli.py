@@ -1,21 +1,19 @@
-"""What the commands share: how options are parsed, exit codes for errors, and advice for when memory runs out."""
+"""What the commands share: how options are parsed, exit codes for errors, and loops over images."""
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import tyro
 
-from .config import TrainConfig
 from .data import DatasetError
 from .distributed import Device as Device
 from .distributed import choose_device as choose_device
 from .inference import InferenceConfig, InferenceOptions, resolve
+from .memory import out_of_memory as out_of_memory
 from .model.loss import LossWeights
 from .model.network import UNEPT
 from .pretrained import has_model as has_model
@@ -69,32 +67,6 @@ def refuse_several_processes() -> None:
             f"this process is one of {processes} (WORLD_SIZE), but this command works in a single process: start it "
             "without torchrun"
         )
-
-
-@contextlib.contextmanager
-def out_of_memory(advice: str) -> Iterator[None]:
-    """Turn PyTorch's errors about the memory of a GPU or of the machine into a MemoryError that ends in `advice`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise MemoryError(f"out of memory {advice}") from error
-        raise
-
-
-def memory_advice(config: TrainConfig, local_batch: int) -> str:
-    """Say how a training step of `local_batch` images per rank takes less memory, as advice for `out_of_memory`."""
-    height, width = config.data.crop_size
-    at_once = local_batch // config.accumulate
-    smaller = (
-        f"--accumulate {config.accumulate * 2} keeps the batch and processes it in twice as many parts"
-        if at_once % 2 == 0
-        else "--batch-size takes fewer images"
-    )
-    return (
-        f"with {at_once} images of {height}x{width} at once (batch_size {config.batch_size}): {smaller}; --crop-size "
-        "makes images smaller; --amp bf16 halves most of the rest. --resume auto continues from the last checkpoint"
-    )
 
 
 def open_model(

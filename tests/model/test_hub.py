@@ -84,8 +84,9 @@ def test_what_a_model_says_about_itself_comes_back(saved):
         "input": "uint8 RGB", "mean": mean, "std": std, "short_side": 24, "refine": True, "refine_scale": 2,
     }  # fmt: skip
     assert model.evaluation == {
-        "dataset": "camvid", "split": "val", "step": 4000, "mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5,
-        "boundary_tolerance": 3, "images": 101, "iou": [0.7, None, 0.5],
+        "dataset": "camvid", "dataset_title": "CamVid", "split": "val", "step": 4000,
+        "mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5, "boundary_tolerance": 3,
+        "images": 101, "iou": [0.7, None, 0.5],
     }  # fmt: skip
 
 
