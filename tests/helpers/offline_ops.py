@@ -101,14 +101,14 @@ def ms_deform(dtype: torch.dtype) -> None:
 
 
 def _gather(size: int, dtype: torch.dtype, paddings: tuple[str, ...]) -> None:
-    from unept.kernels.bilinear_gather import _backward_triton, _forward_triton
+    from unept.kernels.bilinear_gather_triton import backward, forward
 
     channels = 256 if size > 1 else 1
     features = _meta(2, channels, size, size, dtype=dtype)
     points = _meta(2, size * size, 2, dtype=torch.float32)
     for padding in paddings:
-        out = _forward_triton(features, points, padding)
-        _backward_triton(out, features, points, padding, needs_features=True, needs_points=True)
+        out = forward(features, points, padding)
+        backward(out, features, points, padding, needs_features=True, needs_points=True)
 
 
 def gather(dtype: torch.dtype) -> None:
