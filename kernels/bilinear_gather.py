@@ -193,7 +193,7 @@ def bilinear_gather(features: Tensor, points: Tensor, padding: str = "zeros") ->
 
     Raises:
         TypeError: features or points are not floating point.
-        ValueError: shapes or devices don't fit, more than 2**30 pixels or points an image, or an unknown padding.
+        ValueError: shapes or devices do not fit, an image has more than 2**30 pixels or points, or padding is unknown.
     """
     check_floating(features=features, points=points)
     check_same_device(features=features, points=points)

@@ -147,6 +147,7 @@ def gather_backward_kernel(
     grad_out_strides,
     features_strides,
     points_strides,
+    grad_stride_c,  # H * W, of grad_features; a product in the kernel costs the loop registers
     C,
     H,
     W,
@@ -181,7 +182,7 @@ def gather_backward_kernel(
             scatter_add(grad_pointers + 1, grad * (1 - fy) * fx, in_01, scale_ptr, DETERMINISTIC)
             scatter_add(grad_pointers + W, grad * fy * (1 - fx), in_10, scale_ptr, DETERMINISTIC)
             scatter_add(grad_pointers + W + 1, grad * fy * fx, in_11, scale_ptr, DETERMINISTIC)
-            grad_pointers += H * W
+            grad_pointers += grad_stride_c
         if NEEDS_POINTS:
             v00, v01, v10, v11 = load_corners(pointers, features_strides, in_bounds)
             grad_x += grad * ((1 - fy) * (v01 - v00) + fy * (v11 - v10))
@@ -250,6 +251,7 @@ def backward(
             grad_out_strides=grad_out.stride(),
             features_strides=features.stride(),
             points_strides=points.stride(),
+            grad_stride_c=H * W,
             C=C,
             H=H,
             W=W,
