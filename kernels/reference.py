@@ -31,12 +31,13 @@ def sparse_sampling_attention(
     value (B, S, M, D), offsets (B, Q, M, L, N, 2) in pixels of level l, logits (B, Q, M, L, N) and reference_points
     (B or 1, Q, 2), the paper's c_q in [0, 1], give out (B, Q, M * D).
     """
-    locations = []
-    for level, (height, width) in enumerate(spatial_shapes):
-        dx, dy = offsets[:, :, :, level].unbind(-1)
-        locations.append(reference_points[:, :, None, None] + torch.stack([dx / width, dy / height], dim=-1))
+    offsets, logits = offsets.permute(2, 0, 1, 3, 4, 5), logits.permute(2, 0, 1, 3, 4)  # heads first
     weights = logits.flatten(3).softmax(-1).unflatten(3, logits.shape[3:])
-    return ms_deform_attn(value, spatial_shapes, None, torch.stack(locations, dim=3), weights)
+    locations = []
+    for (height, width), offset in zip(spatial_shapes, offsets.unbind(3), strict=True):
+        dx, dy = offset.unbind(-1)
+        locations.append(reference_points[:, :, None] + torch.stack([dx / width, dy / height], dim=-1))
+    return weighted_samples(value, spatial_shapes, locations, weights)
 
 
 def ms_deform_attn(
@@ -51,16 +52,26 @@ def ms_deform_attn(
     value (B, S, M, D), sampling_locations (B, Q, M, L, N, 2) in [0, 1] and attention_weights (B, Q, M, L, N) give out
     (B, Q, M * D). level_start_index is not used: the levels lie one after another.
     """
+    locations, weights = sampling_locations.permute(2, 0, 1, 3, 4, 5), attention_weights.permute(2, 0, 1, 3, 4)
+    return weighted_samples(value, spatial_shapes, locations.unbind(3), weights)
+
+
+def weighted_samples(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Sequence[Tensor], weights: Tensor
+) -> Tensor:
+    """Sum the samples of all levels: value (B, S, M, D), L locations (M, B, Q, N, 2) and weights (M, B, Q, L, N).
+
+    In an image at [0, 1] x [0, 1], as here, pixel centres lie at (i + 1/2) / size; samples outside are zero.
+    """
     B, _, M, _ = value.shape
-    levels = value.split([height * width for height, width in spatial_shapes], dim=1)
+    maps = value.permute(2, 0, 3, 1).split([height * width for height, width in spatial_shapes], dim=3)
     out = value.new_zeros(())
     for level, (height, width) in enumerate(spatial_shapes):
-        image = levels[level].permute(2, 0, 3, 1).reshape(M * B, -1, height, width)
-        grid = (2 * sampling_locations[:, :, :, level] - 1).permute(2, 0, 1, 3, 4).flatten(0, 1)  # (M * B, Q, N, 2)
-        weights = attention_weights[:, :, :, level].permute(2, 0, 1, 3).flatten(0, 1)  # (M * B, Q, N)
-        samples = F.grid_sample(image, grid.to(image.dtype), align_corners=False)  # (M * B, D, Q, N)
-        out = out + (samples * weights[:, None]).sum(-1)
-    return out.unflatten(0, (M, B)).permute(1, 3, 0, 2).flatten(2)
+        image = maps[level].reshape(M * B, -1, height, width)
+        grid = (2 * locations[level] - 1).flatten(0, 1).to(value.dtype)  # (M * B, Q, N, 2), in [-1, 1]
+        samples = F.grid_sample(image, grid, align_corners=False)  # (M * B, D, Q, N)
+        out = out + (samples * weights[:, :, :, level].flatten(0, 1)[:, None]).sum(-1)
+    return out.unflatten(0, (M, B)).permute(1, 3, 0, 2).flatten(2)  # (B, Q, M * D)
 
 
 # --- interpolation ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import cli
 from .inference import InferenceConfig
+from .kernels import reference
 from .model.network import STRIDE, UNEPT, UNEPTOutput, output_offset, predicted_ids
 
 Format = Literal["onnx", "torch-export", "aoti"]
@@ -84,76 +85,46 @@ class WholeImage(nn.Module):
         height, width = images.shape[2:]
         divisor = self.model.divisor
         padded = self.model.normalized(images)
-        padded = _padded(padded, 2, (height + divisor - 1) // divisor * divisor)
-        padded = _padded(padded, 3, (width + divisor - 1) // divisor * divisor)
+        padded = pad(padded, 2, (height + divisor - 1) // divisor * divisor)
+        padded = pad(padded, 3, (width + divisor - 1) // divisor * divisor)
         h, w = ((size + STRIDE - 1) // STRIDE for size in (height, width))
-        output = UNEPTOutput(*(None if m is None else _cropped(m, h, w) for m in self.model(padded)))
+        output = UNEPTOutput(*(None if m is None else crop(m, h, w) for m in self.model(padded)))
         size = (STRIDE * h, STRIDE * w)
         if self.output == "ids":
             ids = predicted_ids(output, size, refine=self.refine, refine_scale=self.refine_scale)
-            return _cropped(ids, height, width)
-        logits = F.interpolate(output.logits.float(), size, mode="bilinear", align_corners=False)
+            return crop(ids, height, width)
         offset = output_offset(output, size, self.refine_scale) if self.refine else None
-        return _cropped(logits if offset is None else _shifted(logits, offset), height, width)
+        return crop(reference.upsampled(output.logits.float(), size, offset), height, width)
 
 
-def _padded(images: Tensor, axis: int, size: int) -> Tensor:
+def pad(images: Tensor, axis: int, size: int) -> Tensor:
     """Zeros behind the end of an axis, up to `size`. `F.pad` would tell "nothing to pad" apart."""
     index = torch.arange(size, device=images.device)
     inside = (index < images.shape[axis]).view([-1 if a == axis else 1 for a in range(images.dim())])
     return images.index_select(axis, index.clamp(max=images.shape[axis] - 1)) * inside
 
 
-def _cropped(maps: Tensor, height: int, width: int) -> Tensor:
+def crop(maps: Tensor, height: int, width: int) -> Tensor:
     """The first rows and columns of the last two axes, contiguous whether that is all of them or not."""
     rows, columns = (torch.arange(size, device=maps.device) for size in (height, width))
     return maps.index_select(-2, rows).index_select(-1, columns)
-
-
-def _shifted(maps: Tensor, offset: Tensor) -> Tensor:
-    """Maps (B, C, H, W) read at p + offset(p), clamped to the image; offset (B, 2, H, W) in whole pixels, (x, y)."""
-    height, width = maps.shape[2:]
-    rows = torch.arange(height, device=maps.device)[:, None]
-    columns = torch.arange(width, device=maps.device)
-    y = (rows + offset[:, 1].long()).clamp(0, height - 1)
-    x = (columns + offset[:, 0].long()).clamp(0, width - 1)
-    index = (y * width + x).flatten(1)[:, None].expand(-1, maps.shape[1], -1)
-    return maps.flatten(2).gather(2, index).unflatten(2, (height, width))
 
 
 # --- the operators in PyTorch's own -----------------------------------------------------------------------------------
 
 
 def _sparse_sampling(
-    value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference: Tensor | None
+    value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference_points: Tensor | None
 ) -> Tensor:
-    """`unept::sparse_sampling`; see `unept.kernels.sparse_attention` for the letters."""
-    batch, queries, heads, num_levels, num_points = points.shape[:5]
-    # Heads first, as the network computes them: of another order the exporter would ask how it lies in memory.
-    points, scores = points.permute(2, 0, 1, 3, 4, 5).float(), scores.permute(2, 0, 1, 3, 4)
-    if reference is not None:
-        scores = scores.flatten(3).softmax(-1).unflatten(-1, (num_levels, num_points))
     pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
-    maps = value.float().permute(2, 0, 3, 1).split([height * width for height, width in pairs], dim=3)
-    out: Any = 0
-    for level, (height, width) in enumerate(pairs):
-        image = maps[level].reshape(heads * batch, -1, height, width)
-        locations = points[:, :, :, level]  # (M, B, Q, N, 2)
-        if reference is not None:
-            offsets = torch.stack([locations[..., 0] / width, locations[..., 1] / height], dim=-1)
-            locations = reference[None, :, :, None] + offsets
-        grid = (2 * locations - 1).reshape(heads * batch, queries, num_points, 2)
-        samples = F.grid_sample(image, grid, align_corners=False)  # (M * B, D, Q, N)
-        shares = scores[:, :, :, level].reshape(heads * batch, 1, queries, num_points)
-        out = out + (samples * shares).sum(-1)
-    out = out.reshape(heads, batch, -1, queries).permute(1, 3, 0, 2).reshape(batch, queries, -1)
-    return out.to(value.dtype)
+    maps, points, scores = value.float(), points.float(), scores.float()
+    if reference_points is None:
+        return reference.ms_deform_attn(maps, pairs, None, points, scores).to(value.dtype)
+    return reference.sparse_sampling_attention(maps, pairs, points, scores, reference_points).to(value.dtype)
 
 
 def _upsample_argmax(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
-    """`unept::upsample_argmax`, for offsets in whole pixels."""
-    ids = F.interpolate(logits.float(), (height, width), mode="bilinear", align_corners=False).argmax(1)
-    return ids if offset is None else _shifted(ids[:, None], offset)[:, 0]
+    return reference.upsample_argmax(logits.float(), (height, width), offset)
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
