@@ -34,7 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from unept.config import ModelConfig, TrainConfig
 from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
-from unept.model.network import UNEPT, UNEPTOutput, padded_size
+from unept.model.network import UNEPT
+from unept.model.output import TrainableModel, UNEPTOutput, padded_size
 from unept.presets import DEIT, camvid
 from unept.train import Trainer
 from unept.training.throughput import peak_memory
@@ -141,7 +142,7 @@ def best_rate(name: str, jobs: Sequence[Job], results: dict[str, dict[str, Any]]
 
 
 class Rival(nn.Module):
-    """A network of segmentation-models-pytorch on the same backbone, as `Trainer` and `evaluate_model` use ours.
+    """A network of segmentation-models-pytorch on the same backbone, as a `TrainableModel` that `Trainer` can train.
 
     Its scores are at 1/4 of the image (ours at 1/8), and are up-sampled by the loss and the prediction like ours.
 
@@ -203,7 +204,7 @@ class RivalTrainer(Trainer):
         self.architecture = architecture
         super().__init__(config, out)
 
-    def build_model(self) -> Any:
+    def build_model(self) -> TrainableModel:
         """See `Trainer`."""
         weights = self.config.model.backbone_weights
         return Rival(self.architecture, self.train_set.classes, self.train_set.palette, weights)
@@ -257,7 +258,7 @@ def memory_of(backbone: str, batch: int, backend: str, amp: str, mode: str) -> d
     with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("torch"):
         model.eval()(torch.zeros(1, 3, 480, 480, device=DEVICE))
         model.train()
-    predict, terms = (torch.compile(model), torch.compile(loss.terms)) if mode == "compiled" else (model, loss.terms)
+    predict, losses = (torch.compile(model), torch.compile(loss.losses)) if mode == "compiled" else (model, loss.losses)
     optimizer = torch.optim.AdamW(model.parameters())
     images, labels = sample_batch(batch, 480)
     with use_backend(backend):
@@ -266,7 +267,7 @@ def memory_of(backbone: str, batch: int, backend: str, amp: str, mode: str) -> d
                 torch.cuda.reset_peak_memory_stats()
             with autocast(amp == "bf16"):
                 output = predict(images)
-            terms(output, loss.targets(labels))["loss"].backward()
+            losses(output, loss.targets(labels))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     torch.cuda.synchronize()

@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from unept.data import CamVid, SegmentationDataset, TransformedDataset, train_transform
 from unept.data.folder import ImageFolder
-from unept.data.transforms import MEAN_COLOUR, Span, scaled_crop, scaled_mask_crop
+from unept.data.transforms import MEAN_COLOR, Span, scaled_crop, scaled_mask_crop
 
 from .harness import Group, Variant
 
@@ -89,7 +89,7 @@ def cases(full: bool, device: str) -> list[Case]:
 
 def torchvision_transform(case: Case) -> Callable[..., tuple[Tensor, ...]]:
     """Random scale, crop, flip, colours: the usual pipeline of torchvision's transforms."""
-    fill = {tv_tensors.Image: MEAN_COLOUR, tv_tensors.Mask: 255}
+    fill = {tv_tensors.Image: MEAN_COLOR, tv_tensors.Mask: 255}
     return v2.Compose(
         [
             v2.ScaleJitter(case.size, SCALE, antialias=True),

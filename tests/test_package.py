@@ -1,5 +1,10 @@
-"""What is distributed: a wheel and an sdist that hold what they should, and an installation that works."""
+"""What is distributed: a wheel and an sdist that hold what they should, and every way to install works.
 
+`kernels/` is imported as `unept.kernels`. In a clone the link `unept/kernels` leads there, elsewhere setuptools puts
+the files into place; each of the ways below must lead to a package whose operators run.
+"""
+
+import importlib
 import os
 import re
 import subprocess
@@ -12,6 +17,28 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"unept": "unept", "kernels": "unept/kernels"}
+DISTRIBUTED = ("unept", "kernels", "tests", "bench", "docs", "pyproject.toml", "README.md", "LICENSE")
+
+# Run by a Python that has an installation of this project already: forget it, so that only what is tested is found.
+FORGET_INSTALLATION = f"""
+import importlib.metadata, pathlib, sys
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+sys.path = [path for path in sys.path if path != {str(ROOT)!r}]
+def distribution(name):
+    for found in importlib.metadata.distributions(name=name):
+        if pathlib.Path(found.locate_file("")).resolve().is_relative_to(sys.argv[1]):
+            return found
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.distribution = distribution
+"""
+# Print the files of both packages, after an operator of one and a command of the other have run.
+USE = """
+import torch, unept, unept.kernels, unept.train
+points = torch.tensor([[[0.5, 0.0]]])
+assert unept.kernels.bilinear_gather(torch.tensor([[[[1.0, 3.0]]]]), points).item() == 2.0
+unept.train.parse([])
+print(unept.__file__, unept.kernels.__file__, unept.kernels.bilinear_gather.__code__.co_filename, unept.__version__)
+"""
 
 
 def declared_version() -> str:
@@ -28,47 +55,132 @@ def sources() -> set[str]:
     }
 
 
+def run_python(code: str, cwd: Path, *arguments: str) -> str:
+    """Run code in a new process whose import path begins with `cwd`; gives what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def files_used(folder: Path, cwd: Path, setup: str = "") -> list[str]:
+    """The files of `unept` and `unept.kernels` that a process uses that finds them below `folder`; and the version."""
+    *files, version = run_python(FORGET_INSTALLATION + setup + USE, cwd, str(folder.resolve())).split()
+    assert all(Path(file).resolve().is_relative_to(folder.resolve()) for file in files), files
+    return [*(str(Path(file).relative_to(folder)) for file in files), version]
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """Build `"wheel"`, `"sdist"` or `"editable"` of a source tree as pip does; gives the file."""
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    return out / run_python(code, source, str(out)).split()[-1]
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """(wheel, sdist), built by setuptools from a copy, so that nothing is left in the working tree."""
-    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
-    for name in ("unept", "kernels", "tests", "bench", "docs", "pyproject.toml", "README.md", "LICENSE"):
-        (copy / name).symlink_to(ROOT / name)
-    code = "import sys; from setuptools import build_meta as b; print(b.build_{}(sys.argv[1]))"
-    for kind in ("sdist", "wheel"):
-        command = [sys.executable, "-c", code.format(kind), str(out)]
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
-    return wheel, sdist
+def copy(tmp_path_factory):
+    """A copy of what is distributed, so that builds leave nothing in the working tree."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in DISTRIBUTED:
+        (folder / name).symlink_to(ROOT / name)
+    return folder
 
 
-def test_wheel(built):
-    names = set(zipfile.ZipFile(built[0]).namelist())
+@pytest.fixture(scope="module")
+def wheel(copy, tmp_path_factory):
+    return build("wheel", copy, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(copy, tmp_path_factory):
+    return build("sdist", copy, tmp_path_factory.mktemp("sdist"))
+
+
+def test_wheel(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (entry_points,) = (archive.read(name).decode() for name in names if name.endswith("/entry_points.txt"))
+    assert len(names) == len(set(names))
     metadata = {name for name in names if ".dist-info/" in name}
-    assert names - metadata == sources() | {"unept/py.typed"}
-    written = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "entry_points.txt", "LICENSE"}
-    assert {Path(name).name for name in metadata} == written
+    assert set(names) - metadata == sources() | {"unept/py.typed"}
+    expected = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "entry_points.txt", "LICENSE"}
+    assert {Path(name).name for name in metadata} == expected
+    scripts = dict(re.findall(r"^([\w-]+) = (.+)$", entry_points, re.M))
+    commands = set(re.findall(r"-m unept\.(\w+)", (ROOT / "README.md").read_text()))
+    assert commands == {"train", "evaluate", "predict", "visualize", "submission", "export"}
+    assert scripts == {f"unept-{name}": f"unept.{name}:main" for name in commands}
+    for name in commands:
+        assert callable(importlib.import_module(f"unept.{name}").main)
 
 
-def test_sdist(built):
-    with tarfile.open(built[1]) as archive:
-        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-    names = {name for name in names if not name.startswith(("unept.egg-info/", "tests/"))}  # setuptools adds tests
+def test_wheel_works_where_it_is_installed(wheel, tmp_path):
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
+    subprocess.run([*pip, str(wheel)], check=True)
+    assert files_used(tmp_path, tmp_path) == [
+        "unept/__init__.py",
+        "unept/kernels/__init__.py",
+        "unept/kernels/bilinear_gather.py",
+        declared_version(),
+    ]
+
+
+def test_kernels_of_a_clone_are_the_package_of_unept():
+    """From the root of a clone `import kernels` finds the folder, which other libraries try."""
+    assert importlib.import_module("kernels") is importlib.import_module("unept.kernels")
+    assert (ROOT / "unept" / "kernels").resolve() == ROOT / "kernels"
+
+
+@pytest.mark.slow
+def test_sdist(sdist, wheel, tmp_path):
+    """It holds the sources, and the wheel that is built of it is the one that is built of a clone."""
+    with tarfile.open(sdist) as archive:
+        files = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
+        archive.extractall(tmp_path, filter="data")
+    assert len(files) == len(set(files))
+    names = {name for name in files if not name.startswith(("unept.egg-info/", "tests/"))}  # setuptools adds tests
     modules = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     others = {"README.md", "LICENSE", "pyproject.toml", "PKG-INFO", "setup.cfg", "unept/py.typed"}
     assert names == modules | others
+    (unpacked,) = tmp_path.iterdir()
+    with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as other, zipfile.ZipFile(wheel) as archive:
+        assert {file.filename: file.CRC for file in other.infolist()} == {
+            file.filename: file.CRC for file in archive.infolist()
+        }
 
 
-def test_wheel_works_where_it_is_installed(built, tmp_path):
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
-    subprocess.run([*pip, str(built[0])], check=True)
-    code = "import unept, unept.kernels, unept.train; print(unept.__file__, unept.__version__)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    version = declared_version()
-    assert done.stdout.split() == [str(tmp_path / "unept" / "__init__.py"), version]
+@pytest.mark.slow
+def test_editable_installation(copy, tmp_path):
+    with zipfile.ZipFile(build("editable", copy, tmp_path)) as archive:
+        archive.extractall(tmp_path / "site")
+    setup = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+    # The link and the mapping of setuptools lead to the same files.
+    *files, version = run_python(FORGET_INSTALLATION + setup + USE, tmp_path, str(tmp_path.resolve())).split()
+    assert [str(Path(file).resolve().relative_to(ROOT)) for file in files] == [
+        "unept/__init__.py",
+        "kernels/__init__.py",
+        "kernels/bilinear_gather.py",
+    ]
+    assert version == declared_version()
+
+
+@pytest.mark.slow
+def test_git_archive_works_without_installing(tmp_path):
+    """What `git archive` exports, which is what a clone holds, works from its root; its version is not known there."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    (tmp_path / "export").mkdir()
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", str(tmp_path / "export")], input=archive, check=True)
+    link = tmp_path / "export" / "unept" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../kernels"
+    setup = "import kernels\n"
+    assert files_used(tmp_path / "export", tmp_path / "export", setup) == [
+        "unept/__init__.py",
+        "unept/kernels/__init__.py",
+        "unept/kernels/bilinear_gather.py",
+        "0+unknown",
+    ]
 
 
 def test_version_is_the_same_everywhere():

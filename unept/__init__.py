@@ -3,9 +3,13 @@
 import importlib.metadata
 
 from .model.loss import UNEPTLoss
-from .model.network import UNEPT, UNEPTOutput
+from .model.network import UNEPT
+from .model.output import UNEPTOutput
 from .model.registry import create_model, list_models
 from .segmenter import Segmentation, Segmenter
 
-__version__ = importlib.metadata.version("unept")
+try:
+    __version__ = importlib.metadata.version("unept")
+except importlib.metadata.PackageNotFoundError:  # used from a clone without installing
+    __version__ = "0+unknown"
 __all__ = ["UNEPT", "Segmentation", "Segmenter", "UNEPTLoss", "UNEPTOutput", "create_model", "list_models"]

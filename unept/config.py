@@ -1,4 +1,4 @@
-"""Every option of a training run, as typed dataclasses; the command line is made from them."""
+"""Every option of a training run, as typed dataclasses; `unept.train.parse` derives the command line from them."""
 
 import dataclasses
 import json
@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from .data import SegmentationDataset, build_dataset
+from .data.base import SegmentationDataset
+from .data.registry import DatasetName, build_dataset, find_dataset
+from .distributed import Device
 from .inference import InferenceConfig
+from .model.loss import PAPER_WEIGHTS, LossWeights
 
 
 def _require(condition: bool, message: str) -> None:
@@ -24,39 +25,40 @@ class ModelConfig:
     backbone: str = "resnet50"
     """Any timm model that gives feature maps."""
     pretrained_backbone: bool = True
-    """Start from its ImageNet weights, downloaded from timm's hub."""
+    """Start from the backbone's ImageNet weights, downloaded from timm's hub."""
     backbone_weights: Path | None = None
     """Start from the weights in this file instead (.safetensors or .pth); nothing is downloaded."""
     output_stride: int | None = None
-    """Of the backbone: 8, 16 or 32. None: 8 for ResNets, as in the paper, the backbone's own for others."""
+    """Stride of the backbone: 8, 16 or 32. None: 8 for ResNets, as in the paper, the backbone's own for others."""
     d_model: int = 256
-    """Channels of the transformer."""
+    """Number of channels of the transformer."""
     num_heads: int = 8
-    """Attention heads, M."""
+    """Number of attention heads, M."""
     num_points: int = 16
-    """Sampled points a head and level, N."""
+    """Number of sampled points per head and level, N."""
     num_levels: int = 3
-    """Feature maps taken from the backbone, L."""
+    """Number of feature maps taken from the backbone, L."""
     num_encoder_layers: int = 2
-    """Encoder layers."""
+    """Number of encoder layers."""
     num_decoder_layers: int = 2
-    """Decoder layers."""
+    """Number of decoder layers."""
     ffn_dim: int = 2048
-    """Hidden channels of the feed-forward networks."""
+    """Number of hidden channels of the feed-forward networks."""
     dropout: float = 0.1
-    """In the transformer."""
+    """Dropout rate in the transformer."""
     context_queries: Literal["spatial", "learned"] = "spatial"
-    """The decoder's input: the spatial branch, or the learned table of the paper's baseline (no refinement)."""
+    """Input of the decoder: the spatial branch, or the learned table of the paper's baseline (no refinement)."""
 
     def __post_init__(self) -> None:
         _require(
-            self.d_model % self.num_heads == 0, f"d_model {self.d_model} is no multiple of num_heads {self.num_heads}"
+            self.d_model % self.num_heads == 0,
+            f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}: change one of them",
         )
-        _require(self.d_model % 8 == 0, f"d_model {self.d_model} is no multiple of 8")
-        _require(0 <= self.dropout < 1, f"dropout {self.dropout} is not in [0, 1)")
+        _require(self.d_model % 8 == 0, f"d_model is {self.d_model}; it must be a multiple of 8")
+        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `unept.model.UNEPT`."""
+        """Return the options as arguments of `unept.model.UNEPT`."""
         options = dataclasses.asdict(self)
         if self.backbone_weights is not None:
             options["backbone_weights"] = str(self.backbone_weights)
@@ -68,16 +70,16 @@ class ModelConfig:
 class DataConfig:
     """The data set and its augmentation (Sec. 4.2, Training)."""
 
-    dataset: Literal["shapes", "camvid", "folder", "ade20k", "cityscapes", "pascal_context"] = "shapes"
-    """Which one; see `unept.data`."""
+    dataset: DatasetName = "shapes"
+    """Name of the data set; see `unept.data.registry`."""
     root: Path | None = None
-    """Its folder on disk. `shapes` is made in memory and has none."""
+    """Folder of the data set on disk. `shapes` is made in memory and has none."""
     images: str = "images/{split}"
-    """Where `folder` has its images, under the root."""
+    """Where the images of `folder` are, under the root."""
     labels: str = "labels/{split}"
-    """Where `folder` has its labels, under the root."""
+    """Where the labels of `folder` are, under the root."""
     classes_file: str = "classes.txt"
-    """Where `folder` has its class list, under the root."""
+    """Where the class list of `folder` is, under the root."""
     background: bool = True
     """Whether the background of `pascal_context` is a class (60 classes, as in the paper) or ignored (59)."""
     crop_size: tuple[int, int] = (480, 480)
@@ -86,30 +88,32 @@ class DataConfig:
     """Images are resized to this short side before anything else. None: they keep their size."""
     scale: tuple[float, float] = (0.5, 2.0)
     """Random scale of a training image, relative to the short side."""
-    category_cap: float = 0.75
-    """A crop is drawn again if one class fills more of it than this."""
+    cat_max_ratio: float = 0.75
+    """A crop is drawn again if one class fills a larger share of it than this."""
     flip: bool = True
     """Mirror half of the training images."""
     photometric: bool = True
     """Random brightness, contrast, saturation and hue."""
     workers: int = 2
-    """Processes that load training data; 0 loads in the main process."""
+    """Number of processes that load training data; 0 loads in the main process."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """A file that can't be read, or breaks a rule: error stops the run, to be continued when it is mended. skip trains
-    on the next image instead, leaves it out of evaluations, and counts how often."""
+    """What to do with a file that cannot be read or breaks a rule. error: stop the run, which continues once the file
+    is repaired. skip: train on the next image instead, leave the file out of evaluations, and count how often."""
 
     def __post_init__(self) -> None:
-        _require(min(self.crop_size) >= 8, f"crop_size {self.crop_size} is under 8 pixels")
-        _require(0 < self.scale[0] <= self.scale[1], f"scale {self.scale} is no range of positive numbers")
-        _require(0 < self.category_cap <= 1, f"category_cap {self.category_cap} is not in (0, 1]")
+        _require(min(self.crop_size) >= 8, f"crop_size is {self.crop_size}; each side must be at least 8 pixels")
+        _require(
+            0 < self.scale[0] <= self.scale[1],
+            f"scale is {self.scale}; it must be a range of positive numbers, the smaller first",
+        )
+        _require(0 < self.cat_max_ratio <= 1, f"cat_max_ratio is {self.cat_max_ratio}; it must be in (0, 1]")
         _require(self.workers >= 0, f"workers is {self.workers}; it must be 0 or more")
-        in_memory = self.dataset == "shapes"
-        _require(not in_memory or self.root is None, "dataset 'shapes' is made in memory: leave --root away")
+        in_memory = find_dataset(self.dataset).in_memory
+        _require(not in_memory or self.root is None, f"dataset {self.dataset!r} is made in memory: omit --root")
 
     def build(self, split: str, root: Path | None = None) -> SegmentationDataset:
-        """The data set's `split`, from another root if one is given; see `unept.data.build_dataset` for errors."""
-        own = {"folder": ("images", "labels", "classes_file"), "pascal_context": ("background",)}
-        options = {name: getattr(self, name) for name in own.get(self.dataset, ())}
+        """Build one split of the data set, from another root if one is given; raises as `unept.data.build_dataset`."""
+        options = {name: getattr(self, name) for name in find_dataset(self.dataset).options}
         return build_dataset(self.dataset, root or self.root, split, **options)
 
 
@@ -117,12 +121,12 @@ class DataConfig:
 class TrainConfig:
     """One training run."""
 
-    model: tyro.conf.OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
-    data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     out: Path | None = None
-    """Run folder. None: runs/PRESET, or runs/PRESET-2 and so on if that exists."""
+    """Run folder. None: runs/PRESET, or runs/PRESET-2 and so on if that folder exists."""
     resume: Literal["auto", "never"] = "never"
     """auto: continue the run in the run folder from its last checkpoint, if there is one."""
     check_data: bool = False
@@ -130,88 +134,93 @@ class TrainConfig:
     iterations: int = 160_000
     """Optimiser steps."""
     batch_size: int = 16
-    """Images an optimiser step."""
+    """Images per optimiser step, over all processes."""
     accumulate: int = 1
-    """Split each batch into this many parts, one after another, to save memory."""
+    """Number of parts of each batch that are seen one after another, to save memory."""
     lr: float = 1e-4
     """Learning rate of everything but the backbone."""
     backbone_lr: float = 1e-5
     """Learning rate of the backbone."""
     weight_decay: float = 1e-4
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """Running average coefficients of AdamW."""
     warmup: int = 0
     """Steps over which the learning rates rise from zero; the paper has none."""
     schedule: Literal["step", "cosine"] = "step"
     """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero."""
-    loss_weights: tuple[float, float, float, float] = (1.0, 1.5, 3.0, 0.7)
+    loss_weights: LossWeights = PAPER_WEIGHTS
     """lambda_1..4 of Eq. 7: segmentation, refined segmentation, boundary, direction."""
     seed: int = 0
-    """Of initialisation, data order and augmentation."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: CUDA where there is a device."""
+    """Seed of initialisation, data order and augmentation."""
+    device: Device = "auto"
+    """auto: CUDA if there is a device."""
     amp: Literal["auto", "bf16", "off"] = "auto"
     """Autocast to bfloat16. auto: on CUDA only."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of model and loss. auto: on CUDA only."""
     log_every: int = 20
-    """Steps between lines of metrics.jsonl; a NaN loss is noticed here too."""
+    """Steps between lines of metrics.jsonl; a NaN loss is noticed at these steps too."""
     eval_every: int = 4000
     """Steps between evaluations on the validation set; the last step is always evaluated."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last two are kept."""
     boundary_tolerance: int = 3
-    """Pixels within which a boundary counts as found, in the boundary F-score."""
+    """Distance in pixels within which a boundary counts as found, in the boundary F-score."""
     window: int | None = None
-    """Slide a square window of this many pixels over larger images, at validation, and unless they are told otherwise
-    in evaluate and predict. None: whole images."""
+    """Slide a square window of this many pixels over larger images; at validation, and by default in evaluate and
+    predict. None: whole images."""
     window_stride: int | None = None
     """Pixels from window to window. None: 2/3 of the window."""
     refine: bool = True
-    """Refine the prediction at the boundaries, likewise at validation, in evaluate and in predict."""
+    """Refine the prediction at the boundaries; at validation, and by default in evaluate and predict."""
     refine_scale: int = 1
-    """Pixels that a boundary pixel's prediction is read inside of its segment, at inference."""
+    """Length in pixels of the step into its segment by which the prediction of a boundary pixel is refined."""
     num_samples: int = 4
-    """Validation images drawn into samples/ at each evaluation."""
+    """Number of validation images drawn into samples/ at each evaluation."""
 
     def __post_init__(self) -> None:
         _require(self.iterations > 0, f"iterations is {self.iterations}; it must be positive")
         _require(
             self.accumulate > 0 and self.batch_size % self.accumulate == 0,
-            f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}",
+            f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}: change one of them",
         )
         for name in ("batch_size", "log_every", "eval_every", "checkpoint_every", "refine_scale"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("warmup", "boundary_tolerance", "num_samples"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        self.loss_weights = LossWeights.read(self.loss_weights)  # config.json has a dict, that of old runs a list
         self.inference()  # which checks its options
 
     def inference(self) -> InferenceConfig:
-        """The protocol of the run's validation, and of what is done with its model later (`unept.cli.as_trained`)."""
+        """Return how the run sees images at validation, which its model then keeps (`InferenceConfig.protocol`)."""
         return InferenceConfig(
-            window=self.window,
-            window_stride=self.window_stride,
-            refine=self.refine,
+            window=self.window or 0,
+            window_stride=self.window_stride or 0,
+            refine=self.refine and self.model.context_queries == "spatial",
             refine_scale=self.refine_scale,
-            short_side=self.data.short_side,
+            short_side=self.data.short_side or 0,
             amp=self.amp,
         )
 
     def to_json(self) -> str:
-        """As text that `from_json` reads."""
+        """Return the options as the text of config.json, which `from_json` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str)
 
     @staticmethod
     def from_json(path: Path) -> "TrainConfig":
         """Read config.json of a run folder.
 
+        Options that a later version renamed are read under their old names too.
+
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: it is damaged, or has an option that this version does not have.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or has an option that this version does not have.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: {path.parent} is no run folder of unept.train")
+            raise FileNotFoundError(
+                f"{path} does not exist: give a folder that unept.train wrote, with config.json and model/"
+            )
         try:
             stored = json.loads(path.read_text())
         except json.JSONDecodeError as error:
@@ -221,14 +230,20 @@ class TrainConfig:
 
 
 _PARTS = {"model": ModelConfig, "data": DataConfig}
+# Old names of options, which stored config.json files and command lines may have.
+RENAMED = {"category_cap": "cat_max_ratio"}
 
 
 def _from_dict(kind: type, stored: dict[str, Any]) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(stored) - set(known))
-    _require(not unknown, f"config.json has options that this version of unept does not know: {', '.join(unknown)}")
-    values = dict(stored)
-    for name, value in stored.items():
+    values = {RENAMED.get(name, name): value for name, value in stored.items()}
+    unknown = sorted(set(values) - set(known))
+    _require(
+        not unknown,
+        f"config.json has options that this version of unept does not know: {', '.join(unknown)}. Use the version "
+        "that wrote it, or remove them from the file",
+    )
+    for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
         elif isinstance(value, str) and "Path" in str(known[name].type):

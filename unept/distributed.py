@@ -1,6 +1,6 @@
-"""Several processes under torchrun, on one machine or many (Sec. 4.2: synchronised batch normalisation).
+"""Train and evaluate on several processes under torchrun (Sec. 4.2: synchronised batch normalisation).
 
-Every function also works in a process that is alone, where there is nothing to do.
+Every function also works in a single process without a process group, where it has nothing to do.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Device = Literal["auto", "cuda", "cpu"]
-# The others wait while rank 0 draws pictures and writes, and on a cold start while each compiles.
-PATIENCE = datetime.timedelta(hours=1)
+# The other ranks wait while rank 0 draws pictures and writes, and at a cold start each waits while others compile.
+TIMEOUT = datetime.timedelta(hours=1)
 T = TypeVar("T")
 
 
 def rank() -> int:
-    """Number of this process, counted from 0 over all machines."""
+    """Return the number of this process, counted from 0 over all machines."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -44,19 +44,21 @@ def was_restarted() -> bool:
 
 
 def launch_id() -> str | None:
-    """What tells this start of torchrun from others, and stays when it starts its processes anew; None without it."""
+    """Identify this start of torchrun; the same after it has started its processes anew, None without torchrun."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"process {os.getppid()}" if run == "none" else run  # "none" where no --rdzv-id was given
+    return f"process {os.getppid()}" if run == "none" else run  # "none" without --rdzv-id
 
 
 def choose_device(name: Device) -> torch.device:
-    """The device that an option names; `auto` is CUDA where there is a device. Under torchrun each process has its own.
+    """Return the device that an option names; `auto` is CUDA if there is a device.
+
+    Under torchrun each process has a CUDA device of its own.
 
     Raises:
         ValueError: `cuda` is asked for and absent, or this machine has fewer devices than processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but PyTorch finds no CUDA device here: use --device cpu, or leave it away")
+        raise ValueError("device is cuda, but PyTorch finds no CUDA device here: use --device cpu, or omit --device")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -70,7 +72,7 @@ def choose_device(name: Device) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs."""
+    """Join the processes that torchrun started, by NCCL between GPUs and by gloo between CPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -78,7 +80,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None, **_fresh_store()
+        "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None, **_rendezvous()
     )
     try:
         yield
@@ -86,47 +88,50 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _fresh_store() -> dict[str, Any]:
-    """The store through which the processes find each other, their rank and their number, for `init_process_group`.
+def _rendezvous() -> dict[str, Any]:
+    """Agree on an unused store: returns `store`, `rank` and `world_size` for `init_process_group`.
 
-    When torchrun starts processes anew, it keeps the store, and with it the addresses of those that have ended, which
-    a process may find there before its peer has written its own (pytorch/pytorch#135712). So rank 0 answers each
-    process that has arrived, by a number of its own, with the name of a part of the store that nobody has written to.
+    When torchrun starts processes anew, it keeps the store, and with it the addresses of the processes that have ended,
+    which a process may read before its peer has written its own (pytorch/pytorch#135712). Therefore each process
+    announces itself under a random name, and rank 0 answers with the prefix of a part of the store that is unused.
     """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
-    name = me = uuid.uuid4().hex
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    prefix = own_name = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"arrived/{rank}", me)
-        name = store.get(f"answer/{me}").decode()  # waits
-        store.set(f"{name}/met/{rank}", "")
+        store.set(f"arrived/{rank}", own_name)
+        prefix = store.get(f"answer/{own_name}").decode()  # waits
+        store.set(f"{prefix}/joined/{rank}", "")
     else:
-        waiting, deadline = set(range(1, world_size)), time.monotonic() + PATIENCE.total_seconds()
+        waiting, deadline = set(range(1, world_size)), time.monotonic() + TIMEOUT.total_seconds()
         while waiting and time.monotonic() < deadline:
             for other in waiting:
-                if store.check([f"arrived/{other}"]):  # perhaps by one that has ended: then it is asked again
-                    store.set(f"answer/{store.get(f'arrived/{other}').decode()}", name)
+                if store.check([f"arrived/{other}"]):  # perhaps of a process that has ended: then it is read again
+                    store.set(f"answer/{store.get(f'arrived/{other}').decode()}", prefix)
             time.sleep(0.02)
-            waiting = {other for other in waiting if not store.check([f"{name}/met/{other}"])}
-    return {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world_size}
+            waiting = {other for other in waiting if not store.check([f"{prefix}/joined/{other}"])}
+    return {"store": dist.PrefixStore(prefix, store), "rank": rank, "world_size": world_size}
 
 
-def share_of(batch_size: int, accumulate: int) -> int:
-    """Images of a batch that each rank sees, in `accumulate` parts of equal size.
+def split_batch(batch_size: int, accumulate: int) -> int:
+    """Return the number of images of a batch that each rank sees, in `accumulate` parts of equal size.
 
     Raises:
-        ValueError: it can't be split so.
+        ValueError: the batch is not a multiple of the number of parts on all ranks.
     """
     ranks = world_size()
     if batch_size % (ranks * accumulate):
         raise ValueError(
-            f"batch_size {batch_size} can't be split over {ranks} processes in {accumulate} parts each: make it a "
+            f"batch_size {batch_size} cannot be split over {ranks} processes in {accumulate} parts each: make it a "
             f"multiple of {ranks * accumulate} (--batch-size), or change --accumulate or torchrun's --nproc-per-node"
         )
     return batch_size // ranks
 
 
-def from_main(function: Callable[[], T]) -> T:
-    """What `function` gives on rank 0, on all ranks; an error is raised on rank 0, and ends the others silently."""
+def run_on_main(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 only, and return its result on all ranks.
+
+    An error of the function is raised on rank 0, and ends the other ranks silently (SystemExit 2).
+    """
     if world_size() == 1:
         return function()
     result: list[Any] = [None, False]
@@ -134,7 +139,7 @@ def from_main(function: Callable[[], T]) -> T:
     if is_main():
         try:
             result = [function(), False]
-        except Exception as raised:  # passed on below: the others would wait for ever
+        except Exception as raised:  # raised below, after the broadcast for which the other ranks wait
             error, result = raised, [None, True]
     dist.broadcast_object_list(result, src=0)
     if error is not None:
@@ -145,7 +150,7 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """In place: the mean of every rank's."""
+    """Average a floating-point tensor over the ranks, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
         tensor /= world_size()
@@ -153,16 +158,16 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def sum_over_ranks(count: int, device: torch.device) -> int:
-    """The sum of every rank's count; waits for it."""
+    """Sum a count over the ranks; the host waits for the result."""
     return round(mean_over_ranks(torch.tensor(float(count), device=device)).item() * world_size())
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with synchronised batch normalisation, its gradients averaged over the ranks in each backward.
+    """Synchronise the batch normalisation of a model, and average its gradients over the ranks in each backward.
 
     Returns:
-        The model itself for one process, else a DistributedDataParallel around it. Parameters and buffers keep their
-        names in the model itself.
+        The model itself in a single process, else a DistributedDataParallel around it. Parameters and buffers keep
+        their names in the model itself.
     """
     if world_size() == 1:
         return model
@@ -176,23 +181,23 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Differentiable: the gradient of a sum is the sum of all ranks' gradients."""
+    """Sum a tensor over the ranks, differentiably: the gradient is the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        """Sum over the ranks."""
+        """Sum the tensor over the ranks."""
         total = tensor.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """The same of the gradient."""
+        """Sum the gradient over the ranks."""
         return _SumOverRanks.apply(grad.contiguous())
 
 
 def _synchronised_batch_norm(norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
-    """Batch normalisation (B, C, H, W) over all ranks, by differentiable sums which updates the statistics."""
+    """Normalise (B, C, H, W) by the statistics of all ranks' batches, and update the running statistics."""
     assert norm.num_batches_tracked is not None
     assert norm.running_mean is not None
     assert norm.running_var is not None

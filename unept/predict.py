@@ -1,6 +1,6 @@
 """`python -m unept.predict IMAGE...`: segment images with a trained model."""
 
-import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,12 +9,11 @@ import tyro
 from torch import Tensor
 
 from . import cli
-from .data import DatasetError
-from .data.base import IMAGE_SUFFIXES, read_image
-from .inference import InferenceConfig, predict_ids
-from .pictures import drawing
-
-RUNS = Path("runs")
+from .colors import overlay, save_palette_png, to_pil
+from .data.files import find_images, read_image
+from .inference import InferenceConfig, InferenceOptions, predict_ids, resolve
+from .model import UNEPT
+from .pretrained import load, newest_run
 
 
 @dataclass
@@ -28,10 +27,10 @@ class PredictConfig:
     Face hub. None: the newest run folder with a model under runs/."""
     out: Path = Path("predictions")
     """Folder for the results."""
-    inference: tyro.conf.OmitArgPrefixes[InferenceConfig] = field(default_factory=InferenceConfig)
+    inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views and refinement."""
     alpha: float = 0.5
-    """Weight of the class colours in the overlay, from 0 to 1."""
+    """Weight of the class colors in the overlay, from 0 to 1."""
     device: cli.Device = "auto"
     """auto: CUDA where there is a device."""
 
@@ -42,95 +41,54 @@ class PredictConfig:
             raise ValueError(f"alpha is {self.alpha}; it must be between 0 and 1")
 
 
-def find_images(paths: tuple[Path, ...]) -> list[Path]:
-    """Image files, and those directly in folders, by name.
-
-    Raises:
-        FileNotFoundError: a path that does not exist, or a folder without images.
-        ValueError: two files of one stem, whose results would have one name.
-    """
-    files = []
-    for path in paths:
-        if path.is_dir():
-            inside = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-            if not inside:
-                raise FileNotFoundError(
-                    f"{path} holds no images: put files ending in {', '.join(IMAGE_SUFFIXES)} in it"
-                )
-            files += sorted(inside)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"there is no image or folder {path}")
-    by_stem: dict[str, Path] = {}
-    for file in dict.fromkeys(files):
-        other = by_stem.setdefault(file.stem, file)
-        if other != file:
-            raise ValueError(f"{other} and {file} would share one result: predict them into different folders (--out)")
-    return list(by_stem.values())
-
-
-def newest_run(runs: Path = RUNS) -> Path:
-    """The run folder under `runs` whose model is the newest.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    found = [folder for folder in sorted(runs.glob("*/")) if cli.has_model(folder)]
-    if not found:
-        raise FileNotFoundError(
-            f"there is no run folder with a model under {runs}/: train one with `python -m unept.train`, "
-            "or name one with --run"
-        )
-    return max(found, key=lambda folder: (folder / "model" / "model.safetensors").stat().st_mtime)
-
-
-def describe(ids: Tensor, classes: list[str], count: int = 5) -> str:
-    """The most frequent classes of ids (H, W) and their share of the pixels."""
+def describe(ids: Tensor, classes: Sequence[str], count: int = 5) -> str:
+    """The most frequent classes of ids (H, W), at most `count`, and their share of the pixels."""
     shares = torch.bincount(ids.flatten(), minlength=len(classes)) / ids.numel()
     top = shares.topk(min(count, len(classes)))
     listed = [(classes[k], share) for share, k in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
     return ", ".join(f"{name} {share:.1%}" for name, share in listed if share >= 0.001)
 
 
-def predict(options: PredictConfig) -> int:
-    """Segment the images; print where the results are and what was found.
+def predict_image(options: PredictConfig, config: InferenceConfig, model: UNEPT, file: Path) -> Iterator[str]:
+    """Segment one image and write its ids and overlay.
 
-    An image that can't be read is reported on stderr, and the others are still done.
-
-    Returns:
-        Exit status: 1 if any image could not be read, else 0.
+    Yields:
+        A line that says where they are and which classes were found.
 
     Raises:
-        FileNotFoundError, ValueError: see `find_images`, `newest_run` and `unept.cli.load`.
+        DatasetError: if the image can't be read.
+    """
+    image = read_image(file)
+    ids = predict_ids(model, image.to(model.mean.device), config)[0].cpu()
+    ids_path, overlay_path = (options.out / f"{file.stem}_{kind}.png" for kind in ("ids", "overlay"))
+    save_palette_png(ids, model.palette, ids_path)
+    to_pil(overlay(image, ids, model.palette, options.alpha)).save(overlay_path)
+    yield f"{ids_path}  {overlay_path}  {describe(ids, model.classes)}"
+
+
+def predict(options: PredictConfig) -> int:
+    """Segment the images; print where the results are and which classes were found.
+
+    An image that can't be read is reported on stderr, and the others are still segmented.
+
+    Returns:
+        The exit status: 1 if any image could not be read, else 0.
+
+    Raises:
+        FileNotFoundError, ValueError: see `find_images`, `newest_run` and `unept.pretrained.load`.
     """
     files = find_images(options.images)
     device = cli.choose_device(options.device)
     run = newest_run() if options.run is None else options.run
-    model = cli.load(run, device)
-    config = cli.as_described(options.inference, model)
+    model = load(run, device)
+    config = resolve(options.inference, model)
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"Model of {run}")
-    failed = 0
-    for file in files:
-        try:
-            image = read_image(file)
-        except DatasetError as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        ids = predict_ids(model, image.to(device), config)[0].cpu()
-        ids_path, overlay_path = (options.out / f"{file.stem}_{kind}.png" for kind in ("ids", "overlay"))
-        drawing.save_palette_png(ids, model.palette, ids_path)
-        drawing.save_image(drawing.overlay(image, ids, model.palette, options.alpha), overlay_path)
-        print(f"{ids_path}  {overlay_path}  {describe(ids, model.classes)}")
-    if failed:
-        print(f"error: {failed} of {len(files)} images could not be read", file=sys.stderr)
-    return min(failed, 1)
+    return cli.process_images(files, lambda file: predict_image(options, config, model, file), failure="read")
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     cli.run(lambda: predict(tyro.cli(PredictConfig, prog="python -m unept.predict")))
 
 

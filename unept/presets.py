@@ -1,25 +1,27 @@
-"""Named training runs: `python -m unept.train NAME`. Each says where it comes from and what it costs.
+"""Named training runs: `python -m unept.train NAME`. The docstring of each says where it comes from and what it costs.
 
-Every row of the paper that is called "Ours" has a preset, and rows of one network share it. Sizes are counted as in
-Table 7 (`pytest tests/test_model.py -k size_of`): multiplications of convolutions and linear layers at the crop's size.
-Hours are not given, since none of these runs has been made yet.
+Every row of the paper that is called "Ours" has a preset; rows of one network share a preset. Sizes are counted as in
+Table 7 (`pytest tests/model/test_model.py -k size_of`): multiplications of convolutions and linear layers at the size
+of the crop. No training times are given, since none of these runs has been made yet.
 
-What the paper leaves open or says twice, and how it is read here:
-- ADE20K and PASCAL-Context are brought to a short side of 512 pixels, Cityscapes keeps its 2048x1024.
-- Images are validated and evaluated through windows of the crop's size with a stride of 2/3 of it.
-- The rate of the dropout is 0.1.
-- PASCAL-Context's iterations: 80k, the longer of the two schedules that MMSegmentation, on which the paper builds, has
-  for this data set.
-- Table 6 does not apply the boundary refinement. That is read as: trained as ever, predicted without it. Its row L = 3,
-  N = 16 has the numbers of Table 1's ResNet-50, so it is the same network; on whether to refine the two disagree.
-- Table 5's baseline and Table 6's L = 1, N = 16 differ by 0.2 mIoU: read as a learned table and the spatial branch as
-  context queries.
+Where the paper leaves something open or contradicts itself, these presets read it as follows:
+- Images of ADE20K and PASCAL-Context are resized to a short side of 512 pixels, those of Cityscapes stay at 2048x1024.
+- Validation and evaluation slide windows of the size of the crop over the images, with a stride of 2/3 of it.
+- The dropout rate is 0.1.
+- PASCAL-Context is trained for 80k iterations, the longer of the two schedules that MMSegmentation, on which the paper
+  builds, has for this data set.
+- Table 6 does not apply the boundary refinement. This is read as: trained with all losses, predicted without
+  refinement. Its row L = 3, N = 16 has the numbers of Table 1's ResNet-50 and is thus the same network; the two tables
+  disagree on whether it is refined.
+- Table 5's baseline and Table 6's L = 1, N = 16 differ by 0.2 mIoU. This is read as a learned table against the
+  spatial branch as context queries.
 """
 
 from functools import partial
 from typing import Literal
 
 from .config import DataConfig, ModelConfig, TrainConfig
+from .model.loss import LossWeights
 
 DEIT = "deit_base_distilled_patch16_384"
 DINOV3 = "vit_base_patch16_dinov3.lvd1689m"
@@ -34,7 +36,7 @@ def _paper(
     refine: bool = True,
     **model,
 ) -> TrainConfig:
-    """The recipe of Sec. 4.2; what is not named here is the default of `unept.config`, and the paper's."""
+    """Return the recipe of Sec. 4.2; every option that is not set here has the paper's value by default."""
     return TrainConfig(
         model=ModelConfig(**model),
         data=DataConfig(dataset=dataset, crop_size=(crop, crop), short_side=short_side),
@@ -53,8 +55,9 @@ _pascal_context = partial(_paper, "pascal_context", crop=480, short_side=512, it
 def shapes() -> TrainConfig:
     """Textured shapes made in memory, a small network from scratch: a few minutes on 2 CPU cores, no download.
 
-    For a first look, and to see that an installation works from end to end. The direction term weighs 3, not 0.7: in so
-    few steps the directions would otherwise learn more slowly than the classes that they refine.
+    This preset is for a first look, and to see that an installation works from end to end. The direction loss has a
+    weight of 3, not 0.7: in so few steps the directions would otherwise learn more slowly than the classes that they
+    refine.
     """
     return TrainConfig(
         model=ModelConfig(
@@ -74,7 +77,7 @@ def shapes() -> TrainConfig:
         backbone_lr=2e-3,
         warmup=50,
         schedule="cosine",
-        loss_weights=(1.0, 1.5, 3.0, 3.0),
+        loss_weights=LossWeights(direction=3.0),
         eval_every=150,
         checkpoint_every=60,
     )
@@ -83,7 +86,7 @@ def shapes() -> TrainConfig:
 def camvid() -> TrainConfig:
     """CamVid street scenes (Brostow et al. 2009), 11 classes, 480x360: a light backbone for one small GPU.
 
-    Give the folder with --root, and the backbone's weights with --backbone-weights where the hub can't be reached.
+    Give the folder with --root, and the backbone's weights with --backbone-weights where the hub cannot be reached.
     """
     return TrainConfig(
         model=ModelConfig(backbone="tf_efficientnet_lite0"),
@@ -96,9 +99,9 @@ def camvid() -> TrainConfig:
 
 
 def folder() -> TrainConfig:
-    """Your own images: folders of images and of labels with a class list (README); give it with --root.
+    """Your own images: folders of images and of labels with a class list (README); give their root with --root.
 
-    ResNet-50 with ImageNet weights and the paper's recipe, shortened to 20k iterations.
+    The network is the paper's with ResNet-50 and ImageNet weights, its recipe shortened to 20k iterations.
     """
     return TrainConfig(data=DataConfig(dataset="folder", short_side=512), iterations=20_000, eval_every=2000)
 
@@ -112,7 +115,7 @@ def ade20k_resnet50() -> TrainConfig:
     Train: python -m unept.train ade20k_resnet50 --root ADE20K
     Compare: python -m unept.evaluate runs/ade20k_resnet50 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
-    Table 6 does not refine: its row is to be compared with the column "unrefined", or with --no-refine.
+    Table 6 does not refine: compare its row with the column "unrefined", or evaluate with --no-refine.
     """
     return _ade20k()
 
@@ -126,7 +129,7 @@ def ade20k_deit() -> TrainConfig:
     Train: python -m unept.train ade20k_deit --root ADE20K
     Compare: python -m unept.evaluate runs/ade20k_deit --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
-    Table 5 has a gain of 4.4 mIoU by this backbone, Sec. 4.4 speaks of 4.5.
+    Table 5 shows a gain of 4.4 mIoU by this backbone, Sec. 4.4 states 4.5.
     """
     return _ade20k(backbone=DEIT)
 
@@ -140,7 +143,7 @@ def ade20k_baseline() -> TrainConfig:
     Train: python -m unept.train ade20k_baseline --root ADE20K
     Compare: python -m unept.evaluate runs/ade20k_baseline --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
-    Without a spatial branch there is no boundary to refine at, and of Eq. 7 only the first term.
+    Without a spatial branch there is no boundary to refine, and the loss is the first term of Eq. 7 alone.
     """
     return _ade20k(num_levels=1, context_queries="learned", refine=False)
 
@@ -154,7 +157,7 @@ def ade20k_pyramid() -> TrainConfig:
     Train: python -m unept.train ade20k_pyramid --root ADE20K
     Compare: python -m unept.evaluate runs/ade20k_pyramid --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
-    Without a spatial branch there is no boundary to refine at, and of Eq. 7 only the first term.
+    Without a spatial branch there is no boundary to refine, and the loss is the first term of Eq. 7 alone.
     """
     return _ade20k(context_queries="learned", refine=False)
 
@@ -226,19 +229,19 @@ def ade20k_l3_n64() -> TrainConfig:
 def ade20k_dinov3() -> TrainConfig:
     """ADE20K, DINOv3 ViT-B: not in the paper; its recipe with a backbone of 2025.
 
-    Paper: nothing to compare with, and not measured yet; ade20k_deit has a backbone of this size.
+    Paper: there is nothing to compare with, and it has not been measured yet; ade20k_deit has a backbone of this size.
     Size: 92.6 M parameters, 99.3 GMACs at 480x480.
     Schedule: 160k iterations of 16 crops of 480x480; validation at short side 512, windows of 480 with stride 320.
     Train: python -m unept.train ade20k_dinov3 --root ADE20K
     Compare: python -m unept.evaluate runs/ade20k_dinov3 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
-    Blocks 4, 8 and 12, as of DeiT. The weights come under the licence of DINOv3.
+    The features are those of blocks 4, 8 and 12, as with DeiT. The weights come under the licence of DINOv3.
     """
     return _ade20k(backbone=DINOV3)
 
 
 def cityscapes_resnet50() -> TrainConfig:
-    """Cityscapes, ResNet-50: Table 2; on the test set Table 3.
+    """Cityscapes, ResNet-50: Table 2, and Table 3 on the test set.
 
     Paper: mIoU 79.8.
     Size: 30.8 M parameters, 343.1 GMACs at 768x768.
@@ -246,14 +249,14 @@ def cityscapes_resnet50() -> TrainConfig:
     Train: python -m unept.train cityscapes_resnet50 --root CITYSCAPES
     Compare: python -m unept.evaluate runs/cityscapes_resnet50 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
-    Sec. 4.1 says of both the validation and the test set that results are reported on it: Table 2 is of the one,
-    Table 3 (80.6) of the other, whose labels only the benchmark's server has.
+    Sec. 4.1 says that results are reported on the validation set and on the test set: Table 2 is on the former,
+    Table 3 (80.6) on the latter, whose labels only the benchmark's server has.
     """
     return _cityscapes()
 
 
 def cityscapes_deit() -> TrainConfig:
-    """Cityscapes, DeiT-B: Table 2; on the test set Table 3.
+    """Cityscapes, DeiT-B: Table 2, and Table 3 on the test set.
 
     Paper: mIoU 82.9.
     Size: 93.1 M parameters, 253.0 GMACs at 768x768.
@@ -261,8 +264,8 @@ def cityscapes_deit() -> TrainConfig:
     Train: python -m unept.train cityscapes_deit --root CITYSCAPES
     Compare: python -m unept.evaluate runs/cityscapes_deit --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
-    Sec. 4.1 says of both the validation and the test set that results are reported on it: Table 2 is of the one,
-    Table 3 (82.2) of the other, whose labels only the benchmark's server has.
+    Sec. 4.1 says that results are reported on the validation set and on the test set: Table 2 is on the former,
+    Table 3 (82.2) on the latter, whose labels only the benchmark's server has.
     """
     return _cityscapes(backbone=DEIT)
 
@@ -276,7 +279,7 @@ def pascal_context_resnet50() -> TrainConfig:
     Train: python -m unept.train pascal_context_resnet50 --root PASCAL_CONTEXT
     Compare: python -m unept.evaluate runs/pascal_context_resnet50 --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
-    60 classes, the background among them. The iterations are chosen here: see unept/presets.py.
+    There are 60 classes with the background. The number of iterations is a choice: see the top of unept/presets.py.
     """
     return _pascal_context()
 
@@ -290,7 +293,7 @@ def pascal_context_deit() -> TrainConfig:
     Train: python -m unept.train pascal_context_deit --root PASCAL_CONTEXT
     Compare: python -m unept.evaluate runs/pascal_context_deit --scales 0.5 0.75 1 1.25 1.5 1.75 --flip
 
-    60 classes, the background among them. The iterations are chosen here: see unept/presets.py.
+    There are 60 classes with the background. The number of iterations is a choice: see the top of unept/presets.py.
     """
     return _pascal_context(backbone=DEIT)
 

@@ -10,10 +10,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from . import cli
-from .data.base import image_to_tensor, read_image
-from .inference import InferenceConfig, predict
+from .colors import overlay, to_pil
+from .data.files import image_to_tensor, read_image
+from .distributed import choose_device
+from .inference import InferenceConfig, InferenceOptions, predict, resolve
 from .model.network import UNEPT
+from .pretrained import load
 
 File: TypeAlias = str | Path | Image.Image
 Pixels: TypeAlias = np.ndarray | Tensor
@@ -26,40 +28,39 @@ class Segmentation:
     ids: Tensor
     """(H, W) int64: class ids."""
     confidence: Tensor
-    """(H, W) float32: the probability of that class, from 0 to 1."""
+    """(H, W) float32: probability of that class, from 0 to 1."""
     boundary: Tensor | None
     """(H, W) float32: probability of "closer to another class than 5 pixels"; None without a spatial branch."""
     image: Tensor = field(repr=False)
-    """(3, H, W) uint8, RGB, upright: what was segmented."""
+    """(3, H, W) uint8, RGB: the image, turned upright."""
     classes: tuple[str, ...]
     """Name of every id."""
     palette: tuple[tuple[int, int, int], ...] = field(repr=False)
     """(r, g, b) of every id, 0..255."""
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
-        """The image mixed with the colours of its classes, of weight alpha from 0 to 1."""
-        from .pictures import drawing
-
-        return Image.fromarray(drawing.overlay(self.image, self.ids, self.palette, alpha).permute(1, 2, 0).numpy())
+        """The image mixed with the colors of its classes, which have weight alpha, from 0 to 1."""
+        return to_pil(overlay(self.image, self.ids, self.palette, alpha))
 
 
 class Segmenter:
-    """A trained model that takes images as they come and gives what it sees at their size.
+    """A trained model that segments images of any kind and size, and answers at their size.
 
     Args:
         source: a run folder of `unept.train`, a folder that `save_pretrained` wrote, ORG/NAME of a repository on the
             Hugging Face hub, or a model.
-        device: `"auto"`: CUDA where there is a device; of a model: where it is.
-        options: of `unept.inference.InferenceConfig` (`scales`, `flip`, `window`, ...); what is left out is done as the
-            model was trained, as its config.json says.
+        device: device of the model. `"auto"` is CUDA if there is a device; a given model stays where it is.
+        options: fields of `unept.inference.InferenceOptions` (`scales`, `flip`, `window`, ...); what is left out is
+            done as the model was trained, as its config.json says.
 
     Attributes:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         inference: how images are seen.
-        classes: the K names.
+        classes: names of the K classes.
 
     Raises:
-        FileNotFoundError, ValueError: see `unept.cli.load`; or an option has a bad value.
+        FileNotFoundError: there is no such folder or repository, or it has no model; see `unept.pretrained.load`.
+        ValueError: an option has a bad value, or the model cannot be read by this version.
         TypeError: there is no such option.
 
     Example:
@@ -70,12 +71,12 @@ class Segmenter:
     """
 
     def __init__(self, source: str | Path | UNEPT, device: str | torch.device = "auto", **options: Any):
+        chosen = InferenceOptions(**options)
         if isinstance(source, UNEPT):
             self.model = (source if device == "auto" else source.to(device)).eval()
         else:
-            place = cli.choose_device("auto") if device == "auto" else torch.device(device)
-            self.model = cli.load(source, place)
-        self.inference: InferenceConfig = cli.as_described(InferenceConfig(**options), self.model)
+            self.model = load(source, choose_device("auto") if device == "auto" else torch.device(device))
+        self.inference: InferenceConfig = resolve(chosen, self.model)
         self.classes = tuple(self.model.classes)
 
     @overload
@@ -109,7 +110,7 @@ class Segmenter:
         return self._segment(_one_image(image))[0]
 
     def _segment(self, images: Tensor) -> list[Segmentation]:
-        """Images (B, 3, H, W) uint8."""
+        """Segment images (B, 3, H, W) uint8."""
         found = predict(self.model, images.to(self.model.mean.device), self.inference)
         ids, confidence = found.ids.cpu(), found.confidence.cpu()
         boundary = [None] * len(images) if found.boundary is None else found.boundary.cpu()
@@ -121,7 +122,7 @@ class Segmenter:
 
 
 def _one_image(image: Any) -> Tensor:
-    """Any single image to (1, 3, H, W) uint8."""
+    """Convert a single image of any kind to (1, 3, H, W) uint8."""
     if isinstance(image, (str, Path)):
         return read_image(Path(image))[None]
     if isinstance(image, Image.Image):
@@ -135,12 +136,13 @@ def _one_image(image: Any) -> Tensor:
 
 
 def _batch(images: Pixels) -> Tensor:
-    """An array (B, H, W, 3) or tensor (B, 3, H, W) to (B, 3, H, W) uint8, a copy."""
+    """Copy an array (B, H, W, 3) or tensor (B, 3, H, W) to a tensor (B, 3, H, W) uint8."""
     wanted = "(H, W, 3)" if isinstance(images, np.ndarray) else "(3, H, W)"
     axis = 3 if isinstance(images, np.ndarray) else 1
     if images.dtype not in (np.uint8, torch.uint8):
         raise TypeError(
-            f"an image has dtype {images.dtype}; give uint8, 0 to 255: of values from 0 to 1, (255 * image).round()"
+            f"an image has dtype {images.dtype}; give uint8, 0 to 255; values from 0 to 1 become that by "
+            "(255 * image).round()"
         )
     if images.ndim != 4 or images.shape[axis] != 3 or 0 in images.shape[1:]:
         turned = images.ndim == 4 and images.shape[4 - axis] == 3
@@ -148,4 +150,4 @@ def _batch(images: Pixels) -> Tensor:
         raise ValueError(f"an image has shape {tuple(images.shape[1:])}; it must be {wanted}, RGB{hint}")
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
-    return images.clone(memory_format=torch.contiguous_format)  # of one layout, for results of the same bits
+    return images.clone(memory_format=torch.contiguous_format)  # one layout, so that results are the same to the bit

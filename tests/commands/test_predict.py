@@ -8,29 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.runs import CLASSES, PALETTE, save_run, small_model
 from unept import predict
-from unept.config import DataConfig, ModelConfig, TrainConfig
-from unept.model.network import UNEPT
-
-TINY = ModelConfig(
-    backbone="resnet10t", pretrained_backbone=False, d_model=32, num_heads=2, num_points=2, ffn_dim=32, dropout=0.0
-)
-CLASSES, PALETTE = ["sky", "sea", "sand"], [[90, 160, 230], [10, 40, 120], [220, 200, 120]]
-
-
-def save_run(folder) -> UNEPT:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(TrainConfig(model=TINY, data=DataConfig(dataset="shapes")).to_json())
-    model = UNEPT(3, classes=CLASSES, palette=PALETTE, **TINY.options()).eval()
-    model.save_pretrained(folder / "model")
-    return model
+from unept.pretrained import newest_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder and the model in it."""
     folder = tmp_path_factory.mktemp("work") / "run"
-    return folder, save_run(folder)
+    return folder, save_run(folder, small_model())
 
 
 @pytest.fixture
@@ -125,7 +112,7 @@ def test_a_corrupt_image_does_not_stop_the_others(run, command, tmp_path):
         (["empty"], "error: empty holds no images"),
         (["a.png", "other/a.png"], "error: a.png and other/a.png would share one result"),
         (["a.png", "--run", "nowhere"], "error: nowhere does not exist"),
-        (["a.png", "--run", "empty"], "error: empty is no run folder"),
+        (["a.png", "--run", "empty"], "error: empty is not a run folder"),
         (["a.png"], "error: there is no run folder with a model under runs/"),
     ],
     ids=str,
@@ -152,10 +139,10 @@ def test_bad_options(command, arguments, message):
 
 def test_the_newest_run_is_taken(tmp_path):
     for age, name in enumerate(("b", "a")):
-        save_run(tmp_path / name)
+        save_run(tmp_path / name, small_model())
         os.utime(tmp_path / name / "model" / "model.safetensors", (1e9 - age, 1e9 - age))
     (tmp_path / "c").mkdir()  # has no model yet
-    assert predict.newest_run(tmp_path) == tmp_path / "b"
+    assert newest_run(tmp_path) == tmp_path / "b"
 
 
 def test_describe():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unept import train
-from unept.model.loss import UNEPTLoss
+from unept.model.loss import LossWeights, UNEPTLoss
 from unept.model.network import UNEPT
 from unept.presets import PRESETS
 from unept.training.optimizer import build_optimizer
@@ -57,10 +57,10 @@ def test_options_are_those_of_the_paper(name):
     assert (model.num_encoder_layers, model.num_decoder_layers, model.output_stride) == (2, 2, None)
     crop, short_side, iterations, window, stride = PROTOCOL[dataset]
     assert (data.crop_size, data.short_side, data.background) == ((crop, crop), short_side, True)
-    assert (data.scale, data.flip, data.photometric, data.category_cap) == ((0.5, 2.0), True, True, 0.75)
+    assert (data.scale, data.flip, data.photometric, data.cat_max_ratio) == ((0.5, 2.0), True, True, 0.75)
     assert (config.iterations, config.batch_size, config.schedule, config.warmup) == (iterations, 16, "step", 0)
     assert (config.lr, config.backbone_lr, config.weight_decay, config.betas) == (1e-4, 1e-5, 1e-4, (0.9, 0.999))
-    assert config.loss_weights == (1.0, 1.5, 3.0, 0.7)
+    assert config.loss_weights == LossWeights(segmentation=1.0, refined=1.5, boundary=3.0, direction=0.7)
     assert (config.inference().window, config.inference().stride) == (window, stride)
     text = inspect.getdoc(PRESETS[name])
     assert f"python -m unept.train {name} --root" in text

@@ -10,15 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import layouts
+from tests.helpers import layouts, runs
 from unept import submission
-from unept.config import DataConfig, ModelConfig, TrainConfig
+from unept.config import TrainConfig
 from unept.data import build_dataset
 from unept.model.network import UNEPT
 
-TINY = ModelConfig(
-    backbone="resnet10t", pretrained_backbone=False, d_model=32, num_heads=2, num_points=2, ffn_dim=32, dropout=0.0
-)
 # What each benchmark's files call its classes, by training id; written down apart from the code.
 FILE_IDS = {
     "ade20k": [*range(1, 151)],
@@ -32,12 +29,8 @@ FILE_IDS = {
 def save_run(folder, case: str, root) -> UNEPT:
     """A run folder with an untrained model for a data set."""
     dataset, _, without = case.partition(" ")
-    data = DataConfig(dataset=dataset, root=root, background=not without)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(TrainConfig(model=TINY, data=data).to_json())
-    model = UNEPT(len(FILE_IDS[case]), **TINY.options()).eval()
-    model.save_pretrained(folder / "model")
-    return model
+    model = runs.small_model(len(FILE_IDS[case]))
+    return runs.save_run(folder, model, dataset=dataset, root=root, background=not without)
 
 
 def write(case: str, root, split: str, labelled: bool = True) -> list:
@@ -149,7 +142,7 @@ def test_no_archive_of_an_earlier_submission_survives_a_broken_one(tmp_path, com
     assert status == 2
     assert err.endswith(
         f"error: {pairs[2][0]} can't be read (cannot identify image file '{pairs[2][0]}'): "
-        "the file is damaged or no image; restore or remove it\n"
+        "the file is damaged or not an image; restore or remove it\n"
     )
     assert {path.name for path in folder.iterdir()} == {"labels", "view"}
 

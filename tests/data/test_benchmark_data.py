@@ -180,7 +180,7 @@ def test_ids_of_the_other_data_sets(tmp_path):
     assert Shapes().file_ids == tuple(range(8))
     assert Shapes().description == "Shapes, 8 classes"
     assert torch.equal(Shapes().image(3), Shapes()[3][0])
-    assert not any(kind.has_server for kind in (CamVid, ImageFolder, Shapes, PascalContext))
+    assert not any(kind.has_test_server for kind in (CamVid, ImageFolder, Shapes, PascalContext))
 
 
 @pytest.mark.parametrize("dataset", BENCHMARKS)
@@ -261,7 +261,7 @@ def test_cityscapes_without_cities_or_with_other_files(tmp_path):
     with pytest.raises(DatasetError, match=r"zurich holds no images: put files ending in _leftImg8bit\.png"):
         Cityscapes(tmp_path)
     (tmp_path / "leftImg8bit/val").mkdir()
-    with pytest.raises(DatasetError, match="val holds no folders: it must have one of every city"):
+    with pytest.raises(DatasetError, match="val holds no folders: it must have one per city"):
         Cityscapes(tmp_path, "val")
 
 

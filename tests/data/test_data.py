@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
+from unept.colors import default_palette
 from unept.data import DATASETS, DatasetError, FileDataset, ImageFolder, Shapes, build_dataset, evaluation_loader
-from unept.data.base import default_palette, read_image
+from unept.data.files import read_image
 from unept.data.shapes import PATTERNS, draw_objects
 
 WIDTH, HEIGHT = 12, 8
@@ -215,7 +216,7 @@ def test_check_reports_all_or_an_even_sample(folder):
         ("road\n\nsky", r"line 2 of .*classes\.txt names no class"),
         ("road\n1 2 3", "line 2 of .* names no class"),
         ("road\nsky\nroad", "lists 'road' twice, in lines 1 and 3"),
-        ("road 0 0 256", r"line 1 of .* the colour \(0, 0, 256\)"),
+        ("road 0 0 256", r"line 1 of .* the color \(0, 0, 256\)"),
     ],
 )
 def test_bad_class_list(folder, text, message):
@@ -237,12 +238,6 @@ def test_class_list_with_byte_order_mark(folder):
     dataset = build_dataset("folder", folder)
     assert dataset.classes == ("straße", "Gehweg", "Himmel")
     assert dataset.palette[1] == (1, 2, 3)
-
-
-def test_default_palette_has_a_colour_for_every_class():
-    palette = default_palette(255)
-    assert len(set(palette)) == 255
-    assert all(0 <= channel <= 255 for colour in palette for channel in colour)
 
 
 def test_every_image_mode_becomes_rgb(tmp_path):
@@ -317,9 +312,9 @@ def test_shapes_cover_all_classes_at_any_size():
 def test_shapes_edges_are_where_the_labels_are(monkeypatch):
     # Without noise, light and texture, the image has one colour an object: its edges must be the labels'.
     monkeypatch.setattr("unept.data.shapes.NOISE", 0.0)
-    monkeypatch.setattr("unept.data.shapes.COLOUR_JITTER", 0.0)
+    monkeypatch.setattr("unept.data.shapes.COLOR_JITTER", 0.0)
     monkeypatch.setattr(
-        "unept.data.shapes._clouds", lambda rng, height, width, period: np.full((height, width), 0.5, np.float32)
+        "unept.data.shapes.clouds", lambda rng, height, width, period: np.full((height, width), 0.5, np.float32)
     )
     monkeypatch.setattr("unept.data.shapes.PATTERNS", dict.fromkeys(PATTERNS, lambda u, v: 0 * (u + v)))
     colours = {}
@@ -333,8 +328,8 @@ def test_shapes_edges_are_where_the_labels_are(monkeypatch):
 
 def test_later_shapes_hide_earlier_ones(monkeypatch):
     square = 50.0 * np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]])  # larger than any image
-    monkeypatch.setattr("unept.data.shapes._polygon", lambda rng: square)
-    monkeypatch.setattr("unept.data.shapes._ellipse", lambda rng: square)
+    monkeypatch.setattr("unept.data.shapes.polygon", lambda rng: square)
+    monkeypatch.setattr("unept.data.shapes.ellipse", lambda rng: square)
     for seed in range(5):
         objects, materials = draw_objects(np.random.default_rng(seed), 32)
         assert (objects == len(materials) - 1).all()

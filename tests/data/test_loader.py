@@ -1,21 +1,20 @@
-"""Bad samples: raised or passed over, as asked for. What batches say of themselves, and the rates made of it."""
+"""Bad samples are raised or skipped, as asked for; batches say how long they took."""
 
 import itertools
 import time
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import tv_tensors
 
+from tests.helpers.models import StandIn
 from unept import evaluate
 from unept.data import DatasetError, SegmentationDataset, evaluation_loader, train_transform
 from unept.data.loader import TrainingSampler, read_sample
 from unept.data.loader import training_loader as make_training_loader
 from unept.inference import InferenceConfig
-from unept.model.network import UNEPTOutput
-from unept.training import throughput
-from unept.training.throughput import Throughput
+from unept.model.output import UNEPTOutput
 
 SIZE = 16
 
@@ -29,7 +28,7 @@ class Numbered(SegmentationDataset):
     def __init__(self, length: int, bad: set[int], where: object, delay: float = 0.0):
         self.length = length
         self.bad = bad
-        self.where = where  # a name of its own for each test: a file is reported once a process
+        self.where = where  # a different name in each test: a file is reported once per process
         self.delay = delay
 
     def __len__(self) -> int:
@@ -47,11 +46,11 @@ class Numbered(SegmentationDataset):
         return f"image{i}"
 
 
-class Left(nn.Module):
+class Left(StandIn):
     """Predicts class 0 everywhere."""
 
-    num_classes = 2
-    classes = Numbered.classes
+    def __init__(self):
+        super().__init__(Numbered.classes, refines=False)
 
     def forward(self, images: Tensor) -> UNEPTOutput:
         logits = torch.zeros(len(images), 2, SIZE // 8, SIZE // 8)
@@ -107,7 +106,7 @@ def test_without_skip_a_bad_sample_is_an_error(workers, tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_readable_is_an_error(workers, tmp_path):
     loader = training_loader(Numbered(5, set(range(5)), tmp_path), workers=workers, on_bad_sample="skip")
-    with pytest.raises(DatasetError, match=r"none of the data set's 5 samples can be read\. .*torn"):
+    with pytest.raises(DatasetError, match=r"none of the dataset's 5 samples can be read\. .*torn"):
         next(iter(loader))
 
 
@@ -143,17 +142,17 @@ def test_scores_say_how_many_images_were_left_out(tmp_path):
     assert some["skipped"] == 2
     assert some["pixAcc"] == whole["pixAcc"] == 0.5
     last_line = evaluate.format_table(some, Numbered.classes).splitlines()[-1]
-    assert "; 3 images (2 more left out, as they can't be read), " in last_line
+    assert "; 3 images (2 more left out because they cannot be read), " in last_line
     assert "; 3 images, " in evaluate.format_table(whole, Numbered.classes).splitlines()[-1]
     with pytest.raises(DatasetError, match=r"0\.png can't be read"):
         scores(Numbered(5, {0, 3}, tmp_path))
-    with pytest.raises(DatasetError, match="none of the 2 images could be read"):
+    with pytest.raises(DatasetError, match="none of the 2 images can be read"):
         scores(Numbered(2, {0, 1}, tmp_path), on_bad_sample="skip")
 
 
 def test_samples_are_drawn_of_images_that_can_be_read(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate.visual, "sample_panel", lambda samples, *_: drawn.extend(samples))
+    monkeypatch.setattr(evaluate.drawing, "sample_panel", lambda samples, *_: drawn.extend(samples))
     arguments = (Left(), Numbered(4, {2}, tmp_path), 2, InferenceConfig(), torch.device("cpu"), tmp_path / "x.png")
     evaluate.draw_samples(*arguments, on_bad_sample="skip")
     assert [sample.name for sample in drawn] == ["image0", "image3"]
@@ -166,43 +165,3 @@ def test_batches_say_how_long_a_sample_took(workers, tmp_path):
     batches = itertools.islice(training_loader(Numbered(8, set(), tmp_path, delay=0.02), workers=workers), 2)
     for batch in batches:
         assert 0.02 <= batch.seconds < 0.06
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still unless told: `clock[0] += seconds`."""
-    now = [100.0]
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    return now
-
-
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_rates_tell_the_step_from_the_loader(clock, ranks):
-    speed = Throughput(torch.device("cpu"), workers=2, ranks=ranks)
-    speed.go()
-    for _ in range(2):
-        for _ in range(5):
-            clock[0] += 0.3  # waits for data
-            with speed.step(images=10, loader_seconds=0.08):
-                clock[0] += 0.2
-        speed.stop()
-        clock[0] += 1000  # an evaluation
-        speed.go()
-        assert speed.rates() == pytest.approx(
-            {
-                "images_per_s": 50 / 2.5 * ranks,
-                "step_images_per_s": 50 / 1.0 * ranks,
-                "loader_images_per_s": 2 / 0.08 * ranks,
-            }
-        )
-
-
-def test_a_loader_without_workers_is_one(clock):
-    speed = Throughput(torch.device("cpu"), workers=0)
-    speed.go()
-    for images, seconds in ((6, 0.1), (2, 0.5)):
-        with speed.step(images, seconds):
-            clock[0] += 1
-    assert speed.rates() == pytest.approx(
-        {"images_per_s": 4, "step_images_per_s": 4, "loader_images_per_s": 8 / (6 * 0.1 + 2 * 0.5)}
-    )

@@ -7,15 +7,15 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from unept.data import train_transform
-from unept.data.photometric import STRENGTHS, distort
+from unept.data.photometric import NUM_PARAMS, distort
 
 HEIGHT, WIDTH = 24, 36
 IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0)
 
 
-def by_torchvision(image: Tensor, strengths: Tensor) -> Tensor:
+def by_torchvision(image: Tensor, params: Tensor) -> Tensor:
     """One image (3, H, W), by the functions that RandomPhotometricDistort calls, in its order."""
-    brightness, contrast, saturation, hue, last, height, width = strengths.tolist()
+    brightness, contrast, saturation, hue, last, height, width = params.tolist()
     inside = image[:, : int(height), : int(width)]
     if brightness != 1:
         inside = F.adjust_brightness(inside, brightness)
@@ -46,7 +46,7 @@ def pictures(kind: str, count: int) -> Tensor:
     }[kind]
 
 
-def random_strengths(count: int) -> Tensor:
+def random_params(count: int) -> Tensor:
     """Each is drawn with probability 0.6, from the ranges of SSD."""
     low = torch.tensor([0.875, 0.5, 0.5, -0.05])
     high = torch.tensor([1.125, 1.5, 1.5, 0.05])
@@ -58,12 +58,12 @@ def random_strengths(count: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["noise", "grey", "nearly grey", "black", "white", "saturated", "one colour"])
 def test_a_batch_is_distorted_as_torchvision_would(kind):
-    images, strengths = pictures(kind, 40), random_strengths(40)
+    images, params = pictures(kind, 40), random_params(40)
     kept = images.clone()
-    distorted = distort(images, strengths)
+    distorted = distort(images, params)
     assert distorted.dtype == torch.uint8
     assert torch.equal(images, kept)
-    expected = torch.stack([by_torchvision(*sample) for sample in zip(images, strengths, strict=True)])
+    expected = torch.stack([by_torchvision(*sample) for sample in zip(images, params, strict=True)])
     error = (distorted.int() - expected.int()).abs()
     # A product that falls on a whole number may round to either side of it, and later steps enlarge that.
     assert error.max() <= 2
@@ -76,10 +76,10 @@ def test_a_batch_is_distorted_as_torchvision_would(kind):
 def test_each_step_alone_is_torchvisions(step, last):
     images = torch.cat([pictures("noise", 4), pictures("saturated", 4)])
     for low, high in ((0.5, 1.5), (0.1, 3.0)) if step < 3 else ((-0.05, 0.05), (-0.5, 0.5)):
-        strengths = torch.tensor([*IDENTITY[:4], last, HEIGHT, WIDTH]).repeat(8, 1)
-        strengths[:, step] = low + (high - low) * torch.rand(8)
-        expected = torch.stack([by_torchvision(*sample) for sample in zip(images, strengths, strict=True)])
-        error = (distort(images, strengths).int() - expected.int()).abs()
+        params = torch.tensor([*IDENTITY[:4], last, HEIGHT, WIDTH]).repeat(8, 1)
+        params[:, step] = low + (high - low) * torch.rand(8)
+        expected = torch.stack([by_torchvision(*sample) for sample in zip(images, params, strict=True)])
+        error = (distort(images, params).int() - expected.int()).abs()
         assert error.max() <= 1
         assert (error > 0).float().mean() < 0.002
 
@@ -88,46 +88,46 @@ def test_each_step_alone_is_torchvisions(step, last):
 def test_nothing_drawn_changes_nothing(last):
     for kind in ("noise", "nearly grey", "black", "white"):
         images = pictures(kind, 3)
-        strengths = torch.tensor([*IDENTITY[:4], last, HEIGHT, WIDTH]).repeat(3, 1)
-        assert torch.equal(distort(images, strengths), images)
+        params = torch.tensor([*IDENTITY[:4], last, HEIGHT, WIDTH]).repeat(3, 1)
+        assert torch.equal(distort(images, params), images)
 
 
 def test_contrast_does_not_look_at_the_padding():
-    strengths = torch.tensor([[1.0, 0.5, 1.0, 0.0, 0.0, 10, 20]])
+    params = torch.tensor([[1.0, 0.5, 1.0, 0.0, 0.0, 10, 20]])
     dark, bright = pictures("noise", 2)[:1], pictures("noise", 1)
     bright[..., :10, :20] = dark[..., :10, :20]
     bright[..., 10:, :] = 255
     bright[..., 20:] = 255
-    first, second = distort(dark, strengths), distort(bright, strengths)
+    first, second = distort(dark, params), distort(bright, params)
     assert torch.equal(first[..., :10, :20], second[..., :10, :20])
     assert (second[..., 10:, :] == 255).all()
 
 
 def test_samples_do_not_touch_each_other():
-    images, strengths = pictures("noise", 6), random_strengths(6)
-    alone = torch.cat([distort(images[i : i + 1], strengths[i : i + 1]) for i in range(6)])
-    assert torch.equal(distort(images, strengths), alone)
+    images, params = pictures("noise", 6), random_params(6)
+    alone = torch.cat([distort(images[i : i + 1], params[i : i + 1]) for i in range(6)])
+    assert torch.equal(distort(images, params), alone)
 
 
 def test_no_break_in_the_compiled_graph():
-    images, strengths = pictures("noise", 2), random_strengths(2)
+    images, params = pictures("noise", 2), random_params(2)
     compiled = torch.compile(distort, fullgraph=True, backend="aot_eager", dynamic=False)
-    assert torch.equal(compiled(images, strengths), distort(images, strengths))
+    assert torch.equal(compiled(images, params), distort(images, params))
 
 
 def test_nothing_comes_to_the_host():
     # Tensors without values: any .item() or a size that depends on values would raise.
-    images, strengths = (t.to("meta") for t in (pictures("noise", 2), random_strengths(2)))
-    assert distort(images, strengths).shape == images.shape
+    images, params = (t.to("meta") for t in (pictures("noise", 2), random_params(2)))
+    assert distort(images, params).shape == images.shape
 
 
-def test_strengths_travel_with_the_sample_and_keep_the_fill():
+def test_params_travel_with_the_sample_and_keep_the_fill():
     fill = (9, 8, 7)
-    transform = train_transform((40, 50), scale=(1.0, 1.0), category_cap=1.0, flip=False, fill=fill)
+    transform = train_transform((40, 50), scale=(1.0, 1.0), cat_max_ratio=1.0, flip=False, fill=fill)
     source = tv_tensors.Image(pictures("noise", 1)[0]), tv_tensors.Mask(torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8))
     drawn = torch.stack([transform(*source)[2] for _ in range(300)])
     assert drawn.dtype == torch.float32
-    assert drawn.shape == (300, STRENGTHS)
+    assert drawn.shape == (300, NUM_PARAMS)
     assert (drawn[:, 5:] == torch.tensor([HEIGHT, WIDTH])).all()
     for column, (low, high, identity) in enumerate(
         [(0.875, 1.125, 1), (0.5, 1.5, 1), (0.5, 1.5, 1), (-0.05, 0.05, 0), (0, 1, 0)]
@@ -135,14 +135,14 @@ def test_strengths_travel_with_the_sample_and_keep_the_fill():
         values = drawn[:, column]
         assert low <= values.min() < values.max() <= high
         assert 0.35 < (values == identity).float().mean() < 0.65
-    image, mask, strengths = transform(*source)
+    image, mask, params = transform(*source)
     assert image.shape == (3, 40, 50)
-    distorted = distort(image[None].as_subclass(Tensor), strengths[None])[0]
+    distorted = distort(image[None].as_subclass(Tensor), params[None])[0]
     assert (distorted[:, mask == 255] == torch.tensor(fill, dtype=torch.uint8)[:, None]).all()
     assert torch.equal(image[:, :HEIGHT, :WIDTH], source[0])
 
 
-def test_without_photometric_there_are_no_strengths():
+def test_without_photometric_there_are_no_params():
     mask = tv_tensors.Mask(torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8))
     image = tv_tensors.Image(pictures("noise", 1)[0])
     assert len(train_transform(16, photometric=False)(image, mask)) == 2
@@ -151,14 +151,14 @@ def test_without_photometric_there_are_no_strengths():
 def test_channels_are_not_permuted():
     # The distorted blue of a blue picture stays the largest channel.
     blue = torch.tensor([30, 60, 200], dtype=torch.uint8)[None, :, None, None].expand(50, 3, HEIGHT, WIDTH)
-    assert (distort(blue, random_strengths(50)).argmax(1) == 2).all()
+    assert (distort(blue, random_params(50)).argmax(1) == 2).all()
 
 
 def test_a_batch_that_does_not_fit_is_refused():
-    images, strengths = pictures("noise", 2), random_strengths(2)
+    images, params = pictures("noise", 2), random_params(2)
     with pytest.raises(TypeError, match=r"dtype torch\.float32"):
-        distort(images.float(), strengths)
-    with pytest.raises(ValueError, match=r"\(2, 3, 24, 36\) and strengths \(1, 7\)"):
-        distort(images, strengths[:1])
+        distort(images.float(), params)
+    with pytest.raises(ValueError, match=r"\(2, 3, 24, 36\) and params \(1, 7\)"):
+        distort(images, params[:1])
     with pytest.raises(ValueError, match=r"images have shape \(3, 24, 36\)"):
-        distort(images[0], strengths)
+        distort(images[0], params)

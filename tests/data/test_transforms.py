@@ -122,7 +122,7 @@ def test_a_scaled_crop_is_what_pil_makes_of_the_same_box():
         height, width = (int(n) for n in generator.integers(60, 300, 2))
         image = smooth(height, width, channels_innermost=bool(trial % 2))
         factor = generator.uniform(0.4, 2.2) if trial % 3 else generator.uniform(0.99, 1.01)
-        transform = RandomScaledCrop((100, 140), None, (factor, factor), category_cap=1.0)
+        transform = RandomScaledCrop((100, 140), None, (factor, factor), cat_max_ratio=1.0)
         mask = tv_tensors.Mask(torch.zeros(height, width, dtype=torch.uint8))
         params = transform.make_params([tv_tensors.Image(image), mask])
         rows, columns = params["rows"], params["columns"]
@@ -150,7 +150,7 @@ def test_a_scaled_crop_is_not_shifted(factor):
     # Each pixel shows where it lies: the image is a ramp in x and in y, the mask another.
     y, x = torch.meshgrid(torch.arange(220), torch.arange(250), indexing="ij")
     image, mask = torch.stack([x, y, x]).to(torch.uint8), x.to(torch.uint8)
-    transform = RandomScaledCrop((100, 110), None, (factor, factor), category_cap=1.0)
+    transform = RandomScaledCrop((100, 110), None, (factor, factor), cat_max_ratio=1.0)
     params = transform.make_params([tv_tensors.Image(image), tv_tensors.Mask(mask)])
     rows, columns = params["rows"], params["columns"]
     cropped = scaled_crop(image, rows, columns)
@@ -164,19 +164,19 @@ def test_a_scaled_crop_is_not_shifted(factor):
 def test_crops_reach_all_of_the_image():
     mask = torch.arange(90)[:, None].expand(90, 120).to(torch.uint8)
     image = tv_tensors.Image(torch.zeros(3, 90, 120, dtype=torch.uint8))
-    transform = RandomScaledCrop((64, 64), None, (2.0, 2.0), category_cap=1.0)
+    transform = RandomScaledCrop((64, 64), None, (2.0, 2.0), cat_max_ratio=1.0)
     seen = torch.cat([transform(image, tv_tensors.Mask(mask))[1].unique() for _ in range(300)])
     assert (seen.min(), seen.max()) == (0, 89)
     assert len(seen.unique()) == 90
 
 
-def test_category_cap_avoids_crops_of_one_class():
+def test_cat_max_ratio_avoids_crops_of_one_class():
     # One class nearly everywhere, two classes in the lower right corner.
     mask = torch.zeros(64, 64, dtype=torch.uint8)
     mask[40:, 40:] = 1
     share = {}
     for cap in (0.75, 1.0):
-        transform = RandomScaledCrop((24, 24), scale=(1.0, 1.0), category_cap=cap)
+        transform = RandomScaledCrop((24, 24), scale=(1.0, 1.0), cat_max_ratio=cap)
         crops = [transform(*pair(64, 64, mask))[1] for _ in range(200)]
         varied = [torch.bincount(crop.flatten()).max() < 0.75 * crop.numel() for crop in crops]
         share[cap] = sum(map(int, varied)) / len(varied)
@@ -184,15 +184,15 @@ def test_category_cap_avoids_crops_of_one_class():
     assert share[0.75] > 0.6  # 1 - (1 - p)^10 for the p of about 0.13 that one crop has
 
 
-def test_category_cap_does_not_count_ignored_pixels():
+def test_cat_max_ratio_does_not_count_ignored_pixels():
     # Half of every crop is ignored, and all that counts is one class: it fills its crop though its share is half.
     mask = torch.full((32, 64), 255, dtype=torch.uint8)
     mask[:16] = 3
-    crop = RandomScaledCrop((32, 32), category_cap=0.75)
-    assert not crop._is_varied(mask)
+    crop = RandomScaledCrop((32, 32), cat_max_ratio=0.75)
+    assert not crop.is_varied(mask)
     mask[:16, 32:] = 4
-    assert crop._is_varied(mask)
-    assert not crop._is_varied(torch.full_like(mask, 255))
+    assert crop.is_varied(mask)
+    assert not crop.is_varied(torch.full_like(mask, 255))
 
 
 def test_evaluation_keeps_the_labels_size():
@@ -256,12 +256,12 @@ def assert_same(first, second):
 
 def test_training_batches_do_not_depend_on_workers_or_resume():
     whole = batches(6)
-    images, labels, strengths = whole[0]
+    images, labels, params = whole[0]
     assert type(images) is torch.Tensor
     assert images.is_contiguous()
     assert (images.shape, images.dtype) == ((3, 3, 24, 24), torch.uint8)
     assert (labels.shape, labels.dtype) == ((3, 24, 24), torch.uint8)
-    assert (strengths.shape, strengths.dtype) == ((3, 7), torch.float32)
+    assert (params.shape, params.dtype) == ((3, 7), torch.float32)
     assert not torch.equal(whole[0][0], whole[1][0])
     assert not torch.equal(whole[0][2], whole[1][2])
     torch.manual_seed(99)

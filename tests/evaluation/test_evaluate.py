@@ -7,15 +7,18 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import tv_tensors
 
+from tests.helpers.models import StandIn
 from unept import cli, evaluate
 from unept.config import DataConfig, ModelConfig, TrainConfig
 from unept.data import SegmentationDataset
 from unept.data.shapes import LENGTHS
-from unept.inference import InferenceConfig
-from unept.model.network import UNEPT, UNEPTOutput
+from unept.inference import InferenceConfig, InferenceOptions, resolve
+from unept.model.network import UNEPT
+from unept.model.output import UNEPTOutput
+from unept.pictures import drawing
 
 TINY = ModelConfig(
     backbone="resnet10t", pretrained_backbone=False, d_model=32, num_heads=2, num_points=2, ffn_dim=32, dropout=0.0
@@ -50,15 +53,11 @@ class Unlike(Halves):
         return image, mask
 
 
-class Shifted(nn.Module):
+class Shifted(StandIn):
     """Predicts the edge at x = 20 and that all is boundary, whose refinement reads 1 pixel to the left."""
 
-    num_classes = 3
-    classes = Halves.classes
-    refines = True
-
     def __init__(self):
-        super().__init__()
+        super().__init__(Halves.classes)
         self.calls = 0
 
     def forward(self, images: Tensor) -> UNEPTOutput:
@@ -169,7 +168,7 @@ def test_table():
 
 def test_samples_are_spread_over_the_data_set(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate.visual, "sample_panel", lambda samples, *_: drawn.extend(samples))
+    monkeypatch.setattr(drawing, "sample_panel", lambda samples, *_: drawn.extend(samples))
     evaluate.draw_samples(Shifted(), Halves(), 2, InferenceConfig(), torch.device("cpu"), tmp_path / "x.png")
     assert [sample.name for sample in drawn] == ["half0", "half1"]
     assert (drawn[0].prediction[0] == 0).sum() == 20
@@ -228,12 +227,12 @@ RUN_LINE = "scale 1 without flip; short side 512; windows of 480 with stride 240
 )
 def test_the_protocol_of_the_run_fills_in_what_is_left_open(run, chosen, line):
     trained = TrainConfig(data=DataConfig(short_side=512), **run)
-    config = cli.as_trained(InferenceConfig(**chosen), trained)
+    model = Shifted()
+    model.preprocessing = trained.inference().protocol()
+    model.refines = trained.model.context_queries == "spatial"
+    config = resolve(InferenceOptions(**chosen), model)
     assert config.describe().endswith(line)
-    # Nothing is left to be filled in: None is no window and the image's own size.
-    assert cli.as_trained(config, TrainConfig()) == config
-    assert config.window != 0
-    assert config.short_side != 0
+    assert None not in vars(config).values()
 
 
 def test_the_run_says_whether_to_refine(tmp_path, command):
@@ -273,7 +272,9 @@ def test_no_such_folder(tmp_path, command):
     assert command(tmp_path / "nothing")[2].startswith(f"error: {tmp_path}/nothing does not exist")
     status, _, err = command(tmp_path)
     assert status == 2
-    assert err.startswith(f"error: {tmp_path} is no run folder: give a folder that unept.train wrote, with config.json")
+    assert err.startswith(
+        f"error: {tmp_path} is not a run folder: give a folder that unept.train wrote, with config.json"
+    )
 
 
 def test_run_without_a_model_yet(tmp_path, command):

@@ -24,7 +24,7 @@ from unept.data.photometric import distort
 from unept.evaluation.metrics import BoundaryFScore, ConfusionMatrix
 from unept.kernels import upsample_argmax, upsample_cross_entropy, use_backend
 from unept.model.loss import UNEPTLoss
-from unept.model.network import UNEPTOutput
+from unept.model.output import UNEPTOutput
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter takes tens of milliseconds a program.
@@ -166,7 +166,7 @@ def test_loss_of_parts_and_of_ignored_pixels(case, cut):
     targets = loss.targets(labels)
     cut = min(cut, len(labels))
     parts = [
-        loss.terms(UNEPTOutput(*(m[start:stop] for m in output)), targets.part(start, stop))
+        loss.losses(UNEPTOutput(*(m[start:stop] for m in output)), targets.part(start, stop))
         for start, stop in ((0, cut), (cut, len(labels)))
         if stop > start
     ]

@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import unept
-from unept import cli, predict, train
+from unept import predict, train
 from unept.config import DataConfig, ModelConfig, TrainConfig
-from unept.inference import InferenceConfig, predict_ids
+from unept.inference import InferenceConfig, InferenceOptions, predict_ids, resolve
 from unept.model import registry
 from unept.model.network import UNEPT
+from unept.pretrained import load, load_run
 from unept.training.checkpoint import save_model
 
 TINY = {"backbone": "resnet10t", "d_model": 32, "num_heads": 2, "num_points": 2, "ffn_dim": 32, "dropout": 0.0}
@@ -157,7 +158,7 @@ def test_push_and_load(model, saved, hub):
     assert 'Segmenter("org/beach")' in (hub / "org" / "beach" / "README.md").read_text()
     # save_pretrained can push as well
     model.save_pretrained(hub.parent / "local", push_to_hub=True, repo_id="org/other")
-    assert cli.load("org/other", CPU).classes == CLASSES
+    assert load("org/other", CPU).classes == CLASSES
 
 
 @pytest.fixture
@@ -195,32 +196,35 @@ def test_folders_of_older_versions(saved, tmp_path):
     edit_config(run / "model", lambda stored: [stored.pop(key) for key in ("preprocessing", "evaluation")])
     config = TrainConfig(model=ModelConfig(**TINY), data=DataConfig(short_side=40), amp="off", refine_scale=3)
     (run / "config.json").write_text(config.to_json())
-    alone, of_run = (cli.as_described(InferenceConfig(), cli.load(path, CPU)) for path in (run / "model", run))
+    alone, of_run = (resolve(InferenceOptions(), load(path, CPU)) for path in (run / "model", run))
     assert alone == InferenceConfig()
     assert (of_run.short_side, of_run.amp, of_run.refine_scale) == (40, "off", 3)
-    assert cli.load_run(run, CPU)[0] == config
+    assert load_run(run, CPU)[0] == config
 
 
 def test_what_the_caller_chooses_comes_before_what_the_model_says(model):
     described = {"short_side": 64, "window": 32, "window_stride": 16, "refine": False, "amp": "off"}
     other = UNEPT(3, **TINY)
     other.preprocessing.update(described)
-    assert cli.as_described(InferenceConfig(flip=True), other) == InferenceConfig(flip=True, **described)
-    chosen = cli.as_described(InferenceConfig(window=64, amp="bf16"), other)
+    assert resolve(InferenceOptions(flip=True), other) == InferenceConfig(flip=True, **described)
+    chosen = resolve(InferenceOptions(window=64, amp="bf16"), other)
     assert chosen == InferenceConfig(window=64, short_side=64, refine=False, amp="bf16")
     other.preprocessing["window"] = 30
     with pytest.raises(ValueError, match="window is 30"):
-        cli.as_described(InferenceConfig(), other)
+        resolve(InferenceOptions(), other)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("org/none", "org/none is no folder here, and no model of that name could be had from the Hugging Face hub"),
+        (
+            "org/none",
+            "there is no folder org/none, and no model of that name could be loaded from the Hugging Face hub",
+        ),
         ("org/bare", "org/bare has no config.json of a model"),
         ("nowhere", "nowhere does not exist"),
         ("a/b/c", "a/b/c does not exist"),
-        ("empty", "empty is no run folder"),
+        ("empty", "empty is not a run folder"),
     ],
 )
 def test_what_is_no_model(source, message, hub, command):
@@ -236,13 +240,13 @@ def test_damaged_and_foreign_folders(saved, tmp_path):
     broken, foreign = (shutil.copytree(saved, tmp_path / name) for name in ("broken", "foreign"))
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"broken/model\.safetensors is damaged"):
-        cli.load(broken, CPU)
+        load(broken, CPU)
     edit_config(foreign, lambda stored: stored.update(d_model=64))
-    with pytest.raises(ValueError, match=r"don't fit the network that its config.json describes"):
-        cli.load(foreign, CPU)
+    with pytest.raises(ValueError, match=r"do not fit the network that its config.json describes"):
+        load(foreign, CPU)
     (foreign / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"foreign has no config\.json of a model"):
-        cli.load(foreign, CPU)
+        load(foreign, CPU)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(TrainConfig().to_json())
     with pytest.raises(FileNotFoundError, match=r"model/ in a folder of unept\.train"):
@@ -266,7 +270,7 @@ def test_training_writes_the_card(tmp_path):
         device="cpu",
     )
     scores = train.Trainer(config, tmp_path / "run").train()
-    model = cli.load(tmp_path / "run", CPU)
+    model = load(tmp_path / "run", CPU)
     assert (model.evaluation["dataset"], model.evaluation["step"], model.evaluation["images"]) == ("folder", 1, 1)
     assert model.evaluation["mIoU"] == pytest.approx(scores["mIoU"])
     assert model.preprocessing["short_side"] == 32
@@ -340,9 +344,9 @@ def test_bad_checkpoints(tmp_path, capsys):
     torch.save({"classifier.weight": Evil()}, tmp_path / "evil.pth")
     (tmp_path / "torn.safetensors").write_bytes(b"no weights")
     for name in ("evil.pth", "torn.safetensors"):
-        with pytest.raises(ValueError, match=f"{name} can't be read as weights"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
             unept.create_model("unept_resnet10t", num_classes=2, checkpoint_path=tmp_path / name)
     assert not capsys.readouterr().out
     for path in (tmp_path, tmp_path / "missing.pth"):
-        with pytest.raises(FileNotFoundError, match=r"checkpoint_path names .*, which is no file"):
+        with pytest.raises(FileNotFoundError, match=r"checkpoint_path names .*, which is not a file"):
             unept.create_model("unept_resnet10t", num_classes=2, checkpoint_path=path)

@@ -1,5 +1,6 @@
 """Averaging views against a reference at full resolution, flips, windows, and what is held meanwhile."""
 
+import dataclasses
 import itertools
 import math
 import weakref
@@ -8,29 +9,38 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unept.inference import MIRRORED, PAPER_SCALES, InferenceConfig, infer, predict_ids, window_starts
+from tests.helpers.models import StandIn
+from unept.inference import (
+    MIRRORED,
+    PAPER_SCALES,
+    PROTOCOL,
+    InferenceConfig,
+    InferenceOptions,
+    infer,
+    predict_ids,
+    resolve,
+    window_starts,
+)
 from unept.model.boundary import DIRECTIONS
-from unept.model.network import UNEPT, UNEPTOutput, predicted_ids
+from unept.model.network import UNEPT
+from unept.model.output import AveragedOutput, UNEPTOutput, class_ids
 
 # Directions by the angle of their image gradient; the same list as `unept.model.boundary` has, written in another way.
 ANGLES = torch.arange(8) * torch.pi / 4 - torch.pi
 
 
-class FakeModel(nn.Module):
+class FakeModel(StandIn):
     """Sees each 8x8 block by its mean colour: equivariant to mirroring and to cutting out windows, and exactly so.
 
     The direction is that of the red channel's gradient, which turns around in a mirror.
     """
 
-    num_classes = 3
-    refines = True
-
     def __init__(self):
-        super().__init__()
+        super().__init__(3)
         self.calls: list[tuple[int, ...]] = []
         self.outputs: list[weakref.ref] = []
         self.most_held = 0
@@ -82,7 +92,9 @@ def test_a_single_view_is_the_model_to_the_bit(unept, size, options):
     images = random_images(2, *size)
     expected = unept.predict(images, refine=options.get("refine", True), refine_scale=options.get("refine_scale", 1))
     assert torch.equal(predict_ids(unept, images, InferenceConfig(**options)), expected)
-    assert torch.equal(infer(unept, images, InferenceConfig(**options)).logits, unept(images).logits)
+    output = infer(unept, images, InferenceConfig(**options))
+    assert isinstance(output, UNEPTOutput)
+    assert torch.equal(output.logits, unept(images).logits)
 
 
 def test_refinement_changes_the_ids(unept):
@@ -119,8 +131,8 @@ def test_averages_agree_with_full_resolution(unept, size, flip):
     config = InferenceConfig(scales=PAPER_SCALES, flip=flip)
     output = infer(unept, images, config)
     padded = [n + -n % 8 for n in size]
-    found = (output.logits, output.boundary.sigmoid(), output.direction)
-    for maps, expected in zip(found, (classes, boundary, direction), strict=True):
+    assert isinstance(output, AveragedOutput)
+    for maps, expected in zip(output, (classes, boundary, direction), strict=True):
         full = F.interpolate(maps, padded, mode="bilinear")[..., : size[0], : size[1]]
         # Up-sampling in two steps instead of one blurs: a tenth of what the maps vary by.
         assert (full - expected).abs().mean() < 0.12 * expected.std(dim=(2, 3)).mean()
@@ -138,9 +150,11 @@ def test_scales_of_one_grid_average_exactly(unept):
     with torch.inference_mode():
         padded = F.pad(unept.normalized(images), (0, 1, 0, 7))
         plain, mirrored = unept(padded), unept(padded.flip(-1))
-    torch.testing.assert_close(output.logits, (plain.logits.softmax(1) + mirrored.logits.softmax(1).flip(-1)) / 2)
+    torch.testing.assert_close(
+        output.probabilities, (plain.logits.softmax(1) + mirrored.logits.softmax(1).flip(-1)) / 2
+    )
     boundary = (plain.boundary.sigmoid() + mirrored.boundary.sigmoid().flip(-1)) / 2
-    torch.testing.assert_close(output.boundary.sigmoid(), boundary)
+    torch.testing.assert_close(output.boundary, boundary)
 
 
 def test_mirrored_directions():
@@ -155,8 +169,9 @@ def test_flips_of_a_mirror_equivariant_model_change_nothing(options):
     model = FakeModel()
     flipped = infer(model, images, InferenceConfig(flip=True, **options))
     plain = model.maps(images)
-    torch.testing.assert_close(flipped.logits, plain.logits.softmax(1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(flipped.boundary, plain.boundary, atol=1e-4, rtol=0)
+    torch.testing.assert_close(flipped.probabilities, plain.logits.softmax(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(flipped.boundary, plain.boundary.sigmoid(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(flipped.boundary_logits, plain.boundary, atol=1e-4, rtol=0)
     torch.testing.assert_close(flipped.direction, plain.direction.softmax(1), atol=1e-5, rtol=0)
     assert plain.direction.argmax(1).unique().numel() == 8
 
@@ -182,7 +197,7 @@ def test_windows_agree_with_the_whole_image_where_context_does_not_matter(window
     model = FakeModel()
     output = infer(model, images, InferenceConfig(window=32, window_stride=24, window_batch=window_batch))
     plain = model.maps(images)
-    torch.testing.assert_close(output.logits, plain.logits.softmax(1))
+    torch.testing.assert_close(output.probabilities, plain.logits.softmax(1))
     torch.testing.assert_close(output.direction, plain.direction.softmax(1))
     # 3 rows and 4 columns of windows, of 2 images; the network sees each once, window_batch at a time.
     assert sum(shape[0] for shape in model.calls) == 24
@@ -223,9 +238,9 @@ def test_overlapping_windows_are_averaged(unept):
     output = infer(unept, images, InferenceConfig(window=32, window_stride=8))
     with torch.inference_mode():
         left, right = (unept(images[..., x : x + 32]).logits.softmax(1) for x in (0, 8))
-    torch.testing.assert_close(output.logits[..., 0], left[..., 0])
-    torch.testing.assert_close(output.logits[..., 1:4], (left[..., 1:] + right[..., :3]) / 2)
-    torch.testing.assert_close(output.logits[..., 4], right[..., 3])
+    torch.testing.assert_close(output.probabilities[..., 0], left[..., 0])
+    torch.testing.assert_close(output.probabilities[..., 1:4], (left[..., 1:] + right[..., :3]) / 2)
+    torch.testing.assert_close(output.probabilities[..., 4], right[..., 3])
     assert (left[..., 1:] - right[..., :3]).abs().max() > 1e-3
 
 
@@ -264,17 +279,8 @@ def test_no_view_outlives_its_turn():
     assert model.most_held <= 1
 
 
-class ConstantModel(nn.Module):
+class ConstantModel(StandIn):
     """Takes no memory of its own."""
-
-    refines = True
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.num_classes = num_classes
-
-    def normalized(self, images: Tensor) -> Tensor:
-        return images.float() if images.dtype == torch.uint8 else images
 
     def forward(self, images: Tensor) -> UNEPTOutput:
         maps = torch.zeros(()).expand(len(images), self.num_classes + 9, images.shape[2] // 8, images.shape[3] // 8)
@@ -332,7 +338,7 @@ def test_a_single_image_without_batch(unept):
 
 def test_modes_are_restored_even_after_an_error(unept):
     unept.train()
-    frozen = unept.model.backbone.eval()
+    frozen = unept.backbone.eval()
     infer(unept, random_images(1, 16, 16), InferenceConfig())
     with pytest.raises(ValueError, match=r"they must be \(B, 3, H, W\)"):
         infer(unept, random_images(1, 16, 16)[:, :2], InferenceConfig())
@@ -350,20 +356,20 @@ def test_a_model_without_boundaries():
     output = infer(model, images, InferenceConfig(flip=True, window=24))
     assert output.boundary is None
     assert output.direction is None
-    torch.testing.assert_close(output.logits.sum(1), torch.ones(1, 5, 6))
+    torch.testing.assert_close(output.probabilities.sum(1), torch.ones(1, 5, 6))
     assert torch.equal(predict_ids(model, images, InferenceConfig()), model.predict(images))
 
 
 def test_autocast(unept):
     images = random_images(1, 16, 24)
     assert infer(unept, images, InferenceConfig(amp="bf16")).logits.dtype == torch.bfloat16
-    assert infer(unept, images, InferenceConfig(amp="bf16", flip=True)).logits.dtype == torch.float32
+    assert infer(unept, images, InferenceConfig(amp="bf16", flip=True)).probabilities.dtype == torch.float32
 
 
 def test_maps_of_any_resolution_cover_the_padded_image():
-    """`predicted_ids` reads the maps on the grid of the image, not on one of 8 pixels a map pixel."""
+    """`class_ids` reads the maps on the grid of the image, not on one of 8 pixels a map pixel."""
     logits = torch.eye(2)[None, :, :, None] * 10  # class 0 above, class 1 below
-    ids = predicted_ids(UNEPTOutput(logits, None, None), (29, 20))
+    ids = class_ids(UNEPTOutput(logits, None, None), (29, 20), None)
     assert ids[0, :16].unique().tolist() == [0]
     assert ids[0, 16:].unique().tolist() == [1]
 
@@ -378,9 +384,8 @@ def test_maps_of_any_resolution_cover_the_padded_image():
         ({"window": -8}, "window is -8"),
         ({"window": 32, "window_stride": 12}, "window_stride is 12"),
         ({"window": 32, "window_stride": 40}, "window_stride is 40 and window 32"),
-        ({"window_stride": 32}, "window None; give a window that is at least as large, or no stride"),
-        ({"window": 0, "window_stride": 32}, "window 0"),
-        ({"window": 32, "window_stride": 0}, "window_stride is 0"),
+        ({"window_stride": 32}, "window 0; give a window that is at least as large, or no stride"),
+        ({"window": 32, "window_stride": -8}, "window_stride is -8"),
         ({"window_batch": 0}, "window_batch is 0"),
         ({"refine_scale": 0}, "refine_scale is 0"),
         ({"refine_scale": 128}, "refine_scale is 128"),
@@ -408,6 +413,71 @@ def test_a_protocol_in_one_line(options, line):
     assert InferenceConfig(**options).describe() == line
 
 
-@pytest.mark.parametrize(("window", "stride"), [(480, 320), (768, 512), (32, 16), (8, 8), (0, 0), (None, 0)])
+@pytest.mark.parametrize(("window", "stride"), [(480, 320), (768, 512), (32, 16), (8, 8), (0, 0)])
 def test_default_stride_is_two_thirds(window, stride):
-    assert InferenceConfig(window=window).stride == stride
+    config = InferenceConfig(window=window)
+    assert config.window_stride == stride
+    assert config == InferenceConfig(window=window, window_stride=stride)
+
+
+def trained_model(refines=True, **preprocessing) -> StandIn:
+    model = StandIn(3, refines)
+    model.preprocessing = {"input": "uint8 RGB", **preprocessing}
+    return model
+
+
+RUN = {"short_side": 512, "window": 480, "window_stride": 240, "refine": False, "refine_scale": 2, "amp": "off"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "different"),
+    [
+        ({}, {}),
+        ({"flip": True, "scales": (0.5, 1.0)}, {"flip": True, "scales": (0.5, 1.0)}),
+        ({"refine": True}, {"refine": True}),
+        ({"refine_scale": 3}, {"refine_scale": 3}),
+        ({"window": 96}, {"window": 96, "window_stride": 64}),
+        ({"window": 480, "window_stride": 320}, {"window_stride": 320}),
+        ({"window_stride": 320}, {"window_stride": 320}),
+        ({"window": 0}, {"window": 0, "window_stride": 0}),
+        ({"short_side": 0}, {"short_side": 0}),
+        ({"amp": "auto"}, {"amp": "auto"}),
+    ],
+    ids=str,
+)
+def test_what_is_left_open_is_done_as_the_model_was_trained(chosen, different):
+    config = resolve(InferenceOptions(**chosen), trained_model(**RUN))
+    assert config == InferenceConfig(**{**RUN, **different})
+    assert None not in vars(config).values()
+
+
+def test_without_a_past_the_defaults_hold():
+    assert resolve(InferenceOptions(), trained_model()) == InferenceConfig()
+
+
+def test_a_model_without_boundaries_is_not_refined():
+    assert not resolve(InferenceOptions(refine=True), trained_model(refines=False)).refine
+
+
+def test_what_a_run_fixes_comes_back():
+    config = InferenceConfig(scales=(0.5, 2.0), flip=True, window=480, refine=False, refine_scale=2, amp="bf16")
+    kept = config.protocol()
+    assert kept == {"window": 480, "window_stride": 320, "refine": False, "refine_scale": 2, "amp": "bf16"}
+    assert set(kept) < set(PROTOCOL)
+    assert resolve(InferenceOptions(scales=(0.5, 2.0), flip=True), trained_model(**kept)) == config
+
+
+def test_bad_options_are_refused_before_a_model_is_loaded():
+    with pytest.raises(ValueError, match="window is 30"):
+        InferenceOptions(window=30)
+    with pytest.raises(ValueError, match="window_stride is 40 and window 32"):
+        InferenceOptions(window=32, window_stride=40)
+    open_window = InferenceOptions(window_stride=40)  # it depends on the model's window
+    assert resolve(open_window, trained_model(window=48)).window_stride == 40
+    with pytest.raises(ValueError, match="window_stride is 40 and window 32"):
+        resolve(open_window, trained_model(window=32))
+
+
+def test_a_config_cannot_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        InferenceConfig().window = 32

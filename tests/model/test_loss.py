@@ -1,4 +1,4 @@
-"""Eq. 7 term by term against plain torch at full resolution."""
+"""Eq. 7 loss by loss against plain torch at full resolution."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from unept.kernels import boundary_targets
 from unept.model.boundary import DIRECTIONS
-from unept.model.loss import UNEPTLoss
-from unept.model.network import UNEPTOutput
+from unept.model.loss import LossWeights, UNEPTLoss
+from unept.model.output import UNEPTOutput
 
 
 def random_output(batch=2, classes=5, h=4, w=6, dtype=torch.float64):
@@ -38,39 +38,39 @@ def equation_7(output, labels, weights):
     distance, direction = boundary_targets(labels)
     counted = labels != 255
     boundary = F.binary_cross_entropy_with_logits(up[1][:, 0][counted], (distance <= 5)[counted].double())
-    terms = [
+    losses = [
         F.cross_entropy(up[0], labels, ignore_index=255),
         F.cross_entropy(refined, labels, ignore_index=255),
         boundary,
         F.cross_entropy(up[2], direction.long(), ignore_index=255),
     ]
-    return terms, sum(w * t for w, t in zip(weights, terms, strict=True))
+    return losses, sum(w * t for w, t in zip(weights, losses, strict=True))
 
 
 @pytest.mark.parametrize("size", [(32, 48), (27, 43)])
 def test_equation_7(size):
     output, labels = random_output(), blocks(*size)
-    terms = UNEPTLoss()(output, labels)
+    losses = UNEPTLoss()(output, labels)
     padded = F.pad(labels, (0, 48 - size[1], 0, 32 - size[0]), value=255)
-    expected_terms, expected = equation_7(output, padded, (1, 1.5, 3, 0.7))
+    expected_losses, expected = equation_7(output, padded, (1, 1.5, 3, 0.7))
     names = ("segmentation", "refined", "boundary", "direction")
-    for name, value in zip(names, expected_terms, strict=True):
-        torch.testing.assert_close(terms[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
-    torch.testing.assert_close(terms["loss"].double(), expected, rtol=1e-5, atol=1e-6)
-    gradients = torch.autograd.grad(terms["loss"], output)
+    for name, value in zip(names, expected_losses, strict=True):
+        torch.testing.assert_close(losses[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close(losses["loss"].double(), expected, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(losses["loss"], output)
     for actual, wanted in zip(gradients, torch.autograd.grad(expected, output), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_counted_is_zero_not_nan():
     output = random_output(dtype=torch.float32)
-    terms = UNEPTLoss()(output, torch.full((2, 32, 48), 255))
-    assert all(term == 0 for term in terms.values())
-    terms["loss"].backward()
+    losses = UNEPTLoss()(output, torch.full((2, 32, 48), 255))
+    assert all(loss == 0 for loss in losses.values())
+    losses["loss"].backward()
     assert all((m.grad == 0).all() for m in output)
 
 
-def test_class_weights_change_the_segmentation_terms_only():
+def test_class_weights_change_the_segmentation_losses_only():
     output, labels = random_output(), blocks(32, 48)
     weights = torch.tensor([1.0, 5.0, 1.0, 1.0, 0.2])
     plain, weighted = UNEPTLoss()(output, labels), UNEPTLoss(class_weights=weights)(output, labels)
@@ -90,33 +90,52 @@ def test_labels_of_another_size_are_refused():
 def test_four_weights():
     with pytest.raises(ValueError, match="the four lambdas"):
         UNEPTLoss((1, 1.5))
+    with pytest.raises(ValueError, match=r"no losses edge to weigh; there are segmentation, refined, boundary"):
+        LossWeights.read({"edge": 1.0})
+
+
+@pytest.mark.parametrize("name", ["segmentation", "refined", "boundary", "direction"])
+def test_each_weight_belongs_to_the_loss_of_its_name(name):
+    output, labels = random_output(), blocks(32, 48)
+    alone = LossWeights(**{**dict.fromkeys(("segmentation", "refined", "boundary", "direction"), 0.0), name: 3.0})
+    losses = UNEPTLoss(alone)(output, labels)
+    torch.testing.assert_close(losses["loss"].double(), 3 * losses[name].double())
+    assert losses["loss"] > 0
+
+
+def test_weights_by_name_and_in_the_order_of_equation_7():
+    paper = LossWeights()
+    assert paper == LossWeights.read((1.0, 1.5, 3.0, 0.7)) == LossWeights.read([1.0, 1.5, 3.0, 0.7])
+    assert LossWeights.read({"direction": 2.0}) == LossWeights(direction=2.0) == LossWeights.read((1.0, 1.5, 3.0, 2.0))
+    assert LossWeights.read(paper) is paper
+    assert UNEPTLoss((1.0, 1.5, 3.0, 2.0)).weights.direction == 2.0
 
 
 def test_learns_boundaries_and_directions():
-    """Gradient descent on the maps alone drives every term down: targets and predictions agree in meaning."""
+    """Gradient descent on the maps alone drives every loss down: targets and predictions agree in meaning."""
     labels = blocks(32, 48)
     output = UNEPTOutput(*(m.detach().float().requires_grad_() for m in random_output()))
     optimizer = torch.optim.Adam(output, lr=0.3)
     first = None
     for _ in range(60):
-        terms = UNEPTLoss()(output, labels)
-        first = first or {name: term.item() for name, term in terms.items()}
+        losses = UNEPTLoss()(output, labels)
+        first = first or {name: loss.item() for name, loss in losses.items()}
         optimizer.zero_grad()
-        terms["loss"].backward()
+        losses["loss"].backward()
         optimizer.step()
-    for name, term in terms.items():
-        assert term.item() < 0.7 * first[name], name
+    for name, loss in losses.items():
+        assert loss.item() < 0.7 * first[name], name
 
 
 @pytest.mark.parametrize("class_weights", [None, torch.tensor([1.0, 5.0, 1.0, 1.0, 0.2])])
-def test_terms_of_parts_add_up_to_those_of_the_batch(class_weights):
+def test_losses_of_parts_add_up_to_those_of_the_batch(class_weights):
     """Also where the parts differ in ignored pixels and in boundaries; so do their gradients."""
     output, labels = random_output(), blocks(27, 43)
     labels[1, 9:] = 255
     loss = UNEPTLoss(class_weights=class_weights)
     whole = loss(output, labels)
     targets = loss.targets(labels)
-    parts = [loss.terms(UNEPTOutput(*(m[i : i + 1] for m in output)), targets.part(i, i + 1)) for i in range(2)]
+    parts = [loss.losses(UNEPTOutput(*(m[i : i + 1] for m in output)), targets.part(i, i + 1)) for i in range(2)]
     for name, value in whole.items():
         torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-6, atol=1e-7, msg=name)
     gradients = torch.autograd.grad(sum(part["loss"] for part in parts), output)

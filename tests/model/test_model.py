@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unept.model.attention import SparseSamplingAttention, ring_offsets
 from unept.model.backbone import Backbone
-from unept.model.boundary import DIRECTIONS, refinement_offset
+from unept.model.boundary import DIRECTIONS, Refinement, refinement_offset
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
-from unept.model.transformer import DecoderLayer, EncoderLayer, reference_grid, sine_position_encoding
+from unept.model.transformer import DecoderLayer, EncoderLayer, LayerSize, reference_grid, sine_position_encoding
 
 TINY = {"d_model": 32, "num_heads": 4, "num_points": 2, "ffn_dim": 32}
 
@@ -68,8 +68,8 @@ def test_any_timm_backbone_and_any_image_size(backbone, strides):
         assert output.boundary.shape == (1, 1, h, w)
         assert output.direction.shape == (1, 8, h, w)
         assert all(torch.isfinite(m).all() for m in output)
-    terms = UNEPTLoss()(output, torch.randint(0, 3, (1, 64, 96)))
-    terms["loss"].backward()
+    losses = UNEPTLoss()(output, torch.randint(0, 3, (1, 64, 96)))
+    losses["loss"].backward()
     # Some backbones keep layers that the feature maps don't need; all of ours must learn.
     silent = [n for n, p in model.named_parameters() if p.grad is None and not n.startswith("backbone")]
     assert not silent
@@ -165,7 +165,8 @@ def test_encodings_go_to_the_queries_only():
     points = reference_grid(shapes, torch.device("cpu"))
     x, memory = torch.randn(2, 12, 32), torch.randn(2, 12, 32)
     zeros, encoding = torch.zeros(1, 12, 32), torch.randn(1, 12, 32)
-    encoder, decoder = EncoderLayer(32, 4, 1, 2, 32, 0.0), DecoderLayer(32, 4, 1, 2, 32, 0.0)
+    size = LayerSize(d_model=32, num_heads=4, num_levels=1, num_points=2, ffn_dim=32, dropout=0.0)
+    encoder, decoder = EncoderLayer(size), DecoderLayer(size)
     assert torch.equal(encoder(x, zeros, shapes, points), encoder(x, encoding, shapes, points))
     without, with_encoding = (decoder(x, e, shapes[0], points, memory, shapes) for e in (zeros, encoding))
     assert torch.equal(without, with_encoding)
@@ -181,7 +182,7 @@ def test_refinement_moves_boundary_pixels_one_step_inward():
     for k, (dx, dy) in enumerate(DIRECTIONS):
         direction = torch.zeros(1, 8, 4, 4)
         direction[:, k] = 5.0
-        offset = refinement_offset(boundary, direction, (32, 32), scale=2)
+        offset = refinement_offset(boundary, direction, (32, 32), Refinement(scale=2))
         assert offset[0, :, 0, 0].tolist() == [2 * dx, 2 * dy]
         assert offset[0, :, 0, 31].tolist() == [0, 0]
         angle = math.degrees(math.atan2(dy, dx))
@@ -192,8 +193,8 @@ def test_refinement_threshold_is_a_probability():
     """A logit of 0.1 is a probability of 0.52: boundary. Thresholding the logit itself at 0.5 would miss it."""
     direction = torch.zeros(1, 8, 2, 2)
     direction[:, 4] = 5.0
-    assert refinement_offset(torch.full((1, 1, 2, 2), 0.1), direction, (16, 16)).any()
-    assert not refinement_offset(torch.full((1, 1, 2, 2), -0.1), direction, (16, 16)).any()
+    assert refinement_offset(torch.full((1, 1, 2, 2), 0.1), direction, (16, 16), Refinement()).any()
+    assert not refinement_offset(torch.full((1, 1, 2, 2), -0.1), direction, (16, 16), Refinement()).any()
 
 
 def test_refinement_is_part_of_prediction():
@@ -210,9 +211,9 @@ def test_baseline_without_spatial_branch():
     assert output.logits.shape == (1, 3, 5, 7)
     assert output.boundary is None
     assert output.direction is None
-    terms = UNEPTLoss()(output, torch.randint(0, 3, (1, 40, 56)))
-    assert set(terms) == {"loss", "segmentation"}
-    assert terms["loss"] == terms["segmentation"]
+    losses = UNEPTLoss()(output, torch.randint(0, 3, (1, 40, 56)))
+    assert set(losses) == {"loss", "segmentation"}
+    assert losses["loss"] == losses["segmentation"]
     assert model.predict(torch.randn(1, 3, 40, 56)).shape == (1, 40, 56)
 
 
@@ -305,12 +306,12 @@ def test_weights_of_another_model_are_refused(tmp_path):
     (tmp_path / "garbage.safetensors").write_bytes(b"no weights")
     (tmp_path / "garbage.pth").write_bytes(b"no weights")
     for name in ("garbage.safetensors", "garbage.pth"):
-        with pytest.raises(ValueError, match=f"{name} can't be read as weights"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
             tiny_model(backbone_weights=str(tmp_path / name))
     save_file(timm.create_model("resnet50").state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="tensors of wide_resnet50_2"):
         tiny_model(backbone="wide_resnet50_2", backbone_weights=str(tmp_path / "w.safetensors"))
-    with pytest.raises(FileNotFoundError, match="which is no file"):
+    with pytest.raises(FileNotFoundError, match="which is not a file"):
         tiny_model(backbone_weights=str(tmp_path / "missing.safetensors"))
 
 

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from tests.helpers.models import StandIn
 from unept import UNEPT, Segmentation, Segmenter, UNEPTOutput, kernels
+from unept.colors import overlay
 from unept.data import DatasetError
 from unept.inference import PAPER_SCALES, InferenceConfig, infer, predict, predict_ids
 from unept.model.boundary import DIRECTIONS
-from unept.pictures import drawing
+from unept.model.output import AveragedOutput
 
 PALETTE = [[90, 160, 230], [10, 40, 120], [220, 200, 120]]
 
@@ -100,12 +102,14 @@ def full_size(model: UNEPT, image: Tensor, config: InferenceConfig) -> tuple[Ten
     height, width = image.shape[1:]
     output = infer(model, image, config)
     size = (height + -height % 8, width + -width % 8)
-    maps = [F.interpolate(m.float(), size, mode="bilinear")[0] for m in output]
-    plain = config.scales == (1.0,) and not config.flip and config.window is None
+    plain = config.scales == (1.0,) and not config.flip and not config.window
+    assert isinstance(output, UNEPTOutput if plain else AveragedOutput)
+    boundary_logits = output.boundary if plain else output.boundary.logit()
+    maps = [F.interpolate(m.float(), size, mode="bilinear")[0] for m in (output[0], boundary_logits, output.direction)]
     scores, boundary, direction = maps[0].softmax(0) if plain else maps[0], maps[1][0].sigmoid(), maps[2].argmax(0)
     y, x = torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
-    if config.refine is not False:
-        step = torch.tensor(DIRECTIONS)[direction] * (boundary > 0.5)[..., None] * (config.refine_scale or 1)
+    if config.refine:
+        step = torch.tensor(DIRECTIONS)[direction] * (boundary > 0.5)[..., None] * config.refine_scale
         x, y = (x + step[..., 0]).clamp(0, size[1] - 1), (y + step[..., 1]).clamp(0, size[0] - 1)
     return scores[:, y, x][:, :height, :width], boundary[:height, :width]
 
@@ -165,13 +169,8 @@ def test_class_scores_are_never_held_at_full_size(options):
                     self.elements = max(self.elements, tensor.numel())
             return result
 
-    class Flat(torch.nn.Module):
+    class Flat(StandIn):
         """A network whose own maps are small beside (K, H, W)."""
-
-        num_classes, refines, mean = 400, True, torch.zeros(1)
-
-        def normalized(self, images):
-            return images.float()
 
         def forward(self, images):
             h, w = images.shape[2] // 8, images.shape[3] // 8
@@ -179,14 +178,14 @@ def test_class_scores_are_never_held_at_full_size(options):
 
     images = torch.zeros(1, 3, 256, 512, dtype=torch.uint8)
     with Largest() as largest:
-        predict(Flat(), images, InferenceConfig(**options))
+        predict(Flat(400), images, InferenceConfig(**options))
     assert 0 < largest.elements <= 8 * 256 * 512 < 400 * 256 * 512
 
 
 def test_result(model, pixels):
     result = Segmenter(model)(pixels)
     assert result.classes == ("sky", "sea", "sand")
-    expected = drawing.overlay(tensor_of(pixels), result.ids, PALETTE, 0.25).permute(1, 2, 0).numpy()
+    expected = overlay(tensor_of(pixels), result.ids, PALETTE, 0.25).permute(1, 2, 0).numpy()
     assert np.array_equal(np.asarray(result.overlay(0.25)), expected)
     assert result.overlay().size == (47, 33)
     with pytest.raises(dataclasses.FrozenInstanceError):

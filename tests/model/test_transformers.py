@@ -253,10 +253,10 @@ def test_discrete_sampling_is_left_alone():
     backbone = resnet(transformers.RTDetrResNetConfig)
     options = {**rt_detr_options(backbone), "decoder_method": "discrete"}
     model = transformers.RTDetrV2ForObjectDetection(transformers.RTDetrV2Config(**options))
-    with pytest.raises(ValueError, match="has no deformable attention that this could replace"):
+    with pytest.raises(ValueError, match="has no deformable attention that can be replaced"):
         patch(model)
 
 
 def test_other_models_are_refused():
-    with pytest.raises(ValueError, match="Linear has no deformable attention that this could replace: give a model"):
+    with pytest.raises(ValueError, match="Linear has no deformable attention that can be replaced: give a model"):
         patch(torch.nn.Linear(2, 2))

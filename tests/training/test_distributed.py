@@ -17,7 +17,7 @@ from torch import nn
 
 from tests.helpers import layouts
 from unept import cli, distributed, train
-from unept.training.run_folder import continues
+from unept.training.run_folder import should_resume
 
 OPTIONS = [
     *("--backbone", "resnet10t", "--no-pretrained-backbone", "--output-stride", "32", "--d-model", "32"),
@@ -45,8 +45,8 @@ def numbers(folder: Path) -> list[dict]:
     return [{key: line[key] for key in ("step", *NUMBERS) if key in line} for line in lines]
 
 
-def one_step(config, out: Path) -> tuple[torch.Tensor, dict]:
-    """Loss terms and gradients of the first optimiser step of a run, as this rank sees them."""
+def one_step(config, out: Path) -> tuple[dict, dict]:
+    """Losses and gradients of the first optimiser step of a run, as this rank sees them."""
     torch.use_deterministic_algorithms(True)
     trainer = train.Trainer(config, out)
     trainer.model.train()
@@ -56,10 +56,11 @@ def one_step(config, out: Path) -> tuple[torch.Tensor, dict]:
         gradients.update((name, p.grad.clone()) for name, p in trainer.model.named_parameters())
 
     trainer.optimizer.register_step_pre_hook(keep)
-    terms = distributed.mean_over_ranks(trainer.optimize(*trainer._on_device(next(iter(trainer._loader())))))
+    losses = trainer.train_step(*trainer.prepare_batch(next(iter(trainer.build_loader()))))
+    losses = {name: distributed.mean_over_ranks(loss) for name, loss in losses.items()}
     buffers = {name: b.clone() for name, b in trainer.model.named_buffers() if "running" in name}
     torch.use_deterministic_algorithms(False)
-    return terms, {**gradients, **buffers}
+    return losses, {**gradients, **buffers}
 
 
 class Norms(nn.Sequential):
@@ -86,9 +87,9 @@ def _rank(rank: int, rendezvous: str, folder: str, data: str) -> None:
     images = torch.load(f"{folder}/images.pt")
     results = {"norms": norms_step(images[2 * rank : 2 * rank + 2])}
     results["step"] = one_step(configuration(data), Path(folder) / "run")
-    results["main"] = distributed.from_main(lambda: f"said by {distributed.rank()}")
+    results["main"] = distributed.run_on_main(lambda: f"said by {distributed.rank()}")
     try:
-        distributed.from_main(lambda: int("no number"))
+        distributed.run_on_main(lambda: int("no number"))
     except BaseException as error:
         results["error"] = repr(error)
     try:
@@ -124,8 +125,8 @@ def test_two_processes_have_the_loss_and_gradients_of_one(two, data, tmp_path):
     """The images differ in ignored pixels and boundaries; gradients and statistics agree with one process's."""
     alone, expected = one_step(configuration(data), tmp_path / "run")
     for result in two[1]:
-        terms, state = result["step"]
-        torch.testing.assert_close(terms, alone, rtol=1e-5, atol=1e-6)
+        losses, state = result["step"]
+        torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-6)
         assert state.keys() == expected.keys()
         for name, value in state.items():
             scale = expected[name].abs().max().item()
@@ -137,21 +138,21 @@ def test_main_process_speaks_for_all(two):
     assert first["main"] == second["main"] == "said by 0"
     assert first["error"].startswith("ValueError")
     assert second["error"] == "SystemExit(2)"
-    assert "batch_size 3 can't be split over 2 processes in 1 parts each" in first["odd"]
+    assert "batch_size 3 cannot be split over 2 processes in 1 parts each" in first["odd"]
     assert second["odd"] == "SystemExit(2)"
 
 
 def test_accumulation_has_the_gradients_of_the_whole_batch(data, tmp_path):
     """With batch normalisation left out of it: its statistics are those of a part."""
 
-    def gradients(accumulate: int) -> tuple[torch.Tensor, dict]:
+    def gradients(accumulate: int) -> tuple[dict, dict]:
         trainer = train.Trainer(configuration(data, accumulate=accumulate), tmp_path / "run")
         trainer.model.eval()
         kept: dict = {}
         trainer.optimizer.register_step_pre_hook(
             lambda *_: kept.update((name, p.grad.clone()) for name, p in trainer.model.named_parameters())
         )
-        return trainer.optimize(*trainer._on_device(next(iter(trainer._loader())))), kept
+        return trainer.train_step(*trainer.prepare_batch(next(iter(trainer.build_loader())))), kept
 
     (whole, expected), (parts, actual) = gradients(1), gradients(4)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
@@ -211,12 +212,12 @@ def test_restart_continues_its_own_run_only(tmp_path, monkeypatch):
     (tmp_path / "launch").write_text("job 7")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not continues(config, tmp_path), "a first start"
+    assert not should_resume(config, tmp_path), "a first start"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert continues(config, tmp_path)
-    assert not continues(config, tmp_path / "elsewhere")
+    assert should_resume(config, tmp_path)
+    assert not should_resume(config, tmp_path / "elsewhere")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 8")
-    assert not continues(config, tmp_path), "another's run"
+    assert not should_resume(config, tmp_path), "another's run"
 
 
 def test_commands_for_one_process_refuse_torchrun(monkeypatch):
@@ -233,7 +234,7 @@ def test_out_of_memory_says_what_to_change(data, tmp_path, monkeypatch, message)
     def full(images, labels):
         raise kind(message)
 
-    monkeypatch.setattr(trainer, "optimize", full)
+    monkeypatch.setattr(trainer, "train_step", full)
     with pytest.raises(
         MemoryError, match=r"with 4 images of 64x64 at once \(batch_size 4\): --accumulate 2 .*crop-size"
     ):

@@ -20,11 +20,11 @@ from tests.helpers import layouts
 from unept import train
 from unept.config import DataConfig, ModelConfig, TrainConfig
 from unept.data import DatasetError
-from unept.model.network import load_model
+from unept.model.network import UNEPT
 from unept.presets import PRESETS
 from unept.training import checkpoint
 from unept.training.optimizer import build_optimizer, learning_rate_factor
-from unept.training.run_folder import run_folder
+from unept.training.run_folder import choose_run_folder
 
 OPTIONS = [
     *("--backbone", "resnet10t", "--no-pretrained-backbone", "--output-stride", "32", "--d-model", "32"),
@@ -81,7 +81,7 @@ def test_run_folder(finished):
     assert [line["step"] for line in evaluations] == [6, 12]
     assert max(line["mIoU"] for line in evaluations) == pytest.approx(trainer.best)
     assert scores["mIoU"] == pytest.approx(evaluations[-1]["mIoU"])
-    assert load_model(out / "model").classes == trainer.model.classes
+    assert UNEPT.from_pretrained(out / "model").classes == trainer.model.classes
     assert TrainConfig.from_json(out / "config.json") == trainer.config
 
 
@@ -167,7 +167,7 @@ def test_bad_images_are_skipped_where_asked_for(data, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     counts = [line["skipped"] for line in lines if "loss" in line]
     assert counts[-1] == 2, "one in each of the two epochs"
-    assert f"{counts[-1]} times another image stood in" in capsys.readouterr().out
+    assert f"{counts[-1]} times another image has replaced" in capsys.readouterr().out
     assert all(
         line[key] > 0 for line in lines if "loss" in line for key in ("step_images_per_s", "loader_images_per_s")
     )
@@ -189,7 +189,7 @@ def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkey
     monkeypatch.setattr(checkpoint, "write_atomically", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save_model(finished[1].model, folder)
-    assert load_model(folder).num_classes == 8
+    assert UNEPT.from_pretrained(folder).num_classes == 8
 
 
 @pytest.mark.parametrize(
@@ -228,15 +228,15 @@ def test_other_class_count_is_refused_on_resume(finished, data, tmp_path):
 def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
     out = tmp_path / "run"
     trainer = train.Trainer(configuration(data, lr=1e-3, log_every=4, checkpoint_every=2), out)
-    optimize = trainer.optimize
+    train_step = trainer.train_step
 
     def poisoned(images, labels):
         if trainer.step == 4:  # the fifth step
             with torch.no_grad():
                 trainer.model.boundary_head[-1].bias.fill_(float("nan"))
-        return optimize(images, labels)
+        return train_step(images, labels)
 
-    trainer.optimize = poisoned
+    trainer.train_step = poisoned
     with pytest.raises(FloatingPointError, match=r"not finite at step 5: boundary\. .*--lr"):
         trainer.train()
     saved = checkpoint.checkpoints(out / "checkpoints")
@@ -292,14 +292,14 @@ def test_existing_run_is_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(FileExistsError, match=r"--resume auto.*--out"):
-        run_folder(TrainConfig(out=tmp_path / "run"), "shapes")
-    assert run_folder(TrainConfig(out=tmp_path / "run", resume="auto"), "shapes") == tmp_path / "run"
+        choose_run_folder(TrainConfig(out=tmp_path / "run"), "shapes")
+    assert choose_run_folder(TrainConfig(out=tmp_path / "run", resume="auto"), "shapes") == tmp_path / "run"
     monkeypatch.chdir(tmp_path)
-    assert run_folder(TrainConfig(), "shapes") == Path("runs/shapes")
+    assert choose_run_folder(TrainConfig(), "shapes") == Path("runs/shapes")
     for name in ("shapes", "shapes-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert run_folder(TrainConfig(), "shapes") == Path("runs/shapes-3")
-    assert run_folder(TrainConfig(resume="auto"), "shapes") == Path("runs/shapes-2")
+    assert choose_run_folder(TrainConfig(), "shapes") == Path("runs/shapes-3")
+    assert choose_run_folder(TrainConfig(resume="auto"), "shapes") == Path("runs/shapes-2")
 
 
 def test_learning_rates_follow_the_paper():
@@ -342,16 +342,16 @@ def test_help_explains_every_option(preset, capsys):
 @pytest.mark.parametrize(
     ("part", "options", "message"),
     [
-        (TrainConfig, {"batch_size": 6, "accumulate": 4}, "no multiple of accumulate"),
+        (TrainConfig, {"batch_size": 6, "accumulate": 4}, "is not a multiple of accumulate"),
         (TrainConfig, {"iterations": 0}, "must be positive"),
         (TrainConfig, {"batch_size": 0}, "must be positive"),
         (TrainConfig, {"num_samples": -1}, "0 or more"),
         (TrainConfig, {"window": 100}, "window is 100; it must be a positive multiple of 8"),
         (TrainConfig, {"refine_scale": 128}, "between 1 and 127"),
-        (DataConfig, {"crop_size": (4, 64)}, "under 8 pixels"),
-        (DataConfig, {"dataset": "shapes", "root": Path("x")}, "leave --root away"),
-        (ModelConfig, {"dropout": 1.0}, r"not in \[0, 1\)"),
-        (ModelConfig, {"d_model": 100}, "no multiple of num_heads"),
+        (DataConfig, {"crop_size": (4, 64)}, "at least 8 pixels"),
+        (DataConfig, {"dataset": "shapes", "root": Path("x")}, "omit --root"),
+        (ModelConfig, {"dropout": 1.0}, r"must be in \[0, 1\)"),
+        (ModelConfig, {"d_model": 100}, "is not a multiple of num_heads"),
     ],
 )
 def test_bad_options(part, options, message):

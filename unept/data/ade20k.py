@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from .base import IGNORE_INDEX, FileDataset, find_pairs, list_images, unpacked
+from .base import IGNORE_INDEX
+from .files import FileDataset, find_pairs, find_root, list_images
 
 FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
-# Names and colours of the benchmark's objectName150 and color150, in the order of objectInfo150. Two share a colour.
+# Names and colors of the benchmark's objectName150 and color150, in the order of objectInfo150. Two share a color.
 CLASSES = (
     ("wall", (120, 120, 120)),
     ("building", (180, 120, 120)),
@@ -163,26 +164,26 @@ CLASSES = (
 class ADE20K(FileDataset):
     """ADE20K, 150 classes. Label PNGs hold 1..150, and 0 for everything else, which is ignored.
 
-    255 is no id of the benchmark: labels that hold it have been shifted by others already, and are refused.
+    255 is not an id of the benchmark: labels that hold it have been shifted by others already, and are refused.
 
     Args:
         root: the folder that holds `images/{training,validation}/*.jpg` and `annotations/{training,validation}/*.png`;
-            it is called ADEChallengeData2016, and its parent is taken as well.
-        split: `"train"`, `"val"` or `"test"`. The images of `test` have no labels and come in an archive of their own:
+            it is called ADEChallengeData2016, and its parent folder works as well.
+        split: `"train"`, `"val"` or `"test"`. The images of `test` have no labels and come in a separate archive:
             put them into `images/testing/`.
 
     Raises:
-        DatasetError: see `FileDataset`, `list_images` and `with_labels`.
+        DatasetError: see `FileDataset`, `list_images` and `pair_with_labels`.
     """
 
-    has_server = True
+    has_test_server = True
 
     def __init__(self, root: str | Path, split: str = "train"):
-        folder, part = unpacked(root, "ADEChallengeData2016"), FOLDERS.get(split, split)
+        folder, part = find_root(root, "ADEChallengeData2016"), FOLDERS.get(split, split)
         images, labels = folder / "images" / part, folder / "annotations" / part
         super().__init__(
             pairs=[(file, None) for file in list_images(images)] if split == "test" else find_pairs(images, labels),
             classes=tuple(name for name, _ in CLASSES),
-            palette=tuple(colour for _, colour in CLASSES),
+            palette=tuple(color for _, color in CLASSES),
             label_ids={0: IGNORE_INDEX} | {i + 1: i for i in range(len(CLASSES))},
         )

@@ -1,8 +1,9 @@
-"""CamVid as its 11-class edition is distributed: 480x360 frames from a car; the least of the real benchmarks."""
+"""CamVid as its 11-class edition is distributed: 480x360 frames from a car; the smallest of the real benchmarks."""
 
 from pathlib import Path
 
-from .base import IGNORE_INDEX, FileDataset, find_pairs
+from .base import IGNORE_INDEX
+from .files import FileDataset, find_pairs
 
 CLASSES = (
     ("Sky", (128, 128, 128)),
@@ -36,6 +37,6 @@ class CamVid(FileDataset):
         super().__init__(
             pairs=find_pairs(root / split, root / f"{split}annot"),
             classes=tuple(name for name, _ in CLASSES),
-            palette=tuple(colour for _, colour in CLASSES),
+            palette=tuple(color for _, color in CLASSES),
             label_ids={i: i for i in range(len(CLASSES))} | {VOID: IGNORE_INDEX, IGNORE_INDEX: IGNORE_INDEX},
         )

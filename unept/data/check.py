@@ -1,4 +1,4 @@
-"""Reading whole splits before a run, so that a damaged file does not stop it after days."""
+"""Check whole splits before a run, so that a damaged file does not stop it after days."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +12,14 @@ def check_splits(
     """Read every file of the splits, and print a line for each split that is in order.
 
     Args:
-        build: gives the dataset of a split.
-        workers: processes that read; 0: this one.
-        splits: their names.
+        build: returns the dataset of a split.
+        workers: the number of processes that read; 0 reads in this process.
+        splits: the names of the splits.
 
     Raises:
-        DatasetError: what breaks a rule in any of them, see `SegmentationDataset.check`; all splits are read before.
-        ValueError: `build` can't make the dataset from its options.
+        DatasetError: if files of any split break a rule, see `SegmentationDataset.check`. It is raised after all splits
+            have been read.
+        ValueError: if `build` can't create the dataset from its options.
     """
     problems = []
     for split in splits:

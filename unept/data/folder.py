@@ -1,7 +1,7 @@
 """Your own images: a folder of images, a folder of labels and a list of class names.
 
 my_data/
-  classes.txt             one class a line: `name`, or `name r g b` with the colour to draw it in
+  classes.txt             one class per line: `name`, or `name r g b` with the color to draw it in
   images/train/street1.jpg
   images/val/street2.jpg
   labels/train/street1.png   8-bit, mode L or P: each pixel holds the line (from 0) of its class; 255 is ignored
@@ -10,7 +10,9 @@ my_data/
 
 from pathlib import Path
 
-from .base import IGNORE_INDEX, DatasetError, FileDataset, default_palette, find_pairs
+from ..colors import default_palette
+from .base import IGNORE_INDEX, DatasetError
+from .files import FileDataset, find_pairs
 
 
 class ImageFolder(FileDataset):
@@ -20,7 +22,7 @@ class ImageFolder(FileDataset):
         root: the folder that holds everything.
         split: `"train"`, `"val"` or `"test"`.
         images: the folder of images under `root`; `{split}` stands for the split.
-        labels: the folder of labels, the same way; each has its image's stem and the suffix .png.
+        labels: the folder of labels, likewise; each label has its image's stem and the suffix .png.
         classes_file: the class list under `root`.
 
     Raises:
@@ -51,20 +53,20 @@ class ImageFolder(FileDataset):
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
-    """Names and colours from a class list; classes without a colour get one.
+    """Read names and colors from a class list; classes without a color get one of `default_palette`.
 
     Raises:
-        DatasetError: if the file is missing or not UTF-8 text, or holds no class, an empty line, a name twice, a colour
+        DatasetError: if the file is missing or not UTF-8 text, or holds no class, an empty line, a name twice, a color
             outside 0..255 or more than 255 classes.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(
-            f"the class list {path} can't be read ({error}): write one class a line, `name` or `name r g b`"
+            f"the class list {path} can't be read ({error}): write one class per line, `name` or `name r g b`"
         ) from error
     if not 0 < len(lines) <= IGNORE_INDEX:
-        raise DatasetError(f"{path} lists {len(lines)} classes: write 1 to {IGNORE_INDEX}, one a line")
+        raise DatasetError(f"{path} lists {len(lines)} classes: write 1 to {IGNORE_INDEX}, one per line")
     names: list[str] = []
     palette = list(default_palette(len(lines)))
     for i, line in enumerate(lines):
@@ -81,5 +83,5 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[tuple[int, int, int
         if names[i] in names[:i]:
             raise DatasetError(f"{path} lists {names[i]!r} twice, in lines {names.index(names[i]) + 1} and {i + 1}")
         if max(palette[i]) > 255:
-            raise DatasetError(f"line {i + 1} of {path} gives the colour {palette[i]}: r, g and b go from 0 to 255")
+            raise DatasetError(f"line {i + 1} of {path} gives the color {palette[i]}: r, g and b go from 0 to 255")
     return tuple(names), tuple(palette)

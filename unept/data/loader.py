@@ -1,6 +1,6 @@
-"""Loaders whose sample number n depends on the seed and n alone: a run resumes exactly without any worker's state.
+"""Loaders whose sample number n depends on the seed and n alone, so that a run resumes exactly without workers' state.
 
-Not on the number of workers, nor on where the run was resumed, nor on what else draws random numbers.
+It depends neither on the number of workers, nor on where the run was resumed, nor on what else draws random numbers.
 """
 
 import functools
@@ -25,17 +25,17 @@ OnBadSample = Literal["error", "skip"]
 
 
 class TrainingSampler(Sampler):
-    """Endless `(index, sample_seed)`; every epoch is a fresh permutation of the dataset.
+    """An endless sequence of `(index, sample_seed)`, in which every epoch is a fresh permutation of the dataset.
 
     Sample number n of the run (counted over all ranks and epochs) is a pure function of (seed, n). Rank r of W draws
     the numbers `start_sample + r`, `start_sample + r + W`, ...
 
     Args:
-        length: of the dataset.
-        seed: of the run.
-        start_sample: how many samples all ranks together have drawn before.
-        rank: of this process.
-        world_size: number of processes.
+        length: the number of samples in the dataset.
+        seed: the seed of the run.
+        start_sample: the number of samples that all ranks together have drawn before.
+        rank: the rank of this process.
+        world_size: the number of processes.
 
     Raises:
         ValueError: if the dataset is empty, start_sample is negative or rank is not in [0, world_size).
@@ -65,38 +65,41 @@ class TrainingSampler(Sampler):
 
 
 class Batch(NamedTuple):
-    """What a training loader gives."""
+    """One item of a training loader."""
 
     images: Tensor
     """uint8 (B, 3, h, w)."""
     labels: Tensor
     """uint8 (B, h, w)."""
-    strengths: Tensor | None
-    """Of `photometric.distort`, float32 (B, 7); None where the transform draws none."""
+    params: Tensor | None
+    """float32 (B, 7), of the photometric distortion (`photometric.distort`); None where the transform draws none."""
     seconds: float
-    """That the process which made the batch spent on a sample, in the mean, from the file to the batch."""
+    """The mean time per sample, from the file to the batch, in the process that made the batch."""
     skipped: Sequence[str]
-    """Of each bad sample that another one stands in for, what is wrong with it."""
+    """The message of each bad sample that was replaced by another one."""
 
 
 class Sample(NamedTuple):
-    """One sample: what the transform gives, as plain tensors, and the last fields of `Batch`."""
+    """One item of a `TransformedDataset`."""
 
     tensors: tuple[Tensor, ...]
+    """What the transform returned, as plain tensors."""
     seconds: float
+    """The time that reading and transforming took."""
     skipped: Sequence[str]
+    """The message of each bad sample that this one replaces."""
 
 
 def read_sample(
     dataset: SegmentationDataset, index: int, on_bad_sample: OnBadSample = "error"
 ) -> tuple[int, tuple[tv_tensors.Image, tv_tensors.Mask], list[str]]:
-    """The sample at `index`; with `"skip"`, else the next one that can be read, the first coming after the last.
+    """Read the sample at `index`; with `"skip"`, the next one that can be read. The first comes after the last.
 
     Returns:
-        Its index, itself, and what is wrong with each of those before it.
+        The index of the sample that was read, the sample, and the messages of those that were skipped.
 
     Raises:
-        DatasetError: it can't be read; with `"skip"`, none of the data set can.
+        DatasetError: if it can't be read; with `"skip"`, if no sample of the dataset can.
     """
     if on_bad_sample == "error":
         return index, dataset[index], []
@@ -106,29 +109,29 @@ def read_sample(
             return i, dataset[i], errors
         except DatasetError as error:
             errors.append(str(error))
-    raise DatasetError(f"none of the data set's {len(dataset)} samples can be read. {errors[0]}")
+    raise DatasetError(f"none of the dataset's {len(dataset)} samples can be read. {errors[0]}")
 
 
 def report_skipped(errors: Iterable[str]) -> None:
-    """Say on stderr which samples were passed over, and why; each only once."""
+    """Print to stderr which samples were skipped, and why; each only once per process."""
     for error in errors:
-        _report(error)
+        _report_once(error)
 
 
 @functools.cache
-def _report(error: str) -> None:
+def _report_once(error: str) -> None:
     tqdm.write(f"skipped: {error}", file=sys.stderr)
 
 
 class TransformedDataset(Dataset):
-    """`dataset` under `transform`; keys are `(index, sample_seed)`, values samples of plain tensors.
+    """A dataset under a transform; keys are `(index, sample_seed)`, values are samples of plain tensors.
 
     The transform's random numbers follow from sample_seed; the global random state is left as it was. A DatasetError is
     returned, not raised, for the loader to raise in its own process.
 
     Args:
-        dataset: what to read.
-        transform: of its images and masks.
+        dataset: the dataset to read.
+        transform: maps an image and its mask to tensors.
         on_bad_sample: see `read_sample`.
     """
 
@@ -155,19 +158,19 @@ class TransformedDataset(Dataset):
 
 
 def _collate(items: list[Sample | DatasetError]) -> Batch | DatasetError:
-    """A batch, or the first error among the samples."""
+    """Stack samples into a batch, or return the first error among them."""
     start = time.perf_counter()
     samples: list[Sample] = []
     for item in items:
         if isinstance(item, DatasetError):
             return item
         samples.append(item)
-    # An image whose channels lie innermost would hand that on to the batch, and to the network's convolutions.
+    # Images whose channels lie innermost would make a batch of that layout, and the convolutions would follow it.
     tensors = default_collate([tuple(t.contiguous() for t in sample.tensors) for sample in samples])
     skipped = [error for sample in samples for error in sample.skipped]
     seconds = sum(sample.seconds for sample in samples) + time.perf_counter() - start
-    images, labels, strengths = (*tensors, None)[:3]
-    return Batch(images, labels, strengths, seconds / len(samples), skipped)
+    images, labels, params = (*tensors, None)[:3]
+    return Batch(images, labels, params, seconds / len(samples), skipped)
 
 
 def _collate_pair(items: list[Sample | DatasetError]) -> tuple[Tensor, Tensor] | DatasetError:
@@ -181,21 +184,21 @@ def _collate_image(items: list[Tensor | DatasetError]) -> Tensor | DatasetError:
 
 
 class _Loader(DataLoader):
-    """Raises errors of the data set here: torch would wrap them in the traceback of a worker process.
+    """Raises the dataset's errors in this process, where torch would wrap them in a worker process's traceback.
 
     Attributes:
-        skipped: bad samples that were passed over so far, in this process's share; each is reported at its first time.
-        leave_out: pass over a batch that is an error.
+        skipped: the number of bad samples that were skipped so far, in this process's share. Each is reported once.
+        skip_errors: skip a batch that is an error, rather than raise it.
     """
 
     skipped = 0
-    leave_out = False
+    skip_errors = False
 
     def __iter__(self) -> Iterator[Any]:
         error = None
         for batch in super().__iter__():
             if isinstance(batch, DatasetError):
-                if not self.leave_out:
+                if not self.skip_errors:
                     error = batch
                     break
                 self._count([str(batch)])
@@ -203,7 +206,7 @@ class _Loader(DataLoader):
             if isinstance(batch, Batch):
                 self._count(batch.skipped)
             yield batch
-        # Not in the loop: its workers would live as long as the error's traceback, and then be waited for in vain.
+        # Not raised inside the loop: its workers would live as long as the traceback, and then be waited for in vain.
         if error is not None:
             raise error
 
@@ -224,28 +227,28 @@ def training_loader(
     pin_memory: bool | None = None,
     on_bad_sample: OnBadSample = "error",
 ) -> _Loader:
-    """An endless loader of `Batch`es.
+    """Create an endless loader of `Batch`es.
 
-    Its attribute `skipped` counts the bad samples that others stood in for, of all the batches taken from it so far.
+    Its attribute `skipped` counts the bad samples that were replaced in all the batches taken from it so far.
 
     Args:
-        dataset: what to draw from.
-        transform: see `train_transform`; must give every sample one size.
-        batch_size: B, samples in one batch of this rank.
-        seed: of the run, the same on every rank.
-        start_step: how many batches every rank has drawn before; the loader goes on with the next.
-        workers: processes that prepare batches; 0: this one.
-        rank: of this process.
-        world_size: number of processes.
-        pin_memory: into page-locked memory, for copies that do not block; None: where there is CUDA.
-        on_bad_sample: `"error"`: a sample that can't be read raises DatasetError. `"skip"`: the next one of the data
-            set that can be read stands in for it, so that sample n stays a function of (seed, n); if there is none,
-            DatasetError.
+        dataset: the dataset to draw from.
+        transform: see `train_transform`; it must give every sample the same size.
+        batch_size: B, the number of samples in one batch of this rank.
+        seed: the seed of the run, the same on every rank.
+        start_step: the number of batches that every rank has drawn before; the loader goes on with the next.
+        workers: the number of processes that prepare batches; 0 prepares them in this process.
+        rank: the rank of this process.
+        world_size: the number of processes.
+        pin_memory: copy batches into page-locked memory, from which copies to a GPU do not block; None does so where
+            there is CUDA.
+        on_bad_sample: `"error"` raises DatasetError for a sample that can't be read. `"skip"` replaces it by the next
+            one that can be read, so that sample n stays a function of (seed, n), and raises only if there is none.
     """
     start_sample = start_step * batch_size * world_size
     sampler = TrainingSampler(len(dataset), seed, start_sample, rank, world_size)
     samples = TransformedDataset(dataset, transform, on_bad_sample)
-    return _loader(samples, sampler, batch_size, workers, pin_memory, _collate)
+    return _make_loader(samples, sampler, batch_size, workers, pin_memory, _collate)
 
 
 def evaluation_loader(
@@ -257,41 +260,42 @@ def evaluation_loader(
     pin_memory: bool | None = None,
     on_bad_sample: OnBadSample = "error",
 ) -> _Loader:
-    """Samples `rank`, `rank + world_size`, ... one at a time: (image uint8 (1, 3, h, w), labels uint8 (1, H, W)).
+    """Create a loader of this rank's samples, one at a time: (image uint8 (1, 3, h, w), labels uint8 (1, H, W)).
 
-    Over all ranks every sample comes exactly once, so that ranks may differ by one in their number of samples.
+    These are samples `rank`, `rank + world_size`, ...: over all ranks every sample comes exactly once, and ranks may
+    differ by one in their number of samples.
 
     Args:
-        dataset: what to read.
-        rank: of this process.
-        world_size: number of processes.
-        workers: processes that read; 0: this one.
-        transform: see `eval_transform`; None: the images as they are.
+        dataset: the dataset to read.
+        rank: the rank of this process.
+        world_size: the number of processes.
+        workers: the number of processes that read; 0 reads in this process.
+        transform: see `eval_transform`; None leaves the images as they are.
         pin_memory: as in `training_loader`.
-        on_bad_sample: `"error"`: a sample that can't be read raises DatasetError. `"skip"`: it is left out, and counted
-            in the loader's attribute `skipped`.
+        on_bad_sample: `"error"` raises DatasetError for a sample that can't be read. `"skip"` leaves it out, and counts
+            it in the loader's attribute `skipped`.
     """
     _check_rank(rank, world_size)
     keys = [(index, 0) for index in range(rank, len(dataset), world_size)]
     samples = TransformedDataset(dataset, transform or eval_transform())
-    loader = _loader(samples, keys, 1, workers, pin_memory, _collate_pair)
-    loader.leave_out = on_bad_sample == "skip"
+    loader = _make_loader(samples, keys, 1, workers, pin_memory, _collate_pair)
+    loader.skip_errors = on_bad_sample == "skip"
     return loader
 
 
 def image_loader(dataset: SegmentationDataset, workers: int = 0, pin_memory: bool | None = None) -> DataLoader:
-    """The images as they are, one after another, uint8 (1, 3, H, W); labels are not read.
+    """Create a loader of the images as they are, one at a time, uint8 (1, 3, H, W); labels are not read.
 
     Args:
-        dataset: what to read.
-        workers: processes that read; 0: this one.
+        dataset: the dataset to read.
+        workers: the number of processes that read; 0 reads in this process.
         pin_memory: as in `training_loader`.
     """
-    return _loader(_Images(dataset), range(len(dataset)), 1, workers, pin_memory, _collate_image)
+    return _make_loader(_ImageReader(dataset), range(len(dataset)), 1, workers, pin_memory, _collate_image)
 
 
-class _Images(Dataset):
-    """The images of `dataset`, or the DatasetError that there is instead."""
+class _ImageReader(Dataset):
+    """The images of a dataset; for one that can't be read, the DatasetError is the item."""
 
     def __init__(self, dataset: SegmentationDataset):
         self.dataset = dataset
@@ -303,7 +307,7 @@ class _Images(Dataset):
             return error
 
 
-def _loader(
+def _make_loader(
     dataset: Dataset,
     sampler: Any,
     batch_size: int,
@@ -318,7 +322,7 @@ def _loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         collate_fn=collate,
-        # Without a generator of its own, every iterator would draw its workers' base seed from the global one.
+        # Without its own generator, every iterator would draw its workers' base seed from the global one.
         generator=torch.Generator(),
     )
 

@@ -1,14 +1,15 @@
 """PASCAL-Context: photos of PASCAL VOC 2010 with every pixel labelled; 59 classes and the background.
 
 The benchmark comes with 459 classes, of which the 59 most frequent count. Files in the layout below are made from it by
-a converter that numbers the 59 in the order of their 459 ids, which is that of the alphabet; the benchmark's own list,
+a converter that numbers the 59 in the order of their 459 ids, which is alphabetical; the benchmark's own list,
 59_labels.txt, has another order (VOC's 20 classes first). Labels numbered like that list load without an error and
 score the same mIoU, but under wrong names.
 """
 
 from pathlib import Path
 
-from .base import IGNORE_INDEX, DatasetError, FileDataset, Pair, require_folder, unpacked, with_labels
+from .base import IGNORE_INDEX, DatasetError
+from .files import FileDataset, Pair, find_root, pair_with_labels, require_folder
 
 CLASSES = (
     *("background", "aeroplane", "bag", "bed", "bedclothes", "bench", "bicycle", "bird", "boat", "book", "bottle"),
@@ -25,25 +26,25 @@ class PascalContext(FileDataset):
 
     Args:
         root: the folder that holds `JPEGImages/*.jpg`, `SegmentationClassContext/*.png` and
-            `ImageSets/SegmentationContext/{train,val,test}.txt`, a name a line; it is called VOC2010, and its parent
-            or VOCdevkit's is taken as well.
+            `ImageSets/SegmentationContext/{train,val,test}.txt`, one name per line; it is called VOC2010, and its
+            parent folder or VOCdevkit's works as well.
         split: `"train"`, `"val"` or `"test"`; `test` has no labels.
-        background: count the background as a class, as the paper does. Otherwise it is ignored, which gives other
-            scores: `description` says which.
+        background: count the background as a class, as the paper does. Otherwise it is ignored, which gives different
+            scores; `description` says which of the two holds.
 
     Raises:
-        DatasetError: if a list is missing or empty or names an image that is not there; see also `FileDataset` and
-            `with_labels`.
+        DatasetError: if a list is missing or empty or names an image that does not exist; see also `FileDataset`
+            and `pair_with_labels`.
     """
 
     def __init__(self, root: str | Path, split: str = "train", background: bool = True):
         self.background = background
-        folder = unpacked(root, "VOCdevkit/VOC2010", "VOC2010")
+        folder = find_root(root, "VOCdevkit/VOC2010", "VOC2010")
         first = 0 if background else 1
         super().__init__(
-            pairs=_pairs(folder, split),
+            pairs=_find_pairs(folder, split),
             classes=CLASSES[first:],
-            palette=tuple(voc_colour(i) for i in range(first, len(CLASSES))),
+            palette=tuple(voc_color(i) for i in range(first, len(CLASSES))),
             label_ids={i: i - first if i >= first else IGNORE_INDEX for i in range(len(CLASSES))},
         )
 
@@ -53,15 +54,16 @@ class PascalContext(FileDataset):
         return f"PASCAL-Context, {len(self.classes)} classes {'with' if self.background else 'without'} background"
 
 
-def voc_colour(label: int) -> tuple[int, int, int]:
-    """(r, g, b) of a label in PASCAL VOC's colour map: the label's bits go to the channels in turn, highest first."""
+def voc_color(label: int) -> tuple[int, int, int]:
+    """(r, g, b) of a label in PASCAL VOC's color map: the label's bits go to the channels in turn, highest first."""
     red, green, blue = (
         sum(((label >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)
     )
     return red, green, blue
 
 
-def _pairs(folder: Path, split: str) -> list[Pair]:
+def _find_pairs(folder: Path, split: str) -> list[Pair]:
+    """(image, label) paths of the images that the split's list names, in its order."""
     images, labels = folder / "JPEGImages", folder / "SegmentationClassContext"
     require_folder(images)
     listing = folder / "ImageSets" / "SegmentationContext" / f"{split}.txt"
@@ -69,16 +71,16 @@ def _pairs(folder: Path, split: str) -> list[Pair]:
         names = dict.fromkeys(listing.read_text().split())
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(
-            f"the list of images {listing} can't be read ({error}): write the images' names without .jpg, one a line"
+            f"the list of images {listing} can't be read ({error}): write the images' names without .jpg, one per line"
         ) from error
     if not names:
-        raise DatasetError(f"{listing} names no image: write the images' names without .jpg, one a line")
-    there = {file.name for file in images.iterdir()}
-    missing = [name for name in names if f"{name}.jpg" not in there]
+        raise DatasetError(f"{listing} names no image: write the images' names without .jpg, one per line")
+    existing = {file.name for file in images.iterdir()}
+    missing = [name for name in names if f"{name}.jpg" not in existing]
     if missing:
         raise DatasetError(
             f"{len(missing)} of {len(names)} images that {listing} names are not in {images}, the first being "
             f"{missing[0]}.jpg: restore them, or take them off the list"
         )
     files = [images / f"{name}.jpg" for name in names]
-    return [(file, None) for file in files] if split == "test" else with_labels(files, labels)
+    return [(file, None) for file in files] if split == "test" else pair_with_labels(files, labels)

@@ -1,7 +1,7 @@
 """Segmentation metrics, accumulated on the device over a data set: pixel accuracy, IoU and the boundary F-score.
 
-Letters: K classes. Counts are exposed as int64 tensors, to be summed over processes (`torch.distributed.all_reduce`)
-before `scores()`. `update` never waits for a GPU; so it is `scores()` that raises if a class id was outside 0..K-1.
+Letters: K classes. Counts are int64 tensors that `all_reduce` sums over processes before `scores()`. `update` never
+waits for a GPU, which is why `scores()` is the one to raise if a class id was outside 0..K-1.
 """
 
 import math
@@ -12,95 +12,93 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..kernels.checks import check_integer, check_same_device
-
 
 @dataclass(frozen=True)
 class RegionScores:
-    """What `ConfusionMatrix.scores` gives: shares from 0 to 1; NaN where there is nothing to divide by."""
+    """Result of `ConfusionMatrix.scores`: shares from 0 to 1, NaN where there is nothing to divide by."""
 
     pixel_accuracy: float
-    """pixAcc: the share of the counted pixels whose class is right."""
+    """pixAcc: the share of the pixels that are not ignored whose class is right."""
     mean_iou: float
-    """mIoU: the mean of `iou` over the classes that occur in truth or prediction."""
+    """mIoU: the mean of `iou` over the classes that occur in the truth or in the prediction."""
     mean_accuracy: float
-    """The mean of `accuracy` over the classes that occur in truth."""
+    """The mean of `accuracy` over the classes that occur in the truth."""
     iou: tuple[float, ...]
-    """Intersection over union of each class; NaN if it occurs neither in truth nor in prediction."""
+    """Intersection over union per class; NaN if the class occurs neither in the truth nor in the prediction."""
     accuracy: tuple[float, ...]
-    """Of each class's true pixels, the share that was found; NaN if there is none."""
+    """Share of the true pixels that is predicted right, per class; NaN if there is no true pixel."""
 
 
 @dataclass(frozen=True)
 class BoundaryScores:
-    """What `BoundaryFScore.scores` gives: shares from 0 to 1; NaN where there is nothing to divide by."""
+    """Result of `BoundaryFScore.scores`: shares from 0 to 1, NaN where there is nothing to divide by."""
 
     mean_f: float
-    """The mean of `f` over the classes that have a boundary in truth or prediction."""
+    """The mean of `f` over the classes that have a boundary in the truth or in the prediction."""
     f: tuple[float, ...]
-    """2 * precision * recall / (precision + recall) of each class; 0 if nothing matches, NaN without a boundary."""
+    """2 * precision * recall / (precision + recall) per class; 0 if nothing matches, NaN without a boundary."""
     precision: tuple[float, ...]
-    """Of each class's predicted boundary pixels, the share that has a true one within the tolerance."""
+    """Share of the predicted boundary pixels that have a true one within the tolerance, per class."""
     recall: tuple[float, ...]
-    """Of each class's true boundary pixels, the share that has a predicted one within the tolerance."""
+    """Share of the true boundary pixels that have a predicted one within the tolerance, per class."""
 
 
 class ConfusionMatrix:
-    """Counts of (true class, predicted class) over all pixels whose truth is not ignored.
+    """Count the pairs of true and predicted class over all pixels whose truth is not ignored.
 
     Args:
-        num_classes: K.
-        ignore_index: pixels with this truth do not count.
+        num_classes: number of classes K.
+        ignore_index: true class of the pixels that do not count.
         device: where the counts are kept.
 
     Attributes:
-        matrix: int64 (K, K), rows the truth, columns the prediction.
+        matrix: counts, int64 (K, K); rows are the truth, columns the prediction.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu"):
         self.ignore_index = ignore_index
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        self._invalid = torch.zeros((), dtype=torch.int64, device=device)
+        self._num_invalid = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Count one batch.
 
         Args:
-            prediction: class ids of any integer dtype and any shape, on the counts' device.
-            target: the truth, of the same shape.
+            prediction: class ids of any integer dtype and any shape, on the device of the counts.
+            target: true class ids, of the same shape.
 
         Raises:
-            TypeError: if either is not integer.
-            ValueError: if shapes or devices differ.
+            TypeError: either does not hold integers.
+            ValueError: shapes or devices differ.
         """
         _check_inputs(prediction, target, self.matrix)
         num_classes = len(self.matrix)
-        prediction, target, counts, invalid = _countable(prediction, target, num_classes, self.ignore_index)
-        self._invalid += invalid
-        cells = torch.where(counts, target * num_classes + prediction, num_classes**2)
+        prediction, target, valid, num_invalid = _validate(prediction, target, num_classes, self.ignore_index)
+        self._num_invalid += num_invalid
+        cells = torch.where(valid, target * num_classes + prediction, num_classes**2)
         self.matrix += _bincount(cells, num_classes**2).view_as(self.matrix)
 
     def all_reduce(self) -> None:
-        """Add up the counts of all processes of the default process group."""
+        """Sum the counts over all processes of the default process group."""
         dist.all_reduce(self.matrix)
-        dist.all_reduce(self._invalid)
+        dist.all_reduce(self._num_invalid)
 
     def scores(self) -> RegionScores:
-        """Pixel accuracy, IoU and accuracy of each class, and their means.
+        """Return the pixel accuracy, IoU and accuracy per class, and their means.
 
-        A class that occurs neither in truth nor in prediction has no IoU and is left out of the mean; one that is only
-        predicted counts with IoU 0.
+        A class that occurs neither in the truth nor in the prediction has no IoU and is left out of the mean; one that
+        is only predicted counts with IoU 0.
 
         Raises:
-            ValueError: if a class id was outside 0..K-1.
+            ValueError: a class id was outside 0..K-1.
         """
-        _check_ids(self._invalid, len(self.matrix))
+        _check_ids(self._num_invalid, len(self.matrix))
         matrix = self.matrix.double().cpu()
-        hits, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-        iou = hits / (truth + predicted - hits)
-        accuracy = hits / truth
+        correct, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        iou = correct / (true + predicted - correct)
+        accuracy = correct / true
         return RegionScores(
-            pixel_accuracy=(hits.sum() / truth.sum()).item(),
+            pixel_accuracy=(correct.sum() / true.sum()).item(),
             mean_iou=iou.nanmean().item(),
             mean_accuracy=accuracy.nanmean().item(),
             iou=tuple(iou.tolist()),
@@ -109,25 +107,30 @@ class ConfusionMatrix:
 
 
 class BoundaryFScore:
-    """How well predicted class boundaries lie on the true ones: the F-score of each class's boundary pixels.
+    """Measure how well predicted class boundaries lie on the true ones: the F-score of the boundary pixels per class.
 
-    The contour measure of Csurka et al. ("What is a good evaluation measure for semantic segmentation?", 2013) and
-    Perazzi et al. ("A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", 2016), class by
+    This is the contour measure of Csurka et al. ("What is a good evaluation measure for semantic segmentation?", 2013)
+    and Perazzi et al. ("A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation", 2016), class by
     class as in Takikawa et al. ("Gated-SCNN", 2019), but with matches counted over the data set, not averaged over
     images.
 
-    A pixel is on its class's boundary if one of its 4 neighbours counts and is of another class: both sides of an edge
-    are boundary. It matches if the other map has a boundary pixel of the same class within the Euclidean distance
-    `tolerance`. Ignored pixels are taken out of both maps: they are no boundary, and neither is the image's edge.
+    A pixel is on the boundary of its class if one of its 4 neighbours is not ignored and is of another class: both
+    sides of an edge are boundary. It matches if the other map has a boundary pixel of the same class within the
+    Euclidean distance `tolerance`. Ignored pixels are removed from both maps: neither they nor the edge of the image
+    are boundary.
 
     Args:
-        num_classes: K.
-        tolerance: in pixels, usually 1 to 3; 0 asks for the same pixel.
-        ignore_index: pixels with this truth do not count.
+        num_classes: number of classes K.
+        tolerance: distance in pixels, usually 1 to 3; 0 asks for the same pixel.
+        ignore_index: true class of the pixels that do not count.
         device: where the counts are kept.
 
     Attributes:
-        counts: int64 (K, 4): predicted boundary pixels, how many of them match, true ones, how many of them match.
+        counts: counts, int64 (K, 4): predicted boundary pixels, how many of them match, true boundary pixels, how many
+            of them match.
+
+    Raises:
+        ValueError: the tolerance is negative.
     """
 
     def __init__(
@@ -138,52 +141,52 @@ class BoundaryFScore:
         device: torch.device | str = "cpu",
     ):
         if tolerance < 0:
-            raise ValueError(f"tolerance is {tolerance}; it is a distance in pixels, 0 or more")
+            raise ValueError(f"tolerance is {tolerance}; give a distance in pixels, 0 or more")
         self.tolerance = tolerance
         self.ignore_index = ignore_index
         self.counts = torch.zeros(num_classes, 4, dtype=torch.int64, device=device)
-        self._invalid = torch.zeros((), dtype=torch.int64, device=device)
+        self._num_invalid = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Count one batch.
 
         Args:
-            prediction: class ids of any integer dtype, (B, H, W) or (H, W), on the counts' device.
-            target: the truth, of the same shape.
+            prediction: class ids of any integer dtype, (B, H, W) or (H, W), on the device of the counts.
+            target: true class ids, of the same shape.
 
         Raises:
-            TypeError: if either is not integer.
-            ValueError: if shapes or devices differ, or there are no two dimensions.
+            TypeError: either does not hold integers.
+            ValueError: shapes or devices differ, or there are fewer than two dimensions.
         """
         _check_inputs(prediction, target, self.counts)
         if target.dim() < 2:
             raise ValueError(f"target has shape {tuple(target.shape)}; it must be (B, H, W) or (H, W)")
         num_classes = len(self.counts)
-        prediction, target, counts, invalid = _countable(prediction, target, num_classes, self.ignore_index)
-        self._invalid += invalid
-        found = _boundary_classes(torch.where(counts, prediction, num_classes), num_classes)
-        truth = _boundary_classes(torch.where(counts, target, num_classes), num_classes)
-        for column, (boundary, other) in zip((0, 2), ((found, truth), (truth, found)), strict=True):
-            matched = torch.where(self._near_same_class(boundary, other), boundary, num_classes)
+        prediction, target, valid, num_invalid = _validate(prediction, target, num_classes, self.ignore_index)
+        self._num_invalid += num_invalid
+        predicted = _boundary_classes(torch.where(valid, prediction, num_classes), num_classes)
+        true = _boundary_classes(torch.where(valid, target, num_classes), num_classes)
+        for column, (boundary, other) in zip((0, 2), ((predicted, true), (true, predicted)), strict=True):
+            matched = torch.where(self._matches(boundary, other), boundary, num_classes)
             self.counts[:, column] += _bincount(boundary, num_classes)
             self.counts[:, column + 1] += _bincount(matched, num_classes)
 
     def all_reduce(self) -> None:
-        """Add up the counts of all processes of the default process group."""
+        """Sum the counts over all processes of the default process group."""
         dist.all_reduce(self.counts)
-        dist.all_reduce(self._invalid)
+        dist.all_reduce(self._num_invalid)
 
     def scores(self) -> BoundaryScores:
-        """F-score, precision and recall of each class, and the mean F-score of the classes that have a boundary.
+        """Return the F-score, precision and recall per class, and the mean F-score of the classes with a boundary.
 
         Raises:
-            ValueError: if a class id was outside 0..K-1.
+            ValueError: a class id was outside 0..K-1.
         """
-        _check_ids(self._invalid, len(self.counts))
-        found, found_matched, truth, truth_matched = self.counts.double().cpu().unbind(1)
-        precision, recall = found_matched / found, truth_matched / truth
+        _check_ids(self._num_invalid, len(self.counts))
+        predicted, predicted_matches, true, true_matches = self.counts.double().cpu().unbind(1)
+        precision, recall = predicted_matches / predicted, true_matches / true
         f = 2 * precision * recall / (precision + recall)
-        f = torch.where((found_matched == 0) & (found + truth > 0), 0.0, f)
+        f = torch.where((predicted_matches == 0) & (predicted + true > 0), 0.0, f)
         return BoundaryScores(
             mean_f=f.nanmean().item(),
             f=tuple(f.tolist()),
@@ -191,54 +194,68 @@ class BoundaryFScore:
             recall=tuple(recall.tolist()),
         )
 
-    def _near_same_class(self, boundary: Tensor, other: Tensor) -> Tensor:
-        """Whether `other` holds the same class within the tolerance: bool, the shape of `boundary`.
+    def _matches(self, boundary: Tensor, other: Tensor) -> Tensor:
+        """Return a bool mask (..., H, W) of the pixels around which `other` has the same class within the tolerance.
 
-        One comparison for each offset in the disk: the work does not grow with the number of classes.
+        There is one comparison per offset in the disk, so the work does not grow with the number of classes.
         """
-        reach = math.floor(self.tolerance)
-        padded = pad(other, (reach, reach, reach, reach), value=-1)
+        radius = math.floor(self.tolerance)
+        padded = pad(other, (radius, radius, radius, radius), value=-1)
         height, width = boundary.shape[-2:]
-        near = torch.zeros_like(boundary, dtype=torch.bool)
-        for dy in range(-reach, reach + 1):
-            for dx in range(-reach, reach + 1):
+        mask = torch.zeros_like(boundary, dtype=torch.bool)
+        for dy in range(-radius, radius + 1):
+            for dx in range(-radius, radius + 1):
                 if dx * dx + dy * dy <= self.tolerance**2:
-                    near |= boundary == padded[..., reach + dy :, reach + dx :][..., :height, :width]
-        return near
+                    mask |= boundary == padded[..., radius + dy :, radius + dx :][..., :height, :width]
+        return mask
 
 
-def _boundary_classes(labels: Tensor, none: int) -> Tensor:
-    """The class of every boundary pixel, else `none`, which `labels` (..., H, W) holds where a pixel doesn't count."""
-    boundary = torch.zeros_like(labels, dtype=torch.bool)
+def _boundary_classes(labels: Tensor, fill: int) -> Tensor:
+    """Return `labels` (..., H, W) with `fill` wherever a pixel is not on a boundary.
+
+    Pixels that do not count hold `fill` already.
+    """
+    mask = torch.zeros_like(labels, dtype=torch.bool)
     for axis in (-2, -1):
         size = labels.shape[axis] - 1
         first, second = labels.narrow(axis, 0, size), labels.narrow(axis, 1, size)
-        edge = (first != second) & (first != none) & (second != none)
-        boundary.narrow(axis, 0, size).logical_or_(edge)
-        boundary.narrow(axis, 1, size).logical_or_(edge)
-    return torch.where(boundary, labels, none)
+        edge = (first != second) & (first != fill) & (second != fill)
+        mask.narrow(axis, 0, size).logical_or_(edge)
+        mask.narrow(axis, 1, size).logical_or_(edge)
+    return torch.where(mask, labels, fill)
 
 
-def _countable(
+def _validate(
     prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both maps as int64, the pixels that count, and the number of those that can't: an id outside 0..K-1."""
+    """Tell the pixels that count from those that are ignored or have an id outside 0..K-1.
+
+    Returns:
+        The prediction and the target as int64; a bool mask of the pixels that count; the number of pixels that are not
+        ignored and have an id outside 0..K-1, an int64 scalar.
+    """
     prediction, target = prediction.long(), target.long()
-    kept = target != ignore_index
-    valid = (prediction >= 0) & (prediction < num_classes) & (target >= 0) & (target < num_classes)
-    return prediction, target, kept & valid, (kept & ~valid).sum()
+    labelled = target != ignore_index
+    in_bounds = (prediction >= 0) & (prediction < num_classes) & (target >= 0) & (target < num_classes)
+    return prediction, target, labelled & in_bounds, (labelled & ~in_bounds).sum()
 
 
 def _bincount(values: Tensor, length: int) -> Tensor:
-    """How often each of 0..length-1 occurs, int64; `length` itself stands for none."""
+    """Count how often each of 0..length-1 occurs, int64 (length,); the value `length` is not counted."""
     # torch.bincount waits for a GPU, because its result's size depends on the values.
     counts = torch.zeros(length + 1, dtype=torch.int64, device=values.device)
     return counts.index_add_(0, values.flatten(), torch.ones_like(values.flatten()))[:length]
 
 
 def _check_inputs(prediction: Tensor, target: Tensor, counts: Tensor) -> None:
-    check_integer(prediction=prediction, target=target)
-    check_same_device(prediction=prediction, target=target, counts=counts)
+    for name, ids in (("prediction", prediction), ("target", target)):
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"{name} has dtype {ids.dtype}; it must hold integers: convert it with {name}.long()")
+        if ids.device != counts.device:
+            raise ValueError(
+                f"{name} is on {ids.device} and the counts on {counts.device}; both must be on one device: move "
+                f"{name} with .to({str(counts.device)!r}), or give the metric another device"
+            )
     if prediction.shape != target.shape:
         raise ValueError(
             f"prediction has shape {tuple(prediction.shape)} and target {tuple(target.shape)}; they must be equal: "
@@ -246,9 +263,9 @@ def _check_inputs(prediction: Tensor, target: Tensor, counts: Tensor) -> None:
         )
 
 
-def _check_ids(invalid: Tensor, num_classes: int) -> None:
-    if count := int(invalid):
+def _check_ids(num_invalid: Tensor, num_classes: int) -> None:
+    if count := int(num_invalid):
         raise ValueError(
             f"{count} pixels had a predicted or a true class outside 0..{num_classes - 1}: "
-            "the labels or the model belong to another class list"
+            "give a model and labels of the same class list"
         )

@@ -1,1 +1,1 @@
-"""The operators inside other libraries' models. Nothing here is imported with `unept`, and none of them is required."""
+"""The operators inside other libraries' models. `unept` imports nothing of it, and requires none of these libraries."""

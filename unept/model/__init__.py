@@ -1,5 +1,6 @@
-"""The network of Fig. 2, a part a file, and the loss of Eq. 7."""
+"""The network of Fig. 2, one part per file, and the loss of Eq. 7."""
 
-from .network import UNEPT, UNEPTOutput
+from .network import UNEPT
+from .output import UNEPTOutput
 
 __all__ = ["UNEPT", "UNEPTOutput"]

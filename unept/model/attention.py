@@ -11,9 +11,15 @@ Shapes = list[tuple[int, int]]
 
 
 def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
-    """Where sampling starts: head m looks in direction 2 pi m / M, point n lies n + 1 pixels away, on every level.
+    """Initial sampling offsets, as in Deformable DETR: head m looks in direction 2 pi m / M on every level.
 
-    The initialisation of Deformable DETR. Returns (M, L, N, 2), (x, y) in pixels, on square rings.
+    Args:
+        num_heads: M.
+        num_levels: L.
+        num_points: N, points per head and level.
+
+    Returns:
+        (M, L, N, 2) float32, (x, y) in pixels of each level; point n lies n + 1 pixels away, on a square ring.
     """
     angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
     direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -24,16 +30,19 @@ def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
 
 
 class SparseSamplingAttention(nn.Module):
-    """Each query attends to N points of each of L feature maps, a head at a time (Eq. 3, 4 and 6).
+    """Each query attends, per head, to N points of each of L feature maps (Eq. 3, 4 and 6).
 
-    W^Q maps a query to M heads of d_k channels; from each head's channels U^wts gives L * N attention logits and U^pos
-    the (x, y) offsets of the L * N points; W^V and W^O are the usual projections of values and output.
+    W^Q maps a query to M heads of d_k channels. From the channels of each head, U^wts gives L * N attention logits and
+    U^pos the (x, y) offsets of the L * N points. W^V and W^O are the usual projections of values and output.
 
     Args:
-        d_model: channels of queries, values and output.
-        num_heads: M; d_model must be a multiple of it.
+        d_model: channels of queries, values and output, a multiple of `num_heads`.
+        num_heads: M.
         num_levels: L.
-        num_points: N, points a level.
+        num_points: N, points per head and level.
+
+    Raises:
+        ValueError: `d_model` is not a multiple of `num_heads`.
     """
 
     def __init__(self, d_model: int = 256, num_heads: int = 8, num_levels: int = 3, num_points: int = 16):
@@ -46,7 +55,7 @@ class SparseSamplingAttention(nn.Module):
         self.query_projection = nn.Linear(d_model, d_model)  # W^Q
         self.value_projection = nn.Linear(d_model, d_model)  # W^V
         self.output_projection = nn.Linear(d_model, d_model)  # W^O
-        # U^pos and U^wts of all heads side by side, [M, d_k, 2LN + LN]: zero, so that the biases alone count at first.
+        # U^pos and U^wts of all heads side by side, [M, d_k, 2LN + LN]: zero, so that at first only the biases count.
         self.sampling_weight = nn.Parameter(torch.zeros(num_heads, head_dim, 3 * samples))
         offsets = ring_offsets(num_heads, num_levels, num_points).flatten(1)
         self.sampling_bias = nn.Parameter(torch.cat([offsets, torch.zeros(num_heads, samples)], dim=1))
@@ -55,9 +64,14 @@ class SparseSamplingAttention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def sampling(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Offsets (B, Q, M, L, N, 2), (x, y) in pixels of each level, and logits (B, Q, M, L, N) (Eq. 3).
+        """Where each query samples and with which attention logits (Eq. 3).
 
-        Both are views of one float32 projection: near 16 pixels bfloat16 steps by 1/8 of a pixel.
+        Args:
+            query: (B, Q, d_model).
+
+        Returns:
+            Offsets (B, Q, M, L, N, 2), (x, y) in pixels of each level, and logits (B, Q, M, L, N). Both are views of
+            one projection in the dtype of the weights: near 16 pixels, bfloat16 has steps of 1/8 of a pixel.
         """
         q = self.query_projection(query).unflatten(-1, (self.num_heads, -1)).to(self.sampling_weight.dtype)
         with torch.autocast(q.device.type, enabled=False):
@@ -70,13 +84,13 @@ class SparseSamplingAttention(nn.Module):
         return offsets.unflatten(-1, (*levels, 2)), logits.unflatten(-1, levels)
 
     def forward(self, query: Tensor, value: Tensor, shapes: Shapes, reference_points: Tensor) -> Tensor:
-        """Attend (Eq. 4 and 6).
+        """Attend to the sampled points (Eq. 4 and 6).
 
         Args:
             query: (B, Q, d_model).
-            value: (B, S, d_model), the L flattened maps one after another.
+            value: (B, S, d_model), the L flattened maps one after another, S = sum of H_l * W_l.
             shapes: [(H_l, W_l)] of the L maps.
-            reference_points: (1 or B, Q, 2), the queries' (x, y) in [0, 1].
+            reference_points: (1 or B, Q, 2), (x, y) of the queries in [0, 1].
 
         Returns:
             (B, Q, d_model).

@@ -22,7 +22,7 @@ def _probe(name: str) -> nn.Module:
 
 
 def close_names(name: str, known: Iterable[str]) -> str:
-    """The known names that a wrong one may stand for, for the end of an error message; empty if there are none."""
+    """The end of an error message: the known names that a wrong one resembles; empty if there are none."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f"; close names: {', '.join(close)}" if close else ""
 
@@ -33,10 +33,10 @@ def _accepts(model: nn.Module, option: str) -> bool:
 
 
 def _pyramid_indices(reductions: list[int], num_levels: int, name: str) -> tuple[int, ...]:
-    """Which of a backbone's features make the pyramid.
+    """Which of a backbone's features make the pyramid, given the stride of each of them.
 
-    Features of one resolution (a ViT's blocks): evenly spaced ones, the last included; 4, 8, 12 of DeiT-B's. Features
-    of falling resolution: the last ones, C3-C5 of a ResNet.
+    Where all have one resolution (the blocks of a ViT), they are evenly spaced and end with the last: 4, 8 and 12 of
+    DeiT-B. Where the resolution falls, they are the last ones: C3 to C5 of a ResNet.
     """
     count = len(reductions)
     if count < num_levels:
@@ -47,22 +47,26 @@ def _pyramid_indices(reductions: list[int], num_levels: int, name: str) -> tuple
 
 
 def read_weights(path: Path, option: str) -> dict[str, Tensor]:
-    """The tensors in a .safetensors or .pth file, which may lie under the key `model` or `state_dict`.
+    """Read the tensors in a .safetensors or .pth file, where they may lie under the key `model` or `state_dict`.
+
+    Args:
+        path: the file.
+        option: the option that names it, for error messages.
 
     Raises:
-        FileNotFoundError: no such file; the message names `option`.
-        ValueError: it is damaged, or holds anything but tensors and plain values.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds anything but tensors and plain values.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{option} names {path}, which is no file")
+        raise FileNotFoundError(f"{option} names {path}, which is not a file: give a .safetensors or .pth file")
     try:
         return timm.models.load_state_dict(str(path), weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} can't be read as weights ({error}): give a .safetensors or .pth file") from error
+        raise ValueError(f"{path} cannot be read as weights ({error}): give a .safetensors or .pth file") from error
 
 
 def _check_weights(path: Path, probe: nn.Module, name: str) -> None:
-    """timm drops what does not fit without a word, so see first that the file belongs to the model."""
+    """Raise ValueError unless the file belongs to the model: timm silently drops the tensors that do not fit."""
     stored = read_weights(path, "backbone_weights")
     wanted = probe.state_dict()
     body = [key for key in wanted if not key.startswith(("head", "fc.", "classifier"))]
@@ -83,22 +87,26 @@ def _check_weights(path: Path, probe: nn.Module, name: str) -> None:
 class Backbone(nn.Module):
     """Feature maps of a timm model, channels first, for images of any size.
 
+    Of a model whose resolution falls, the last maps are taken; of a ViT, those of evenly spaced blocks.
+
     Args:
-        name: of the timm model, with or without a tag (`resnet50`, `resnet50.a1_in1k`).
-        num_levels: L, how many feature maps to take (see `_pyramid_indices`).
-        output_stride: of dilated convolutional backbones; None means 8 for ResNets, as in the paper, and what the
-            backbone has for others.
+        name: name of the timm model, with or without a tag (`resnet50`, `resnet50.a1_in1k`).
+        num_levels: L, number of feature maps.
+        output_stride: stride of the last map of a convolutional backbone, which is dilated to reach it; None means 8
+            for ResNets, as in the paper, and the backbone's own for others.
         pretrained: load timm's ImageNet weights from its hub.
         weights: load them from this file instead (.safetensors, or a .pth of tensors).
 
     Attributes:
-        channels, strides: of each feature map.
-        mean, std: per RGB channel, of images in [0, 1], that the weights were trained with.
+        channels: number of channels of each feature map.
+        strides: image pixels per pixel of each feature map, along each axis.
+        mean: mean per RGB channel, of images in [0, 1], that the weights were trained with.
+        std: standard deviation, likewise.
 
     Raises:
-        ValueError: unknown name, too few features, or a file of another model's weights.
-        FileNotFoundError: no such file.
-        ConnectionError: the hub can't be reached; the message names the alternatives.
+        ValueError: the name is unknown, the model has too few features, or the file holds another model's weights.
+        FileNotFoundError: there is no such file.
+        ConnectionError: the hub cannot be reached; the message names the alternatives.
     """
 
     def __init__(
@@ -149,7 +157,14 @@ class Backbone(nn.Module):
             ) from error
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalised images to L feature maps (B, C_l, H / stride_l, W / stride_l)."""
+        """Compute the feature maps.
+
+        Args:
+            images: (B, 3, H, W), normalised; H and W are multiples of all strides.
+
+        Returns:
+            L maps (B, C_l, H / stride_l, W / stride_l).
+        """
         features = self.features(images)
         if self.channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
@@ -157,11 +172,13 @@ class Backbone(nn.Module):
 
 
 class PyramidProjection(nn.Module):
-    """A 1x1 convolution a level to d_model channels, flattened into one sequence (Sec. 3.1.2, X_ms).
+    """A 1x1 convolution per level to `d_model` channels, flattened into one sequence (Sec. 3.1.2, X_ms).
+
+    Each convolution is followed by a group normalisation, so that backbones of any feature scale train alike.
 
     Args:
-        channels: of each level.
-        d_model: of the transformer.
+        channels: number of channels of each level.
+        d_model: channels of the transformer, a multiple of 8.
     """
 
     def __init__(self, channels: list[int], d_model: int):
@@ -174,7 +191,14 @@ class PyramidProjection(nn.Module):
             nn.init.zeros_(level[0].bias)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """L maps (B, C_l, H_l, W_l) to tokens (B, S, d_model), S = sum of H_l * W_l, and the shapes [(H_l, W_l)]."""
+        """Project and flatten the pyramid.
+
+        Args:
+            features: L maps (B, C_l, H_l, W_l).
+
+        Returns:
+            Tokens (B, S, d_model), S = sum of H_l * W_l, one level after another, and the shapes [(H_l, W_l)].
+        """
         maps = [level(feature) for level, feature in zip(self.levels, features, strict=True)]
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
         return tokens, [(m.shape[2], m.shape[3]) for m in maps]

@@ -1,6 +1,7 @@
 """Boundary head, direction head and the refinement that reads them (Sec. 3.2)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,28 @@ from .spatial import conv_bn_relu
 DIRECTIONS = ((-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1), (-1, 1))
 
 
-class PixelHead(nn.Sequential):
-    """1x1 convolution to 256 channels, batch normalisation, ReLU, 1x1 convolution: (B, C, h, w) to (B, out, h, w).
+@dataclass(frozen=True)
+class Refinement:
+    """How the prediction of boundary pixels is refined (Sec. 3.2): it is read one step inside their segment."""
 
-    The boundary head has one output (the logit of "boundary"), the direction head one for each direction.
+    scale: int = 1
+    """Length of the step, in pixels along each axis. Training uses 1; SegFix uses 2 at inference."""
+    threshold: float = 0.5
+    """A pixel lies on a boundary if its boundary probability is above this."""
+
+
+ONE_STEP = Refinement()  # what training refines by
+
+
+class PixelHead(nn.Sequential):
+    """1x1 convolution, batch normalisation, ReLU, 1x1 convolution: (B, C, h, w) to (B, out_channels, h, w).
+
+    The boundary head has one output channel, the logit of "boundary"; the direction head has one for each direction.
+
+    Args:
+        in_channels: C.
+        out_channels: channels of the result.
+        hidden: channels between the two convolutions.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int = 256):
@@ -24,27 +43,24 @@ class PixelHead(nn.Sequential):
 
 
 def upsample_boundary(boundary: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boundary logits (B, 1, h, w) to (B, H, W), bilinear, float32."""
+    """Up-sample boundary logits (B, 1, h, w) bilinearly to (B, H, W), float32, where `size` is (H, W)."""
     return F.interpolate(boundary.float(), size, mode="bilinear", align_corners=False)[:, 0]
 
 
 @torch.no_grad()
-def refinement_offset(
-    boundary: Tensor, direction: Tensor, size: tuple[int, int], *, scale: int = 1, threshold: float = 0.5
-) -> Tensor:
-    """Where each pixel reads its refined prediction: itself, or one step into its segment if it lies on a boundary.
+def refinement_offset(boundary: Tensor, direction: Tensor, size: tuple[int, int], refinement: Refinement) -> Tensor:
+    """Where each pixel reads its refined prediction: one step inside its segment on a boundary, at itself elsewhere.
 
     Args:
         boundary: logits (B, 1, h, w).
-        direction: logits (B, 8, h, w).
+        direction: logits or probabilities (B, 8, h, w) of `DIRECTIONS`.
         size: (H, W) of the result.
-        scale: pixels a step; SegFix uses 2 at inference.
-        threshold: of the boundary's probability.
+        refinement: length of the step, and what counts as boundary.
 
     Returns:
         (B, 2, H, W) int16, (dx, dy) in pixels; (0, 0) off the boundary.
     """
-    # DIRECTIONS by arithmetic: a table would have to be copied to the device, and the copy waited for.
+    # The angle is computed: a table of DIRECTIONS would have to be copied to the device, and the copy waited for.
     angle = upsample_argmax(direction, size) * (math.pi / 4) - math.pi
-    steps = torch.stack([angle.cos(), angle.sin()], dim=1).round().to(torch.int16) * scale
-    return steps * (upsample_boundary(boundary, size).sigmoid() > threshold)[:, None]
+    steps = torch.stack([angle.cos(), angle.sin()], dim=1).round().to(torch.int16) * refinement.scale
+    return steps * (upsample_boundary(boundary, size).sigmoid() > refinement.threshold)[:, None]

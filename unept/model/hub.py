@@ -1,13 +1,15 @@
-"""The README.md of a saved model, as the Hugging Face hub reads it: nothing is stated that is not known."""
+"""Models on disk and on the Hugging Face hub: config.json, weights, and a README.md (the model card).
 
+Nothing is stated in a card that is not known.
+"""
+
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-if TYPE_CHECKING:
-    from .network import UNEPT
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin
 
 PAPER = "https://arxiv.org/abs/2107.14209"
 DATASETS = {
@@ -18,45 +20,118 @@ DATASETS = {
     "cityscapes": "Cityscapes",
     "pascal_context": "PASCAL-Context",
 }
-METRICS = {"mIoU": "mean_iou", "pixAcc": "pixel_accuracy", "boundary_f": "boundary_f"}  # name of ours: type on the hub
+# Of the scores that a card lists: the key in `evaluation`, the metric's type on the hub, and its name in a sentence.
+METRICS = (
+    ("mIoU", "mean_iou", "mIoU"),
+    ("pixAcc", "pixel_accuracy", "pixel accuracy"),
+    ("boundary_f", "boundary_f", "boundary F"),
+)
+# Constructor's options that say where weights come from. A saved model carries its weights, and loads without them.
+UNSAVED_OPTIONS = ("pretrained_backbone", "backbone_weights")
 
 
-def model_card(
-    model: "UNEPT", base: ModelCardData, repo_id: str | None = None, metadata: Mapping[str, Any] | None = None
-) -> ModelCard:
-    """The card of a model.
+class HubMixin(
+    PyTorchModelHubMixin,
+    library_name="unept",
+    tags=["semantic-segmentation"],
+    pipeline_tag="image-segmentation",
+):
+    """Saves, loads and shares a segmentation model: `save_pretrained`, `from_pretrained`, `push_to_hub`.
 
-    Args:
-        model: its `evaluation` may be empty.
-        base: metadata that all models share.
-        repo_id: what the example of use loads; None: a placeholder.
-        metadata: more fields of `ModelCardData`; they count before those of `base`.
+    The class that inherits it is an `nn.Module`. The arguments of its constructor, `num_classes` and `backbone` among
+    them, go into config.json as they are; so do `preprocessing` and `evaluation`.
     """
-    name = f"unept_{_config(model)['backbone']}"
-    fields = {"model_name": name, "eval_results": _results(model.evaluation) or None, **base.to_dict()}
-    fields |= metadata or {}
-    data = ModelCardData(**copy.deepcopy(fields))
-    sections = [
-        f"# {name}",
-        f"Semantic segmentation into {model.num_classes} classes with UN-EPT ([paper]({PAPER})), backbone "
-        f"`{_config(model)['backbone']}` of timm.",
-        "## Use",
-        _usage(repo_id),
-        *_evaluation(model.evaluation),
-        "## Classes",
-        _classes(model.classes, model.evaluation.get("iou")),
-        "## Preprocessing",
-        "\n".join(f"- `{key}`: {value}" for key, value in model.preprocessing.items()),
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
+    num_classes: int
+    """K."""
+    classes: list[str]
+    """Names of the K classes."""
+    preprocessing: dict[str, Any]
+    """How images are to be given and seen; `mean` and `std` of RGB in [0, 1] are among its keys."""
+    evaluation: dict[str, Any]
+    """What the model reached; empty if nobody has measured it."""
 
-def _config(model: "UNEPT") -> dict[str, Any]:
-    return model._hub_mixin_config  # type: ignore[return-value]
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise uint8 images with this mean and deviation of RGB in [0, 1]; called when a model is loaded."""
+        raise NotImplementedError
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the constructor, as config.json holds them."""
+        config = self._hub_mixin_config
+        assert isinstance(config, dict)
+        return config
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the weights; PyTorchModelHubMixin writes `options` into config.json afterwards."""
+        for name in UNSAVED_OPTIONS:
+            self.options.pop(name, None)
+        self.options.update(preprocessing=self.preprocessing, evaluation=self.evaluation)
+        super()._save_pretrained(save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, strict: bool = True, **options):
+        """Load a model; missing weights are an error, not random numbers, and so is a missing config.json.
+
+        The stored mean and standard deviation count, not what the installed version of timm has for the backbone.
+        """
+        if "num_classes" not in options:
+            raise FileNotFoundError(
+                f"{model_id} has no config.json of a model that can be read: give a folder that save_pretrained wrote "
+                "(model/ in a folder of unept.train), or ORG/NAME of one that push_to_hub wrote"
+            )
+        with contextlib.redirect_stdout(None):  # PyTorchModelHubMixin announces local folders
+            model = super()._from_pretrained(model_id=model_id, strict=strict, **options)
+        stored = config or {}
+        model.preprocessing.update(stored.get("preprocessing", {}))
+        model.evaluation.update(stored.get("evaluation", {}))
+        model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
+        return model
+
+    def generate_model_card(self, repo_id: str | None = None, **metadata: Any) -> ModelCard:
+        """Make the README.md of a saved model: its classes, how it sees images, what it reached, how to use it.
+
+        Args:
+            repo_id: what the example of use loads; None leaves a placeholder.
+            metadata: more fields of `huggingface_hub.ModelCardData`, such as `license="cc-by-4.0"` or
+                `datasets=["org/name"]`; they take precedence.
+        """
+        name = f"unept_{self.options['backbone']}"
+        shared = self._hub_mixin_info.model_card_data.to_dict()
+        fields = {"model_name": name, "eval_results": _results(self.evaluation) or None, **shared, **metadata}
+        data = ModelCardData(**copy.deepcopy(fields))
+        sections = [
+            f"# {name}",
+            f"Semantic segmentation into {self.num_classes} classes with UN-EPT ([paper]({PAPER})), backbone "
+            f"`{self.options['backbone']}` of timm.",
+            "## Use",
+            _usage(repo_id),
+            *_evaluation(self.evaluation),
+            "## Classes",
+            _classes(self.classes, self.evaluation.get("iou")),
+            "## Preprocessing",
+            "\n".join(f"- `{key}`: {value}" for key, value in self.preprocessing.items()),
+        ]
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any) -> str:
+        """Save the model into a repository of the Hugging Face hub, in one commit, with a model card.
+
+        Args:
+            repo_id: `ORG/NAME`; it is created if it does not exist.
+            model_card_kwargs: arguments of `generate_model_card`.
+            options: arguments of `huggingface_hub.PyTorchModelHubMixin.push_to_hub` (`private`, `token`,
+                `commit_message`, ...).
+
+        Returns:
+            URL of the commit.
+        """
+        card = {"repo_id": repo_id, **(model_card_kwargs or {})}
+        return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
 
 
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    """The scores for the hub's model index, which wants to know the data set."""
+    """Scores for the model index of the hub, which needs to know the data set."""
     if "dataset" not in evaluation:
         return []
     return [
@@ -66,11 +141,11 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
             dataset_name=DATASETS.get(evaluation["dataset"], evaluation["dataset"]),
             dataset_split=evaluation.get("split"),
             metric_type=kind,
-            metric_name=name,
-            metric_value=round(evaluation[name], 4),
+            metric_name=key,
+            metric_value=round(evaluation[key], 4),
         )
-        for name, kind in METRICS.items()
-        if evaluation.get(name) is not None
+        for key, kind, _ in METRICS
+        if evaluation.get(key) is not None
     ]
 
 
@@ -88,12 +163,8 @@ def _usage(repo_id: str | None) -> str:
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
-    """A heading and a sentence or two, or nothing."""
-    scores = [
-        f"{label} {100 * evaluation[name]:.2f} %"
-        for name, label in (("mIoU", "mIoU"), ("pixAcc", "pixel accuracy"), ("boundary_f", "boundary F"))
-        if evaluation.get(name) is not None
-    ]
+    """A heading and a sentence or two; nothing without scores."""
+    scores = [f"{name} {100 * evaluation[key]:.2f} %" for key, _, name in METRICS if evaluation.get(key) is not None]
     if not scores:
         return []
     where = [f"{evaluation['images']} images" if "images" in evaluation else ""]
@@ -114,7 +185,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _classes(classes: Sequence[str], iou: Sequence[float | None] | None) -> str:
-    """A table: id and name, and the IoU where there is one."""
+    """A table of ids and names, with the IoU of each class where it is known."""
     cells = [[str(k), name.replace("|", "\\|")] for k, name in enumerate(classes)]
     header = ["id", "class"]
     if iou is not None:

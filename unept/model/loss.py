@@ -1,6 +1,7 @@
 """The loss of Eq. 7."""
 
-import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -8,10 +9,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import boundary_targets, upsample_cross_entropy
-from .boundary import refinement_offset, upsample_boundary
-from .network import STRIDE, UNEPTOutput, padded_size
+from .boundary import ONE_STEP, refinement_offset, upsample_boundary
+from .output import STRIDE, UNEPTOutput, padded_size
 
-IGNORED_DIRECTION = 255  # of boundary_targets: no boundary pixel, or an ignored one
+IGNORED_DIRECTION = 255  # what boundary_targets gives off the boundary and on ignored pixels
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What the losses of Eq. 7 are multiplied by, by their names in the result of `UNEPTLoss`."""
+
+    segmentation: float = 1.0
+    """lambda_1: cross-entropy of the prediction."""
+    refined: float = 1.5
+    """lambda_2: cross-entropy of the refined prediction."""
+    boundary: float = 3.0
+    """lambda_3: binary cross-entropy of the boundary."""
+    direction: float = 0.7
+    """lambda_4: cross-entropy of the direction on boundary pixels."""
+
+    @classmethod
+    def read(cls, weights: "LossWeights | Sequence[float] | Mapping[str, float]") -> "LossWeights":
+        """Weights in any of their forms: lambda_1 to lambda_4 in this order, or by name.
+
+        Raises:
+            ValueError: there are not four numbers, or there is no loss of a name.
+        """
+        if isinstance(weights, LossWeights):
+            return weights
+        names = [field.name for field in fields(cls)]
+        if isinstance(weights, Mapping):
+            unknown = sorted(set(weights) - set(names))
+            if unknown:
+                raise ValueError(f"there are no losses {', '.join(unknown)} to weigh; there are {', '.join(names)}")
+            return cls(**weights)
+        if len(weights) != len(names):
+            raise ValueError(f"weights are {weights}; give the four lambdas of Eq. 7: {', '.join(names)}")
+        return cls(*weights)
+
+
+PAPER_WEIGHTS = LossWeights()
 
 
 class Targets(NamedTuple):
@@ -20,15 +57,15 @@ class Targets(NamedTuple):
     labels: Tensor
     """(B, H, W) integer class ids, padded with the id that is ignored."""
     distance: Tensor | None
-    """(B, H, W) float32, pixels to the next class (`unept.kernels.boundary_targets`); None: no spatial branch."""
+    """(B, H, W) float32, pixels to the next class (`unept.kernels.boundary_targets`); None without a spatial branch."""
     direction: Tensor | None
     """(B, H, W), index of the direction away from it, 255 off the boundary; None likewise."""
     counts: Tensor
-    """(3,) float32: what the sums are divided by. The summed class weights of the pixels that count (1 each without
-    weights), for both segmentation terms; the number of pixels that count; the number of boundary pixels."""
+    """(3,) float32: what the sums are divided by. The summed class weights of the pixels that are not ignored (1 each
+    without weights), for both segmentation losses; the number of these pixels; the number of boundary pixels."""
 
     def part(self, start: int, stop: int) -> "Targets":
-        """Of images `start` to `stop` - 1, with the counts of all: the parts' terms add up to those of the whole."""
+        """Targets of images `start` to `stop` - 1, with the counts of all: the losses of all parts add up."""
         labels, distance, direction = (None if t is None else t[start:stop] for t in self[:3])
         assert labels is not None
         return Targets(labels, distance, direction, self.counts)
@@ -37,47 +74,48 @@ class Targets(NamedTuple):
 class UNEPTLoss(nn.Module):
     """L = l1 CE(Y, Y_hat) + l2 CE(Y, Y_ref) + l3 L_bound + l4 L_dir (Eq. 7).
 
-    CE is the cross-entropy of the up-sampled prediction, Y_ref the refined one (read at p + offset(p)). L_bound is the
-    binary cross-entropy of the boundary over pixels that are not ignored, L_dir the cross-entropy of the direction on
-    the true boundary pixels. The targets of both are computed here, from the labels as augmented.
+    CE is the cross-entropy of the up-sampled prediction; Y_ref is the refined prediction, read at p + offset(p).
+    L_bound is the binary cross-entropy of the boundary over pixels that are not ignored, L_dir the cross-entropy of the
+    direction on the true boundary pixels. The targets of both are computed here, from the labels as augmented.
 
     Args:
-        weights: l1 to l4. A model without a spatial branch has the first term only.
-        ignore_index: the label that never counts.
-        class_weights: (K,) of the two segmentation terms.
-        radius: pixels; closer than this to another class is boundary.
+        weights: l1 to l4, by name or in this order. A model without a spatial branch has the first loss only.
+        ignore_index: label of the pixels that are left out.
+        class_weights: (K,), weights of the classes in the two segmentation losses.
+        radius: pixels; what is closer than this to another class is boundary.
+
+    Raises:
+        ValueError: `weights` has another number of entries than Eq. 7.
     """
 
     def __init__(
         self,
-        weights: tuple[float, float, float, float] = (1.0, 1.5, 3.0, 0.7),
+        weights: LossWeights | Sequence[float] = PAPER_WEIGHTS,
         ignore_index: int = 255,
         class_weights: Tensor | None = None,
         radius: int = 5,
     ):
         super().__init__()
-        if len(weights) != 4:
-            raise ValueError(f"weights are {weights}; give the four lambdas of Eq. 7")
-        self.weights = tuple(weights)
+        self.weights = LossWeights.read(weights)
         self.ignore_index = ignore_index
         self.radius = radius
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def targets(self, labels: Tensor, boundaries: bool = True) -> Targets:
-        """Boundaries, directions and counts of labels (B, H, W).
+        """Boundaries, directions and counts of labels.
 
         Args:
-            labels: integer class ids; their size is padded to multiples of 8, as the network pads images.
+            labels: (B, H, W) integer class ids; they are padded to multiples of 8, as the network pads images.
             boundaries: False for a model without a spatial branch, which needs no distances.
         """
         height, width = padded_size(labels.shape[1:])
         labels = F.pad(labels, (0, width - labels.shape[2], 0, height - labels.shape[1]), value=self.ignore_index)
-        counted = labels != self.ignore_index
-        weight = counted
+        valid = labels != self.ignore_index
+        weight = valid
         if self.class_weights is not None:
-            weight = counted * self.class_weights[labels.long().clamp(0, len(self.class_weights) - 1)]
-        counts = [weight.sum(), counted.sum(), counted.new_zeros((), dtype=torch.int64)]
+            weight = valid * self.class_weights[labels.long().clamp(0, len(self.class_weights) - 1)]
+        counts = [weight.sum(), valid.sum(), valid.new_zeros((), dtype=torch.int64)]
         distance = direction = None
         if boundaries:
             distance, direction = boundary_targets(labels, radius=self.radius, ignore_index=self.ignore_index)
@@ -85,11 +123,17 @@ class UNEPTLoss(nn.Module):
         return Targets(labels, distance, direction, torch.stack([count.float() for count in counts]))
 
     def forward(self, output: UNEPTOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Each term by name, unweighted, and their weighted sum as `loss`: float32 scalars.
+        """Compare a prediction with labels.
 
         Args:
             output: of the model, for images (B, 3, H, W).
-            labels: (B, H, W) integer, of the size of the images.
+            labels: (B, H, W) integer class ids, of the size of the images.
+
+        Returns:
+            Each loss by its name in `LossWeights`, not weighted, and their weighted sum as `loss`: float32 scalars.
+
+        Raises:
+            ValueError: the labels have another size than the images.
         """
         height, width = (STRIDE * n for n in output.logits.shape[2:])
         if labels.dim() != 3 or padded_size(labels.shape[1:]) != (height, width):
@@ -97,34 +141,49 @@ class UNEPTLoss(nn.Module):
                 f"labels have shape {tuple(labels.shape)}, but the model saw images of about {height}x{width}: "
                 "give labels (B, H, W) of the size of the images"
             )
-        return self.terms(output, self.targets(labels, boundaries=output.boundary is not None))
+        return self.losses(output, self.targets(labels, boundaries=output.boundary is not None))
 
-    def terms(self, output: UNEPTOutput, targets: Targets) -> dict[str, Tensor]:
-        """The same from targets, whose counts may be those of a larger batch that this one is a part of.
+    def losses(self, output: UNEPTOutput, targets: Targets) -> dict[str, Tensor]:
+        """Compare a prediction with targets, whose counts may be those of a larger batch that it is a part of.
 
-        Each term is a sum over this part's pixels, divided by `targets.counts`. So the terms of a batch's parts add up
-        to those of the whole batch, however its ignored pixels and boundaries are spread over the parts.
+        Each loss is a sum over the pixels of this part, divided by `targets.counts`. So the losses of a batch's parts
+        add up to those of the whole batch, however its ignored pixels and boundaries are spread over the parts.
+
+        Returns:
+            What `forward` returns.
         """
         segmentation_count, pixel_count, boundary_count = torch.where(targets.counts == 0, 1, targets.counts).unbind()
-        size = (targets.labels.shape[1], targets.labels.shape[2])
-
-        cross_entropy = functools.partial(upsample_cross_entropy, reduction="sum")
-        segmentation = {"ignore_index": self.ignore_index, "class_weights": self.class_weights}
-        terms = {"segmentation": cross_entropy(output.logits, targets.labels, **segmentation) / segmentation_count}
+        losses = {"segmentation": self._cross_entropy(output, targets) / segmentation_count}
         if output.boundary is not None and output.direction is not None:
-            assert targets.direction is not None
-            offset = refinement_offset(output.boundary, output.direction, size)
-            refined = cross_entropy(output.logits, targets.labels, offset, **segmentation)
-            direction = cross_entropy(output.direction, targets.direction, ignore_index=IGNORED_DIRECTION)
-            terms["refined"] = refined / segmentation_count
-            terms["boundary"] = self._boundary_sum(output.boundary, targets) / pixel_count
-            terms["direction"] = direction / boundary_count
-        weighted = [weight * term for weight, term in zip(self.weights, terms.values(), strict=False)]
-        return {"loss": torch.stack(weighted).sum(), **terms}
+            size = (targets.labels.shape[1], targets.labels.shape[2])
+            offset = refinement_offset(output.boundary, output.direction, size, ONE_STEP)
+            losses["refined"] = self._cross_entropy(output, targets, offset) / segmentation_count
+            losses["boundary"] = self._boundary_sum(output.boundary, targets) / pixel_count
+            losses["direction"] = _direction_sum(output.direction, targets) / boundary_count
+        weighted = [getattr(self.weights, name) * loss for name, loss in losses.items()]
+        return {"loss": torch.stack(weighted).sum(), **losses}
+
+    def _cross_entropy(self, output: UNEPTOutput, targets: Targets, offset: Tensor | None = None) -> Tensor:
+        """Summed cross-entropy of the up-sampled logits, read at p + offset(p)."""
+        return upsample_cross_entropy(
+            output.logits,
+            targets.labels,
+            offset,
+            ignore_index=self.ignore_index,
+            class_weights=self.class_weights,
+            reduction="sum",
+        )
 
     def _boundary_sum(self, boundary: Tensor, targets: Targets) -> Tensor:
+        """Summed binary cross-entropy of boundary logits (B, 1, h, w)."""
         assert targets.distance is not None
         logits = upsample_boundary(boundary, (targets.labels.shape[1], targets.labels.shape[2]))
         target = (targets.distance <= self.radius).to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return (loss * (targets.labels != self.ignore_index)).sum()
+
+
+def _direction_sum(direction: Tensor, targets: Targets) -> Tensor:
+    """Summed cross-entropy of direction logits (B, 8, h, w) on the true boundary pixels."""
+    assert targets.direction is not None
+    return upsample_cross_entropy(direction, targets.direction, ignore_index=IGNORED_DIRECTION, reduction="sum")

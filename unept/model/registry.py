@@ -1,4 +1,4 @@
-"""Models by name, in the manner of timm."""
+"""Models by name, as in timm."""
 
 import fnmatch
 from pathlib import Path
@@ -21,11 +21,12 @@ BACKBONES = {
 
 
 def list_models(filter: str = "", *, all_backbones: bool = False) -> list[str]:
-    """Names that `create_model` takes, sorted.
+    """List the names that `create_model` takes, sorted.
 
     Args:
-        filter: only names that match this pattern, with `*` and `?`.
-        all_backbones: also `unept_NAME` for every model of timm; those that give no feature maps are refused later.
+        filter: list only the names that match this pattern, with `*` and `?`.
+        all_backbones: list `unept_NAME` for every model of timm too; `create_model` refuses those that give no feature
+            maps.
     """
     names = set(BACKBONES)
     if all_backbones:
@@ -41,20 +42,20 @@ def create_model(
     checkpoint_path: str | Path | None = None,
     **options: Any,
 ) -> UNEPT:
-    """A new network.
+    """Create a network.
 
     Args:
-        name: one of `list_models()`, or `unept_` and any model of timm, with or without a tag.
+        name: one of `list_models()`, or `unept_` followed by the name of any model of timm, with or without a tag.
         num_classes: K.
         pretrained_backbone: start from timm's ImageNet weights, downloaded from its hub.
         checkpoint_path: start from the weights of the whole network in this file (.safetensors, or a .pth or .pt of
             tensors, such as a run's checkpoints); nothing is downloaded.
-        options: of `UNEPT`.
+        options: further arguments of `UNEPT`.
 
     Raises:
-        ValueError: an unknown name, a file of another network, or options that don't fit together.
+        ValueError: the name is unknown, the file holds another network, or the options do not fit together.
         FileNotFoundError: there is no such file.
-        ConnectionError: the backbone's weights can't be downloaded.
+        ConnectionError: the backbone's weights cannot be downloaded.
 
     Example:
         >>> create_model("unept_lite0", num_classes=11, pretrained_backbone=True)
@@ -75,8 +76,8 @@ def _backbone(name: str) -> str:
         return backbone
     hint = close_names(PREFIX + backbone, list_models(all_backbones=True))
     raise ValueError(
-        f"there is no model {name!r}{hint}. unept.list_models() lists {', '.join(BACKBONES)}; {PREFIX} and any name of "
-        "timm.list_models() works too"
+        f"there is no model {name!r}{hint}. unept.list_models() lists {', '.join(BACKBONES)}; {PREFIX} followed by any "
+        "name of timm.list_models() works too"
     )
 
 

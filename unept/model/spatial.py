@@ -1,4 +1,4 @@
-"""The spatial branch that makes the context queries (Sec. 3.2)."""
+"""The spatial branch, which makes the context queries (Sec. 3.2), and the learned queries of the baseline."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
-    """Convolution without bias, batch normalisation, ReLU."""
+    """Convolution without bias and with "same" padding, batch normalisation, ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -17,8 +17,11 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: 
 class SpatialBranch(nn.Sequential):
     """Three 3x3 convolutions of stride 2: images (B, 3, H, W) to image details (B, d_model, H / 8, W / 8).
 
-    The paper gives no widths. A narrow first one (32, at half the image's resolution) keeps the whole DeiT model within
-    the operations that Table 7 reports.
+    The paper gives no widths. 32 channels in the first convolution, at half the image's resolution, keep the whole DeiT
+    model within the operations that Table 7 reports.
+
+    Args:
+        d_model: channels of the result.
     """
 
     def __init__(self, d_model: int = 256):
@@ -30,8 +33,8 @@ class LearnedQueries(nn.Module):
     """The same context queries for every image, interpolated to its size (Table 5, baseline).
 
     Args:
-        d_model: channels.
-        size: of the table, that of a 480x480 image at 1/8 by default.
+        d_model: channels of the queries.
+        size: (h, w) of the table; by default that of a 480x480 image at 1/8.
     """
 
     def __init__(self, d_model: int = 256, size: tuple[int, int] = (60, 60)):
@@ -39,7 +42,7 @@ class LearnedQueries(nn.Module):
         self.table = nn.Parameter(torch.randn(1, d_model, *size) * 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), of which only the size counts, to (B, d_model, H / 8, W / 8)."""
+        """Queries (B, d_model, H / 8, W / 8) for images (B, 3, H, W), of which only the size counts."""
         size = (images.shape[2] // 8, images.shape[3] // 8)
         table = F.interpolate(self.table, size, mode="bilinear", align_corners=False)
         return table.expand(images.shape[0], -1, -1, -1)

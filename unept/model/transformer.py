@@ -1,6 +1,7 @@
 """The context branch: encoder, decoder, position and scale encoding (Eq. 5, Sec. 3.1)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,11 @@ from .attention import Shapes, SparseSamplingAttention
 
 
 def reference_grid(shapes: Shapes, device: torch.device) -> Tensor:
-    """Pixel centres ((i + 0.5) / size) of maps one after another: (1, sum of H * W, 2), (x, y) in [0, 1], float32."""
+    """Pixel centres of maps [(H_l, W_l)], one map after another.
+
+    Returns:
+        (1, S, 2) float32 with S = sum of H_l * W_l: (x, y) in [0, 1], pixel i of n at (i + 0.5) / n.
+    """
     grids = []
     for height, width in shapes:
         y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
@@ -19,15 +24,15 @@ def reference_grid(shapes: Shapes, device: torch.device) -> Tensor:
 
 
 def sine_position_encoding(points: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
-    """Sine and cosine of the coordinates at geometrically spaced frequencies: half of the channels for y, half for x.
+    """Sine and cosine of the coordinates at geometrically spaced frequencies.
 
     Args:
         points: (..., 2), (x, y) in [0, 1].
-        dim: channels, a multiple of 4.
+        dim: number of channels, a multiple of 4.
         temperature: ratio of the highest frequency to the lowest.
 
     Returns:
-        (..., dim).
+        (..., dim): the first half of the channels encodes y, the second half x.
     """
     count = dim // 4
     frequency = 2 * math.pi * temperature ** -(torch.arange(count, device=points.device, dtype=points.dtype) / count)
@@ -38,8 +43,8 @@ def sine_position_encoding(points: Tensor, dim: int, temperature: float = 10000.
 class FeedForward(nn.Sequential):
     """Linear, ReLU, dropout, linear, dropout.
 
-    Dropout stands before the ReLU, which changes nothing (it scales by a number >= 0) but the memory: what ReLU and the
-    second linear layer keep for the backward is then one tensor, not two.
+    Dropout comes before the ReLU. As it scales by a number >= 0, the result is the same, but what ReLU and the second
+    linear layer keep for the backward is one tensor instead of two.
     """
 
     def __init__(self, d_model: int, hidden: int, dropout: float):
@@ -51,19 +56,51 @@ class FeedForward(nn.Sequential):
             nn.init.zeros_(linear.bias)
 
 
+@dataclass(frozen=True)
+class LayerSize:
+    """The size of the layers of encoder and decoder."""
+
+    d_model: int
+    """Channels of queries, values and output, a multiple of `num_heads` and of 4."""
+    num_heads: int
+    """Attention heads, M."""
+    num_levels: int
+    """Levels of the feature pyramid, L."""
+    num_points: int
+    """Sampled points per head and level, N."""
+    ffn_dim: int
+    """Hidden channels of the feed-forward network."""
+    dropout: float
+    """Dropout probability after each attention and in the feed-forward network."""
+
+    def attention(self, num_levels: int) -> SparseSamplingAttention:
+        """A new attention of this size over `num_levels` levels."""
+        return SparseSamplingAttention(self.d_model, self.num_heads, num_levels, self.num_points)
+
+
 class EncoderLayer(nn.Module):
     """Sparse self-attention over the pyramid, then a feed-forward network, each with residual and LayerNorm."""
 
-    def __init__(self, d_model: int, num_heads: int, num_levels: int, num_points: int, ffn_dim: int, dropout: float):
+    def __init__(self, size: LayerSize):
         super().__init__()
-        self.self_attention = SparseSamplingAttention(d_model, num_heads, num_levels, num_points)
-        self.dropout = nn.Dropout(dropout)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.feed_forward = FeedForward(d_model, ffn_dim, dropout)
-        self.norm2 = nn.LayerNorm(d_model)
+        self.self_attention = size.attention(size.num_levels)
+        self.dropout = nn.Dropout(size.dropout)
+        self.norm1 = nn.LayerNorm(size.d_model)
+        self.feed_forward = FeedForward(size.d_model, size.ffn_dim, size.dropout)
+        self.norm2 = nn.LayerNorm(size.d_model)
 
     def forward(self, x: Tensor, encoding: Tensor, shapes: Shapes, reference_points: Tensor) -> Tensor:
-        """(B, S, d_model) to the same; `encoding` (1, S, d_model) is added to the queries only."""
+        """Update the pyramid's tokens.
+
+        Args:
+            x: (B, S, d_model), the levels one after another.
+            encoding: (1, S, d_model), position and scale; added to the queries only.
+            shapes: [(H_l, W_l)] of the levels.
+            reference_points: (1, S, 2), (x, y) of the tokens in [0, 1].
+
+        Returns:
+            (B, S, d_model).
+        """
         x = self.norm1(x + self.dropout(self.self_attention(x + encoding, x, shapes, reference_points)))
         return self.norm2(x + self.feed_forward(x))
 
@@ -71,15 +108,15 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Sparse self-attention on the context queries (Eq. 4), cross-attention into X_enc (Eq. 6), feed-forward."""
 
-    def __init__(self, d_model: int, num_heads: int, num_levels: int, num_points: int, ffn_dim: int, dropout: float):
+    def __init__(self, size: LayerSize):
         super().__init__()
-        self.self_attention = SparseSamplingAttention(d_model, num_heads, 1, num_points)
-        self.cross_attention = SparseSamplingAttention(d_model, num_heads, num_levels, num_points)
-        self.dropout = nn.Dropout(dropout)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.feed_forward = FeedForward(d_model, ffn_dim, dropout)
-        self.norm3 = nn.LayerNorm(d_model)
+        self.self_attention = size.attention(num_levels=1)
+        self.cross_attention = size.attention(size.num_levels)
+        self.dropout = nn.Dropout(size.dropout)
+        self.norm1 = nn.LayerNorm(size.d_model)
+        self.norm2 = nn.LayerNorm(size.d_model)
+        self.feed_forward = FeedForward(size.d_model, size.ffn_dim, size.dropout)
+        self.norm3 = nn.LayerNorm(size.d_model)
 
     def forward(
         self,
@@ -90,7 +127,19 @@ class DecoderLayer(nn.Module):
         memory: Tensor,
         shapes: Shapes,
     ) -> Tensor:
-        """Context queries (B, Q, d_model), which form one map of `shape`, and `memory` X_enc (B, S, d_model)."""
+        """Update the context queries.
+
+        Args:
+            c: (B, Q, d_model), the context queries.
+            encoding: (1, Q, d_model), their position; added to the queries only.
+            shape: (h, w) of the map that the queries form, Q = h * w.
+            reference_points: (1, Q, 2), (x, y) of the queries in [0, 1].
+            memory: (B, S, d_model), X_enc.
+            shapes: [(H_l, W_l)] of its levels.
+
+        Returns:
+            (B, Q, d_model).
+        """
         c = self.norm1(c + self.dropout(self.self_attention(c + encoding, c, [shape], reference_points)))
         c = self.norm2(c + self.dropout(self.cross_attention(c + encoding, memory, shapes, reference_points)))
         return self.norm3(c + self.feed_forward(c))
@@ -100,28 +149,25 @@ class Encoder(nn.Module):
     """X_ms to X_enc (Eq. 5, Phi_enc): a stack of `EncoderLayer`.
 
     Args:
-        num_layers: how many.
-        d_model, num_heads, num_levels, num_points, ffn_dim, dropout: of each.
+        num_layers: number of layers.
+        size: of each layer.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        d_model: int,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        ffn_dim: int,
-        dropout: float,
-    ):
+    def __init__(self, num_layers: int, size: LayerSize):
         super().__init__()
-        self.scale_encoding = nn.Parameter(torch.randn(num_levels, d_model) * 0.02)
-        self.layers = nn.ModuleList(
-            EncoderLayer(d_model, num_heads, num_levels, num_points, ffn_dim, dropout) for _ in range(num_layers)
-        )
+        self.scale_encoding = nn.Parameter(torch.randn(size.num_levels, size.d_model) * 0.02)
+        self.layers = nn.ModuleList(EncoderLayer(size) for _ in range(num_layers))
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
-        """(B, S, d_model) to (B, S, d_model)."""
+        """Encode the pyramid.
+
+        Args:
+            x: (B, S, d_model), X_ms, the levels one after another.
+            shapes: [(H_l, W_l)] of the levels.
+
+        Returns:
+            (B, S, d_model), X_enc.
+        """
         reference_points = reference_grid(shapes, x.device)
         sizes = [height * width for height, width in shapes]
         scale = torch.cat([e.expand(n, -1) for e, n in zip(self.scale_encoding, sizes, strict=True)])
@@ -135,27 +181,25 @@ class Decoder(nn.Module):
     """Context queries and X_enc to the features of the prediction (Eq. 5, Phi_dec): a stack of `DecoderLayer`.
 
     Args:
-        num_layers: how many.
-        d_model, num_heads, num_levels, num_points, ffn_dim, dropout: of each.
+        num_layers: number of layers.
+        size: of each layer.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        d_model: int,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        ffn_dim: int,
-        dropout: float,
-    ):
+    def __init__(self, num_layers: int, size: LayerSize):
         super().__init__()
-        self.layers = nn.ModuleList(
-            DecoderLayer(d_model, num_heads, num_levels, num_points, ffn_dim, dropout) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(size) for _ in range(num_layers))
 
     def forward(self, queries: Tensor, memory: Tensor, shapes: Shapes) -> Tensor:
-        """Context queries (B, d_model, h, w) and X_enc (B, S, d_model) to (B, d_model, h, w), channels-last."""
+        """Decode the context queries.
+
+        Args:
+            queries: (B, d_model, h, w).
+            memory: (B, S, d_model), X_enc.
+            shapes: [(H_l, W_l)] of its levels.
+
+        Returns:
+            (B, d_model, h, w), channels-last in memory.
+        """
         shape = (queries.shape[2], queries.shape[3])
         reference_points = reference_grid([shape], queries.device)
         encoding = sine_position_encoding(reference_points, queries.shape[1]).to(queries.dtype)

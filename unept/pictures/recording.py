@@ -1,7 +1,8 @@
-"""What happens inside of the network while it looks at an image, for the pictures of `unept.visualize` (Appendix A-C).
+"""Record what happens inside the network while it sees an image, for the pictures of `unept.visualize` (Appendix A-C).
 
-Letters: H, W height and width of an image, M heads, L levels, N points, T tokens of a ViT. All is read by forward hooks
-from one view of the image, at scale 1, which goes through the network as in `unept.inference`.
+Everything is read by forward hooks from one view of the image, at scale 1, which goes through the network as in
+`unept.inference`. Letters: H, W height and width of an image, C channels, M heads, L levels, N points, T tokens of a
+ViT.
 
 Every map of the network covers the same part of the plane: the image and some padding to the right and below. `covered`
 is its (height, width) in pixels of the image, so a point at the fraction f of a map lies at f * covered - 0.5.
@@ -18,47 +19,65 @@ from torch import Tensor, nn
 
 from ..inference import InferenceConfig, infer
 from ..model.attention import SparseSamplingAttention
-from ..model.network import UNEPT, padded_size
-from .drawing import SampledPoints
+from ..model.network import UNEPT
+from ..model.output import padded_size
 
 Attention = Literal["decoder", "decoder-self", "encoder"]
 
 
 class NotInModel(ValueError):
-    """A picture of something that this network does not have."""
+    """A picture was asked for that shows a part which this network does not have."""
+
+
+class SampledPoints(NamedTuple):
+    """The points that one query of a sparse sampling attention reads. Tensors are on the CPU."""
+
+    query: tuple[float, float]
+    """(x, y) of the query in pixels of the image."""
+    xy: Tensor
+    """(M, L, N, 2): (x, y) of the points in pixels of the image, pixel centres at integers."""
+    weights: Tensor
+    """(M, L, N): attention weights; those of a head sum to 1."""
+    in_bounds: Tensor
+    """(M, L, N) bool: whether a point reads any pixel of its map; one that does not counts as zero."""
+    shapes: list[tuple[int, int]]
+    """(H_l, W_l) of the maps."""
+    covered: tuple[float, float]
+    """(height, width) in pixels of the image that each map covers from the upper left corner, padding included."""
 
 
 class Recording(NamedTuple):
-    """What was read while an image went through the network. Tensors on the CPU, float32."""
+    """What was recorded while an image went through the network. Tensors are float32, on the CPU."""
 
     covered: tuple[float, float]
     """(height, width) in pixels of the image that every map covers."""
     features: list[Tensor]
     """The backbone's pyramid features, (C_l, H_l, W_l)."""
     attention: list[Tensor]
-    """(B', T, T) of each attention of the backbone, averaged over heads; B' is 1 unless it looks through windows."""
+    """The attention of each block of the backbone, averaged over heads, (B', T, T). B' is 1 unless the block attends
+    within windows."""
     points: SampledPoints
-    """Of the query."""
+    """The points that the query reads."""
 
 
 def record(
     model: UNEPT, image: Tensor, config: InferenceConfig, query: tuple[float, float], attention: SparseSamplingAttention
 ) -> Recording:
-    """Pass one view of the image through the network and read what happens inside.
+    """Pass one view of the image through the network and record what happens inside.
 
     Args:
-        model: in any mode; it is evaluated in `eval()` and left as it was.
-        image: (3, H, W) uint8 on the model's device.
-        config: `short_side` and `amp` count, the other views don't.
-        query: (x, y) in pixels of the image.
-        attention: the layer of `model` whose points to record; the query is the nearest of its queries.
+        model: a network in any mode; it is evaluated in `eval()` and left as it was.
+        image: uint8 (3, H, W) on the model's device.
+        config: inference options, of which only `short_side` and `amp` count.
+        query: a position (x, y) in pixels of the image.
+        attention: the layer of `model` whose points to record; of its queries the nearest to `query` is taken.
     """
     size = (image.shape[1], image.shape[2])
     seen: dict[str, Any] = {}
 
     def note_view(module: nn.Module, args: tuple) -> None:
         view = args[0].shape[2:]
-        # A resized view shows the image padded to multiples of 8, the image itself is padded inside of the network.
+        # A resized view shows the image padded to multiples of 8; the image itself is padded inside the network.
         shown = size if tuple(view) == size else padded_size(size)
         full = padded_size(view, model.divisor)
         seen["covered"] = tuple(f * s / v for f, s, v in zip(full, shown, view, strict=True))
@@ -69,19 +88,19 @@ def record(
     def note_points(module: nn.Module, args: tuple, output: Tensor) -> None:
         seen["points"] = points_of_query(attention, *args, covered=seen["covered"], position=query)
 
-    once = dataclasses.replace(config, scales=(1.0,), flip=False, window=None, window_stride=None)
+    once = dataclasses.replace(config, scales=(1.0,), flip=False, window=0, window_stride=0)
     with contextlib.ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(note_view).remove)
         stack.callback(model.backbone.register_forward_hook(note_features).remove)
         stack.callback(attention.register_forward_hook(note_points).remove)
-        maps = stack.enter_context(_attention_maps(model.backbone))
+        maps = stack.enter_context(_record_attention(model.backbone))
         infer(model, image, once)
     return Recording(seen["covered"], seen["features"], maps, seen["points"])
 
 
 @contextlib.contextmanager
-def _attention_maps(backbone: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that fills with (B', T, T), the softmax of each of timm's attention modules averaged over its heads."""
+def _record_attention(backbone: nn.Module) -> Iterator[list[Tensor]]:
+    """A list to which each of timm's attention modules appends its softmax, averaged over heads, (B', T, T)."""
     maps: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -92,11 +111,11 @@ def _attention_maps(backbone: nn.Module) -> Iterator[list[Tensor]]:
     handles = [module.attn_drop.register_forward_hook(note) for module in found]
     try:
         for module in found:
-            module.fused_attn = False  # a fused attention never holds its weights
+            module.fused_attn = False  # a fused attention never materialises its weights
         yield maps
     finally:
-        for module, handle, was in zip(found, handles, fused, strict=True):
-            module.fused_attn = was
+        for module, handle, was_fused in zip(found, handles, fused, strict=True):
+            module.fused_attn = was_fused
             handle.remove()
 
 
@@ -110,14 +129,14 @@ def points_of_query(
     covered: tuple[float, float],
     position: tuple[float, float],
 ) -> SampledPoints:
-    """Where a query samples, and with which weights (Eq. 3), as the attention itself computes it.
+    """The points that a query samples and their weights (Eq. 3), as the attention itself computes them.
 
     Args:
-        attention: whose `sampling` is asked.
-        query, value, shapes, reference_points: what its `forward` gets; the first image of the batch counts.
+        attention: the layer whose `sampling` computes them.
+        query, value, shapes, reference_points: the arguments of its `forward`; the first image of the batch counts.
         covered: (height, width) in pixels of the image that each map covers.
-        position: (x, y) in pixels of the image; the nearest query is meant. An encoder's queries are the pixels of all
-            levels one after another: of these, one of the first level.
+        position: (x, y) in pixels of the image. The nearest query is taken; of an encoder's queries, which are the
+            pixels of all levels one after another, the nearest of the first level.
     """
     first = shapes[0][0] * shapes[0][1] if query.shape[1] == sum(h * w for h, w in shapes) else query.shape[1]
     scale = reference_points.new_tensor([covered[1], covered[0]])  # (x, y)
@@ -127,22 +146,27 @@ def points_of_query(
     sizes = offsets.new_tensor([[w, h] for h, w in shapes])[:, None]  # (L, 1, 2)
     xy = reference_points[0, index] * sizes - 0.5 + offsets  # in pixels of each level
     # A bilinear read touches the map from more than -1 to less than its size.
-    inside = ((xy > -1) & (xy < sizes)).all(dim=-1)
+    in_bounds = ((xy > -1) & (xy < sizes)).all(dim=-1)
     return SampledPoints(
         query=(float(reference[index, 0]), float(reference[index, 1])),
         xy=((xy + 0.5) / sizes * scale - 0.5).cpu(),
         weights=logits.flatten(1).softmax(dim=-1).view_as(logits).cpu(),
-        inside=inside.cpu(),
+        in_bounds=in_bounds.cpu(),
         shapes=list(shapes),
         covered=covered,
     )
 
 
 def sampling_layer(model: UNEPT, name: Attention, layer: int | None) -> SparseSamplingAttention:
-    """The attention that `VisualizeConfig.points_of` and `layer` (from 1; None is the last) name.
+    """The attention called `name` in a layer of the network.
+
+    Args:
+        model: the network.
+        name: which attention, as in `unept.visualize.VisualizeConfig.points_of`.
+        layer: the number of the layer, from 1; None means the last.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: if there is no such layer.
     """
     layers: Any = model.encoder.layers if name == "encoder" else model.decoder.layers
     if layer is not None and layer > len(layers):
@@ -152,12 +176,12 @@ def sampling_layer(model: UNEPT, name: Attention, layer: int | None) -> SparseSa
 
 
 def principal_components(features: Tensor, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Principal components of features (P, C), P points of C channels; at most C of them.
+    """The first `count` principal components of features (P, C), P points of C channels; at most C of them.
 
     Returns:
         scores: (P, count), the centred features along the components.
         components: (C, count), orthonormal, of falling variance; the largest entry of each is positive.
-        share: (count,), of the whole variance; zero where there is none.
+        share: (count,), the share of the variance that each component has; zero where there is no variance.
     """
     centred = (features - features.mean(dim=0)).double()
     variance, vectors = torch.linalg.eigh(centred.T @ centred)  # of rising variance
@@ -168,10 +192,13 @@ def principal_components(features: Tensor, count: int = 3) -> tuple[Tensor, Tens
 
 
 def feature_colors(feature: Tensor) -> tuple[Tensor, float]:
-    """Features (C, h, w) as colours (3, h, w) in [0, 1], and the share of their variance that the colours show.
+    """Turn features (C, h, w) into colors (3, h, w) in [0, 1].
 
     The first three principal components become red, green and blue, each from its 1 % to its 99 % quantile. Fewer than
-    three channels leave the other colours dark.
+    three channels leave the other colors dark.
+
+    Returns:
+        The colors, and the share of the variance that they show.
     """
     scores, _, share = principal_components(feature.flatten(1).T)
     low, high = (torch.quantile(scores[:: max(1, len(scores) // 2**20)], q, dim=0) for q in (0.01, 0.99))
@@ -180,9 +207,9 @@ def feature_colors(feature: Tensor) -> tuple[Tensor, float]:
 
 
 def rollout(attention: Sequence[Tensor]) -> Tensor:
-    """The joint attention of a stack of blocks, each (T, T) with rows that sum to 1, first block first (Fig. 6).
+    """The joint attention (T, T) of a stack of blocks, each (T, T) with rows that sum to 1, first block first (Fig. 6).
 
-    Each block passes on half of what it reads and half of what it got (its residual); so the rows of the result, which
+    Each block passes on half of what it reads and half of its input (the residual). So the rows of the result, which
     say how much of each input token arrives at an output token, sum to 1 too.
     """
     joint = torch.eye(attention[0].shape[0])
@@ -192,12 +219,19 @@ def rollout(attention: Sequence[Tensor]) -> Tensor:
 
 
 def joint_attention(model: UNEPT, recording: Recording, query: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """How much the image's class token, and the token at the query, attend to each token of the grid: (h, w) each.
+    """How much the class token, and the token at the query, attend to each token of the grid.
 
-    Rows of `rollout` over all of the backbone's depth; without a class token the first is the average of the grid's.
+    Args:
+        model: the network that was recorded.
+        recording: its recording.
+        query: (x, y) in pixels of the image.
+
+    Returns:
+        Two maps (h, w): rows of `rollout` over the backbone's whole depth. Without a class token, the first map is the
+        mean over the tokens of the grid.
 
     Raises:
-        NotInModel: the backbone has no attention over all of the image.
+        NotInModel: if the backbone has no attention over the whole image.
     """
     height, width = recording.features[-1].shape[1:]
     body = getattr(model.backbone.features, "model", model.backbone.features)
@@ -218,6 +252,6 @@ def joint_attention(model: UNEPT, recording: Recording, query: tuple[float, floa
 
 
 def on_image(maps: Tensor, covered: tuple[float, float], size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """A map (C, h, w) of the network at the pixels of the image: (C, H, W) for `size` (H, W)."""
+    """Resample maps (C, h, w) of the network, which cover `covered`, at the pixels of an image of `size` (H, W)."""
     shape = [max(round(length), n) for length, n in zip(covered, size, strict=True)]
     return F.interpolate(maps[None], shape, mode=mode)[0, :, : size[0], : size[1]]

@@ -1,61 +1,82 @@
-"""Checkpoints that a killed run, a full disk or a torn file can't lose: written beside, synced, then renamed."""
+"""Write and read checkpoints and models so that neither a killed run, a full disk nor a torn file loses one."""
 
+import dataclasses
 import io
-import os
 import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from .. import cli
 from ..config import TrainConfig
-from ..evaluate import json_ready
-from ..model.network import UNEPT
+from ..files import json_ready, write_atomically
+from ..model.output import TrainableModel
 
-# Of what an evaluation finds, what a model keeps of it.
+# The scores of an evaluation that a saved model keeps.
 KEPT_SCORES = ("mIoU", "pixAcc", "boundary_f", "boundary_tolerance", "images", "iou")
+# Checkpoints of older versions hold a step's losses as one tensor in this order, under the key "pending".
+OLD_LOSS_NAMES = ("loss", "segmentation", "refined", "boundary", "direction")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; what was there before stays until the new one is safely on disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        kept = f"; the one before is intact: {path.parent}" if any(path.parent.glob(f"*{path.suffix}")) else ""
-        raise OSError(error.errno, f"{error.strerror} while writing {path}{kept}") from error
-    temporary.replace(path)
-    _sync_folder(path.parent)
+@dataclass
+class TrainingState:
+    """What a run needs to continue exactly. Random states are not among it: they follow from the seed and the step."""
 
+    step: int
+    """Optimiser steps completed."""
+    classes: list[str]
+    """Class names of the model."""
+    model: dict[str, Tensor]
+    """State dict of the model."""
+    optimizer: dict[str, Any]
+    """State dict of the optimiser."""
+    scheduler: dict[str, int]
+    """`last_epoch` of the learning rate scheduler."""
+    loss_history: list[dict[str, Tensor]]
+    """Losses by name, float32 scalars averaged over the ranks, of each step since the last record."""
+    best: float
+    """Highest validation mIoU so far, -1 before the first evaluation."""
+    skipped: int
+    """How often another sample has replaced one that cannot be read, over all ranks."""
 
-def _sync_folder(folder: Path) -> None:
-    """Make renames in it last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name; tensors are not copied."""
+        return dict(vars(self))
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> "TrainingState":
+        """Make a state from what `to_dict` returned, in this version of the package or an older one."""
+        fields = dict(stored)
+        if (pending := fields.pop("pending", None)) is not None:
+            fields["loss_history"] = [dict(zip(OLD_LOSS_NAMES, losses.unbind(), strict=False)) for losses in pending]
+        return TrainingState(**{field.name: fields[field.name] for field in dataclasses.fields(TrainingState)})
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """List the checkpoints in a folder, oldest first."""
     return sorted(folder.glob("step_*.pt"))
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Save `state` (tensors and plain Python values) as the checkpoint of `step`, then delete all but the last `keep`.
+    """Save a checkpoint, then delete all but the newest `keep`.
+
+    Args:
+        folder: where the checkpoints are; it is created if it does not exist.
+        step: optimiser steps completed, which name the file.
+        state: tensors and plain Python values.
+        keep: number of checkpoints to keep.
+
+    Returns:
+        The path of the new checkpoint.
 
     Raises:
-        OSError: the disk is full or not writable; the checkpoints before are intact.
+        OSError: the disk is full or not writable; the earlier checkpoints are intact.
     """
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -68,7 +89,16 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
 
 
 def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest readable checkpoint, or None. A damaged one is named in a warning and the one before it is taken.
+    """Load the newest readable checkpoint.
+
+    A damaged checkpoint is named in a warning, and the one before it is loaded instead.
+
+    Args:
+        folder: where the checkpoints are.
+        device: where its tensors go.
+
+    Returns:
+        The saved state, or None if there is no checkpoint.
 
     Raises:
         ValueError: there are checkpoints, but none can be read.
@@ -86,26 +116,27 @@ def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 def save_model(
-    model: UNEPT,
+    model: TrainableModel,
     folder: Path,
     config: TrainConfig | None = None,
     step: int | None = None,
     scores: Mapping[str, Any] | None = None,
 ) -> None:
-    """`save_pretrained` into `folder`; each file there is replaced only by a complete one.
+    """Call `model.save_pretrained` for a folder; each file in it is replaced only by a complete new one.
 
     Args:
-        model: of whatever device.
-        folder: is made.
-        config: of the run; its protocol goes into `model.preprocessing`.
-        step, scores: of the validation, as `unept.evaluate.evaluate_model` gives them; what there is goes into
-            `model.evaluation`, and with it into the model card.
+        model: the model, on any device.
+        folder: where it goes; it is created if it does not exist.
+        config: options of the run; what they fix of inference is added to `model.preprocessing`.
+        step: optimiser steps completed.
+        scores: result of `unept.evaluation.evaluator.evaluate_model` on the validation set. With `step` it is kept in
+            `model.evaluation`, and so appears in the model card.
 
     Raises:
-        OSError: the disk is full or not writable; the model before is intact.
+        OSError: the disk is full or not writable; the model that was there before is intact.
     """
     if config is not None:
-        model.preprocessing.update(cli.protocol(config))
+        model.preprocessing.update(config.inference().protocol())
     if scores is not None:
         known = {"dataset": config and config.data.dataset, "split": "val", "step": step}
         known |= {name: scores.get(name) for name in KEPT_SCORES}
@@ -114,8 +145,11 @@ def save_model(
     shutil.rmtree(new, ignore_errors=True)
     try:
         model.save_pretrained(new)
-    except SafetensorError as error:  # how safetensors reports the disk
-        raise OSError(f"{folder} could not be written ({error}); the model before, if any, is intact") from error
+    except SafetensorError as error:  # how safetensors reports a full or read-only disk
+        raise OSError(
+            f"{folder} could not be written ({error}). The model that was there before, if any, is intact: free some "
+            "space or make the folder writable, then start again"
+        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(new.iterdir()):
         write_atomically(folder / file.name, file.read_bytes())

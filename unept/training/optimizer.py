@@ -1,15 +1,17 @@
 """The optimiser and its learning rates (Sec. 4.2, Training)."""
 
 import math
+from functools import partial
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import TrainConfig
-from ..model.network import UNEPT
+from ..model.output import TrainableModel
 
 
-def build_optimizer(model: UNEPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with the backbone's own learning rate."""
+def build_optimizer(model: TrainableModel, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW with a learning rate of its own for the backbone; the backbone is the second parameter group."""
     backbone = list(model.backbone.parameters())
     ids = {id(p) for p in backbone}
     groups = [
@@ -19,8 +21,13 @@ def build_optimizer(model: UNEPT, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
 
 
+def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> LambdaLR:
+    """Return the scheduler that multiplies all learning rates by `learning_rate_factor`, to be called every step."""
+    return LambdaLR(optimizer, partial(learning_rate_factor, config))
+
+
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """What the learning rates are multiplied with at a step, counted from 0."""
+    """Return the factor of the learning rates at a step, which counts from 0."""
     warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.schedule == "step":
         return warmup * (0.1 if step >= config.iterations * 2 / 3 else 1.0)

@@ -1,26 +1,32 @@
-"""Where a training run goes, and whether it continues one that is there."""
+"""Choose the folder of a training run, decide whether the run in it is continued, and prepare the folder."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import distributed
 from ..config import TrainConfig
+from ..files import write_atomically
+from .checkpoint import load_latest
 
-# Options that may differ between a run and its continuation: they don't change the result.
+# Options that may differ between a run and its continuation, since they do not change the result.
 FREE_TO_CHANGE = {"out", "resume", "device", "log_every", "eval_every", "checkpoint_every", "num_samples", "workers"}
 FREE_TO_CHANGE |= {"root", "pretrained_backbone", "backbone_weights"}  # data and weights may have moved
-FREE_TO_CHANGE |= {"check_data", "on_bad_sample"}  # after a file was found to be bad
+FREE_TO_CHANGE |= {"check_data", "on_bad_sample"}  # a file was found to be bad meanwhile
 
 
-def run_folder(config: TrainConfig, preset: str) -> Path:
-    """Where the run goes: `config.out`, else runs/PRESET with a number if need be.
+def choose_run_folder(config: TrainConfig, preset: str) -> Path:
+    """Return `config.out` if it is set, else runs/PRESET, with a number if that folder exists.
+
+    A run that continues gets the folder with the highest number.
 
     Raises:
-        FileExistsError: `config.out` holds a run and `resume` is not `auto`.
+        FileExistsError: `config.out` holds a run, and `resume` is not `auto`.
     """
     if config.out is not None:
-        if (config.out / "config.json").exists() and not continues(config, config.out):
+        if (config.out / "config.json").exists() and not should_resume(config, config.out):
             raise FileExistsError(
                 f"{config.out} holds a run already: continue it with --resume auto, or choose another folder with --out"
             )
@@ -30,25 +36,49 @@ def run_folder(config: TrainConfig, preset: str) -> Path:
     while following.exists():
         folder, number = following, number + 1
         following = Path("runs") / f"{preset}-{number}"
-    return folder if continues(config, folder) else following
+    return folder if should_resume(config, folder) else following
 
 
-def continues(config: TrainConfig, folder: Path) -> bool:
-    """Whether a run in `folder` is to be continued: if asked for, or if this torchrun started it before a restart."""
+def should_resume(config: TrainConfig, folder: Path) -> bool:
+    """Whether to continue a run in the folder: if `resume` is `auto`, or if this start of torchrun began that run."""
     launch = folder / "launch"
     restarted = distributed.was_restarted() and launch.exists() and launch.read_text() == distributed.launch_id()
     return config.resume == "auto" or restarted
 
 
-def check_same_run(config: TrainConfig, folder: Path) -> None:
-    """Raise ValueError if the run in `folder` was started with other options that matter."""
+def open_run_folder(config: TrainConfig, folder: Path, resume: bool) -> dict[str, Any] | None:
+    """Create the folder of a run, or read the state from which the run in it continues. Only rank 0 calls it.
 
-    def flat(config: TrainConfig) -> dict[str, Any]:
+    Returns:
+        The newest checkpoint (`TrainingState.to_dict`), on the CPU; None if the run starts from its first step.
+
+    Raises:
+        ValueError: the run in the folder has other options, or none of its checkpoints can be read.
+        OSError: the disk is full or not writable.
+    """
+    state = None
+    if resume and (folder / "config.json").exists():
+        check_same_run(config, folder)
+        state = load_latest(folder / "checkpoints", torch.device("cpu"))
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    if (launch := distributed.launch_id()) is not None:
+        (folder / "launch").write_text(launch)
+    write_atomically(folder / "config.json", config.to_json().encode())
+    return state
+
+
+def check_same_run(config: TrainConfig, folder: Path) -> None:
+    """Raise ValueError if the run in the folder was started with other options that change its result."""
+
+    def flatten(config: TrainConfig) -> dict[str, Any]:
         options = json.loads(config.to_json())
         return {**options.pop("model"), **options.pop("data"), **options}
 
-    before, now = flat(TrainConfig.from_json(folder / "config.json")), flat(config)
-    changed = [k for k in now if k not in FREE_TO_CHANGE and before[k] != now[k]]
+    before, now = flatten(TrainConfig.from_json(folder / "config.json")), flatten(config)
+    changed = [name for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]]
     if changed:
-        listed = ", ".join(f"{k} (was {before[k]}, now {now[k]})" for k in changed)
-        raise ValueError(f"the run in {folder} can't be continued with other options: {listed}")
+        listed = ", ".join(f"{name} (was {before[name]}, now {now[name]})" for name in changed)
+        raise ValueError(
+            f"the run in {folder} cannot be continued with other options: {listed}. Give the options that it was "
+            "started with, or another folder with --out"
+        )

@@ -1,4 +1,4 @@
-"""How fast a run is, which of the two limits it (the training step, or the loader), and how much memory it takes."""
+"""Measure how fast a run is, whether the training step or the loader limits it, and how much memory it takes."""
 
 import contextlib
 import sys
@@ -10,7 +10,10 @@ import torch
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Peak GiB so far: of the GPU's allocator, or of this process on Linux; None where that can't be told."""
+    """Return the peak memory so far in GiB, of the GPU's allocator or of this process; None if the system has no count.
+
+    Only Linux counts the memory of a process in a unit that is known here.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform != "linux":
@@ -21,14 +24,14 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 class Throughput:
-    """Rates since they were last asked for; measuring them never waits for a GPU.
+    """Measure rates over intervals, each from one call of `rates` to the next; measuring never waits for a GPU.
 
-    The clock runs from `go` to `stop`. What isn't training (an evaluation) is left out by stopping it meanwhile.
+    The clock runs from `start` to `stop`. Stop it during anything that is not training, such as an evaluation.
 
     Args:
-        device: that steps run on. On CUDA, where the host is ahead, they are timed by events.
-        workers: processes that prepare batches; 0: the training process does.
-        ranks: that train together, all as fast as this one: rates are those of all.
+        device: the device of the steps. On CUDA, where the host runs ahead, they are timed by events.
+        workers: the number of processes that prepare batches; 0 if the training process does.
+        ranks: the number of ranks that train together, all as fast as this one; rates are those of all together.
     """
 
     def __init__(self, device: torch.device, workers: int, ranks: int = 1):
@@ -38,8 +41,8 @@ class Throughput:
         self.since: float | None = None
         self._clear()
 
-    def go(self) -> None:
-        """Let the clock run."""
+    def start(self) -> None:
+        """Start the clock."""
         self.since = time.perf_counter()
 
     def stop(self) -> None:
@@ -50,11 +53,11 @@ class Throughput:
 
     @contextlib.contextmanager
     def step(self, images: int, loader_seconds: float) -> Iterator[None]:
-        """Around all that happens to a batch.
+        """Time a training step: a context manager around everything that happens to a batch.
 
         Args:
-            images: in the batch.
-            loader_seconds: that a worker spent on each of them, in the mean (`data.loader.Batch.seconds`).
+            images: the number of images in the batch.
+            loader_seconds: the mean time that a worker spent on each of them (`data.loader.Batch.seconds`).
         """
         begin = self._mark()
         yield
@@ -63,9 +66,13 @@ class Throughput:
         self.loading += images * loader_seconds
 
     def rates(self) -> dict[str, float]:
-        """Images per second: of the run, of the steps without what they wait for data, and of the loader alone.
+        """Return the rates of the interval in images per second, and start the next interval.
 
-        Starts the next interval. On CUDA, call it when the host has waited for the last step anyway.
+        On CUDA, call it when the host has waited for the last step anyway.
+
+        Returns:
+            `images_per_s`, of the run; `step_images_per_s`, of the steps without the time that they wait for data;
+            `loader_images_per_s`, of the loader alone.
         """
         running = self.since is not None
         self.stop()
@@ -78,7 +85,7 @@ class Throughput:
         }
         self._clear()
         if running:
-            self.go()
+            self.start()
         return rates
 
     def _mark(self) -> Any:
@@ -95,5 +102,5 @@ class Throughput:
 
 
 def _between(begin: Any, end: Any) -> float:
-    """Seconds."""
+    """Return the seconds between two marks."""
     return begin.elapsed_time(end) / 1e3 if isinstance(begin, torch.cuda.Event) else end - begin

@@ -1,65 +1,18 @@
 """Pictures are read back from disk: their pixels say what was drawn."""
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.figures import on_save
 from unept.pictures import drawing
 
 PALETTE = [[200, 0, 0], [0, 150, 0], [10, 20, 250]]
 CLASSES = ["roof", "lawn", "pool"]
 
 
-def labels() -> torch.Tensor:
-    """(6, 8): the three classes in stripes, and two ignored pixels."""
-    ids = torch.arange(3).repeat_interleave(2)[:, None].repeat(1, 8)
-    ids[0, 0], ids[5, 7] = 255, -1
-    return ids
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
-def test_colorize(dtype):
-    colors = drawing.colorize(labels().to(dtype), PALETTE)
-    assert colors.dtype == torch.uint8
-    for y in range(6):
-        for x in range(8):
-            expected = [0, 0, 0] if (y, x) in ((0, 0), (5, 7)) else PALETTE[y // 2]
-            assert colors[:, y, x].tolist() == expected
-
-
-def test_colorize_of_masks_as_datasets_give_them():
-    ids = labels().to(torch.uint8)  # -1 becomes 255
-    assert torch.equal(drawing.colorize(ids, PALETTE), drawing.colorize(labels(), PALETTE))
-
-
-def test_overlay():
-    image = torch.full((3, 6, 8), 100, dtype=torch.uint8)
-    mixed = drawing.overlay(image, labels(), PALETTE, alpha=0.25)
-    assert mixed[:, 0, 1].tolist() == [125, 75, 75]
-    assert mixed[:, 0, 0].tolist() == [100, 100, 100]
-    assert torch.equal(drawing.overlay(image, labels(), PALETTE, alpha=0.0), image)
-
-
-def test_palette_png_holds_the_ids_and_shows_the_colors(tmp_path):
-    ids = labels().clamp_min(0)
-    drawing.save_palette_png(ids, PALETTE, tmp_path / "ids.png")
-    with Image.open(tmp_path / "ids.png") as picture:
-        assert picture.mode == "P"
-        assert np.array_equal(np.asarray(picture), ids.numpy())
-        shown = np.asarray(picture.convert("RGB"))
-    assert np.array_equal(shown, drawing.colorize(ids, PALETTE).permute(1, 2, 0).numpy())
-
-
-@pytest.mark.parametrize("wrong", [-1, 256])
-def test_palette_png_refuses_what_8_bits_do_not_hold(tmp_path, wrong):
-    with pytest.raises(ValueError, match=f"{wrong}"):
-        drawing.save_palette_png(torch.tensor([[1, wrong]]), PALETTE, tmp_path / "ids.png")
-    assert not list(tmp_path.iterdir())
-
-
 def has_color(path, color) -> bool:
-    """Whether a picture has more than 20 pixels of about this colour."""
+    """Whether a picture has more than 20 pixels of about this color."""
     with Image.open(path) as picture:
         difference = np.abs(np.asarray(picture.convert("RGB")).astype(int) - color).max(axis=2)
     return int((difference < 4).sum()) > 20
@@ -95,13 +48,11 @@ def drawn_lines(monkeypatch) -> dict[str, list[tuple[float, float]]]:
     """Label and points of every line that is drawn from now on."""
     drawn: dict[str, list[tuple[float, float]]] = {}
 
-    class Recorder(drawing.Figure):
-        def savefig(self, path):
-            for axis in self.axes:
-                drawn.update({line.get_label(): line.get_xydata().tolist() for line in axis.lines})
-            super().savefig(path)
+    def look(figure):
+        for axis in figure.axes:
+            drawn.update({line.get_label(): line.get_xydata().tolist() for line in axis.lines})
 
-    monkeypatch.setattr(drawing, "Figure", Recorder)
+    on_save(monkeypatch, look)
     return drawn
 
 
@@ -134,14 +85,12 @@ def test_curves_before_anything_is_known(tmp_path):
 def test_bars_are_ranked_and_leave_absent_classes_out(tmp_path, monkeypatch):
     bars = {}
 
-    class Recorder(drawing.Figure):
-        def savefig(self, path):
-            (axis,) = self.axes
-            names = [label.get_text() for label in axis.get_yticklabels()]
-            bars.update(zip(names, [bar.get_width() for bar in axis.patches], strict=True))
-            super().savefig(path)
+    def look(figure):
+        (axis,) = figure.axes
+        names = [label.get_text() for label in axis.get_yticklabels()]
+        bars.update(zip(names, [bar.get_width() for bar in axis.patches], strict=True))
 
-    monkeypatch.setattr(drawing, "Figure", Recorder)
+    on_save(monkeypatch, look)
     scores = {"iou": [0.5, float("nan"), 0.25, 0.75], "mIoU": 0.5}
     drawing.class_bars(scores, ["a", "b", "c", "d"], tmp_path / "bars.png")
     assert list(bars.items()) == [("c", 0.25), ("a", 0.5), ("d", 0.75)]  # from below

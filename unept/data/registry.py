@@ -1,0 +1,78 @@
+"""The datasets by name: one row each, from which `unept.config`, the command line and the model card read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from .ade20k import ADE20K
+from .base import SPLITS, SegmentationDataset
+from .camvid import CamVid
+from .cityscapes import Cityscapes
+from .folder import ImageFolder
+from .pascal_context import PascalContext
+from .shapes import Shapes
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """What the other parts of the package know of a dataset."""
+
+    create: Callable[..., SegmentationDataset]
+    """Its class; called with `root`, `split` and its own options."""
+    title: str
+    """Its name in model cards."""
+    options: tuple[str, ...] = ()
+    """The arguments of `create` that are options of a run; `unept.config.DataConfig` has a field for each."""
+    in_memory: bool = False
+    """Whether it is generated, so that there is no root folder."""
+
+
+DATASETS: dict[str, DatasetEntry] = {
+    "shapes": DatasetEntry(Shapes, "shapes (made in memory by unept)", in_memory=True),
+    "camvid": DatasetEntry(CamVid, "CamVid"),
+    "folder": DatasetEntry(ImageFolder, "a folder of images", options=("images", "labels", "classes_file")),
+    "ade20k": DatasetEntry(ADE20K, "ADE20K"),
+    "cityscapes": DatasetEntry(Cityscapes, "Cityscapes"),
+    "pascal_context": DatasetEntry(PascalContext, "PASCAL-Context", options=("background",)),
+}
+
+# The type of an option that names a dataset: the command line lists the choices, type checkers see a string.
+if TYPE_CHECKING:
+    DatasetName: TypeAlias = str
+else:
+    DatasetName = Literal[tuple(DATASETS)]
+
+
+def find_dataset(name: str) -> DatasetEntry:
+    """The row of a dataset.
+
+    Raises:
+        ValueError: if there is no dataset of that name; the message lists the names.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"there is no dataset {name!r}; the datasets are {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def build_dataset(
+    name: str, root: str | Path | None = None, split: str = "train", **options: Any
+) -> SegmentationDataset:
+    """Create a dataset by name.
+
+    Args:
+        name: a key of `DATASETS`.
+        root: the folder with the files; None for `shapes`, which has none.
+        split: `"train"`, `"val"` or `"test"`.
+        options: further arguments of the dataset's class.
+
+    Raises:
+        ValueError: if there is no such dataset or split, or the dataset needs a root and none is given.
+        DatasetError: if its files break a rule.
+    """
+    entry = find_dataset(name)
+    if split not in SPLITS:
+        raise ValueError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
+    if root is None and not entry.in_memory:
+        raise ValueError(f"the dataset {name!r} reads files: give root (--root), the folder that holds them")
+    return entry.create(root=root, split=split, **options)

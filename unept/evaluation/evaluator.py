@@ -1,0 +1,210 @@
+"""Score a model on a data set, with and without refinement, and draw samples of its predictions (Sec. 4)."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import distributed
+from ..data import DatasetError, SegmentationDataset, evaluation_loader
+from ..data.loader import OnBadSample, read_sample, report_skipped
+from ..inference import InferenceConfig, infer
+from ..model.output import SegmentationModel, class_ids
+from ..pictures import drawing
+from ..pictures.figures import make_sample
+from .metrics import BoundaryFScore, ConfusionMatrix
+
+
+class _Metrics:
+    """Region and boundary metrics of one kind of prediction."""
+
+    def __init__(self, dataset: SegmentationDataset, tolerance: float, device: torch.device):
+        num_classes, ignore_index = len(dataset.classes), dataset.ignore_index
+        self.regions = ConfusionMatrix(num_classes, ignore_index, device)
+        self.boundaries = BoundaryFScore(num_classes, tolerance, ignore_index, device)
+
+    def update(self, ids: Tensor, labels: Tensor) -> None:
+        self.regions.update(ids, labels)
+        self.boundaries.update(ids, labels)
+
+    def all_reduce(self) -> None:
+        self.regions.all_reduce()
+        self.boundaries.all_reduce()
+
+
+def evaluate_model(
+    model: SegmentationModel,
+    dataset: SegmentationDataset,
+    config: InferenceConfig,
+    device: torch.device,
+    boundary_tolerance: float,
+    progress: bool = False,
+    workers: int = 0,
+    on_bad_sample: OnBadSample = "error",
+) -> dict[str, Any]:
+    """Score the refined and the unrefined prediction from one pass of the network over the data set.
+
+    Where a process group is initialised, each rank evaluates its share and all return the scores of the whole data set.
+
+    Args:
+        model: the model on `device`; its mode (training or evaluation) is the same afterwards.
+        dataset: images and their labels, of the same size.
+        config: views and refinement.
+        device: device of the model.
+        boundary_tolerance: distance in pixels within which a boundary counts as found.
+        progress: whether to show a progress bar.
+        workers: number of processes that read the data; 0 reads in this process.
+        on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` leaves its image out.
+
+    Returns:
+        A dictionary. Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`, the
+        same three ending in `_unrefined`, and `mean_accuracy`. One value per class: `iou`, `accuracy`,
+        `class_boundary_f` and `share` (of the pixels that are not ignored). The rest: `dataset`, its description;
+        `left_out`, the names of the classes that have no IoU (`ConfusionMatrix.scores`); `boundary_tolerance`;
+        `images`, the number of images; `skipped`, how many more were left out; `images_per_s`, reading and scoring
+        included.
+
+    Raises:
+        ValueError: the model and the data set have different classes, or the data set is empty.
+        DatasetError: a file of the data set breaks a rule; or, with `"skip"`, no image could be read.
+    """
+    check_classes(model, dataset)
+    loader = evaluation_loader(
+        dataset, distributed.rank(), distributed.world_size(), workers, on_bad_sample=on_bad_sample
+    )
+    refined, unrefined = (_Metrics(dataset, boundary_tolerance, device) for _ in range(2))
+    start = time.perf_counter()
+    for image, labels in tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False):
+        image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        output = infer(model, image, config)
+        size = labels.shape[1:]
+        refined.update(class_ids(output, size, config.refinement), labels)
+        unrefined.update(class_ids(output, size, None), labels)
+    if distributed.world_size() > 1:
+        refined.all_reduce()
+        unrefined.all_reduce()
+    skipped = distributed.sum_over_ranks(loader.skipped, device)
+    if skipped == len(dataset):
+        raise DatasetError(f"none of the {skipped} images can be read: restore the files that are named above")
+    images = len(dataset) - skipped
+    return {
+        "dataset": dataset.description,
+        **_summarize(refined, unrefined, dataset.classes),
+        "boundary_tolerance": boundary_tolerance,
+        "images": images,
+        "skipped": skipped,
+        "images_per_s": images / (time.perf_counter() - start),
+    }
+
+
+def _summarize(refined: _Metrics, unrefined: _Metrics, classes: Sequence[str]) -> dict[str, Any]:
+    """Return the scores by the names that `evaluate_model` documents."""
+    regions, boundaries = refined.regions.scores(), refined.boundaries.scores()
+    unrefined_regions, unrefined_boundaries = unrefined.regions.scores(), unrefined.boundaries.scores()
+    true_pixels = refined.regions.matrix.sum(1)
+    return {
+        "mIoU": regions.mean_iou,
+        "pixAcc": regions.pixel_accuracy,
+        "boundary_f": boundaries.mean_f,
+        "mIoU_unrefined": unrefined_regions.mean_iou,
+        "pixAcc_unrefined": unrefined_regions.pixel_accuracy,
+        "boundary_f_unrefined": unrefined_boundaries.mean_f,
+        "mean_accuracy": regions.mean_accuracy,
+        "iou": list(regions.iou),
+        "accuracy": list(regions.accuracy),
+        "class_boundary_f": list(boundaries.f),
+        "share": (true_pixels / true_pixels.sum()).tolist(),
+        "left_out": [name for name, iou in zip(classes, regions.iou, strict=True) if math.isnan(iou)],
+    }
+
+
+def check_classes(model: SegmentationModel, dataset: SegmentationDataset) -> None:
+    """Raise ValueError if a model does not predict the classes of a data set, or the data set is empty.
+
+    A model without class names of its own ("class 0", "class 1", ...) only needs their number.
+    """
+    if model.num_classes != len(dataset.classes):
+        raise ValueError(
+            f"the model predicts {model.num_classes} classes, but the data set has {len(dataset.classes)}: "
+            "evaluate it on data with the class list it was trained with, or train a model on this data"
+        )
+    different = [(a, b) for a, b in zip(model.classes, dataset.classes, strict=True) if a != b]
+    if different and not all(name == f"class {k}" for k, name in enumerate(model.classes)):
+        raise ValueError(
+            f"the model's classes are not those of the data set: its {different[0][0]!r} stands where the data set has "
+            f"{different[0][1]!r}. Give the class list that the model was trained with, in the same order"
+        )
+    if not len(dataset):
+        raise ValueError("the data set holds no image: check its root folder and the split")
+
+
+def draw_samples(
+    model: SegmentationModel,
+    dataset: SegmentationDataset,
+    count: int,
+    config: InferenceConfig,
+    device: torch.device,
+    path: Path,
+    on_bad_sample: OnBadSample = "error",
+) -> None:
+    """Draw images spread evenly over the data set, and what the model predicts for them (`drawing.sample_panel`).
+
+    Args:
+        model: the model on `device`.
+        dataset: images and their labels.
+        count: number of images; all of the data set if it has fewer.
+        config: views and refinement.
+        device: device of the model.
+        path: file of the picture.
+        on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` draws the next one instead.
+
+    Raises:
+        ValueError: the model and the data set have different classes, or the data set is empty.
+        DatasetError: a file of the data set breaks a rule; or, with `"skip"`, no image could be read.
+    """
+    check_classes(model, dataset)
+    count = min(count, len(dataset))
+    samples = []
+    for i in (n * len(dataset) // count for n in range(count)):
+        i, pair, skipped = read_sample(dataset, i, on_bad_sample)
+        report_skipped(skipped)
+        image, labels = (tensor.as_subclass(Tensor) for tensor in pair)
+        output = infer(model, image.to(device), config)
+        samples.append(make_sample(dataset.name(i), image, labels, output, config))
+    drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
+
+
+def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
+    """Format the scores of `evaluate_model` as an aligned table with one line per class, in percent, and a summary."""
+    width = max(len("class"), *(len(name) for name in classes))
+    header = f"{'class':{width}}  {'IoU':>6}  {'accuracy':>8}  {'boundary F':>10}  {'pixels':>6}"
+    columns = (scores["iou"], scores["accuracy"], scores["class_boundary_f"], scores["share"])
+    lines = [header, "-" * len(header)]
+    for name, iou, accuracy, boundary_f, share in zip(classes, *columns, strict=True):
+        numbers = f"{_percent(iou):>6}  {_percent(accuracy):>8}  {_percent(boundary_f):>10}  {_percent(share):>6}"
+        lines.append(f"{name:{width}}  {numbers}")
+    lines.append("-" * len(header))
+    lines.append(f"{'':{len('boundary F')}}  {'refined':>10}  {'unrefined':>10}")
+    for label, key in (("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f")):
+        values = f"{_percent(scores[key]):>10}  {_percent(scores[key + '_unrefined']):>10}"
+        lines.append(f"{label:{len('boundary F')}}  {values}")
+    skipped = f" ({scores['skipped']} more left out because they cannot be read)" if scores["skipped"] else ""
+    lines.append(
+        f"{scores['dataset']}. All in percent; boundary F within {scores['boundary_tolerance']} px; "
+        f"{scores['images']} images{skipped}, {scores['images_per_s']:.1f} images/s."
+    )
+    if left_out := scores["left_out"]:
+        lines.append(
+            f"mIoU leaves out {len(left_out)} of {len(classes)} classes, found neither in the labels nor in the "
+            "predictions; one that is only predicted counts as 0."
+        )
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.2f}"

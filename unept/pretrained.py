@@ -1,0 +1,106 @@
+"""Trained models: from a run folder, from a folder that `save_pretrained` wrote, or from the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from .config import TrainConfig
+from .model.network import UNEPT
+
+RUNS = Path("runs")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
+    """Load the options and the best model of a run folder.
+
+    Args:
+        folder: the run folder.
+        device: device of the model.
+
+    Returns:
+        The options, and the model in evaluation mode; its `preprocessing` says how it is to see images.
+
+    Raises:
+        FileNotFoundError: there is no such folder, `unept.train` did not write it, or it has no model yet; the message
+            says which.
+        ValueError: its config.json or its model cannot be read by this version.
+    """
+    if not (folder / "config.json").is_file():
+        what = "is not a run folder" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}: give a folder that unept.train wrote, with config.json and model/")
+    config = TrainConfig.from_json(folder / "config.json")
+    if not has_model(folder):
+        raise FileNotFoundError(
+            f"{folder} has no model/ yet: training writes it after its first evaluation, at step "
+            f"{min(config.eval_every, config.iterations)}; wait for it, or continue the run with --resume auto"
+        )
+    model = _read_model(folder / "model", device)
+    model.preprocessing = {**config.inference().protocol(), **model.preprocessing}  # old versions saved none
+    return config, model
+
+
+def load(source: str | Path, device: torch.device) -> UNEPT:
+    """Load a trained model.
+
+    Args:
+        source: a run folder of `unept.train`, a folder that `save_pretrained` wrote, or, where there is no such path,
+            ORG/NAME of a repository on the Hugging Face hub.
+        device: device of the model.
+
+    Returns:
+        The model in evaluation mode; its `preprocessing` says how it is to see images (`unept.inference.resolve`).
+
+    Raises:
+        FileNotFoundError: there is no such folder or repository, or it has no model; the message says which.
+        ValueError: its config.json or its weights cannot be read by this version.
+    """
+    folder = Path(source)
+    if (folder / "model.safetensors").is_file():
+        return _read_model(folder, device)
+    if not folder.exists() and REPOSITORY.fullmatch(str(source)):
+        return _read_model(str(source), device)
+    return load_run(folder, device)[1]
+
+
+def _read_model(source: str | Path, device: torch.device) -> UNEPT:
+    """Load the model in a folder (a Path) or in a repository of the hub (a str)."""
+    try:
+        return UNEPT.from_pretrained(str(source)).to(device).eval()
+    except SafetensorError as error:
+        raise ValueError(f"{source}/model.safetensors is damaged ({error}): restore it or train again") from error
+    except RuntimeError as error:  # of load_state_dict
+        raise ValueError(
+            f"the weights in {source} do not fit the network that its config.json describes, as this version "
+            f"of unept builds it: use the version that saved them, or train again. {error}"
+        ) from error
+    except OSError as error:
+        if isinstance(source, Path):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(
+            f"there is no folder {source}, and no model of that name could be loaded from the Hugging Face hub "
+            f"({reason}): check the name and the connection"
+        ) from error
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a run folder holds a saved model."""
+    return all((folder / "model" / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
+def newest_run(runs: Path = RUNS) -> Path:
+    """The run folder under `runs` whose model is the newest.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    folders = [folder for folder in sorted(runs.glob("*/")) if has_model(folder)]
+    if not folders:
+        raise FileNotFoundError(
+            f"there is no run folder with a model under {runs}/: train one with `python -m unept.train`, "
+            "or name one with --run"
+        )
+    return max(folders, key=lambda folder: (folder / "model" / "model.safetensors").stat().st_mtime)
