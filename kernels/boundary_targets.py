@@ -2,7 +2,7 @@
 
     distance(p)  = |p - q| to the nearest pixel q of another class
     g(p)         = sum over q in the 5x5 pixels around p of (q - p) / |q - p|^2 * (v(q) - distance(p)),
-                   v(q) = distance(q) where q has p's class, 0 where it has another; ignored and outside pixels left out
+                   v(q) = distance(q) where q has p's class, 0 where it has another; ignored and outside pixels omitted
     direction(p) = the bin of atan2(g_y, g_x): bin k of n is centred on -180 + k * 360 / n degrees (y points down)
 
 Ignored pixels and what lies outside the image belong to no class: they are not "another class", or void regions and
@@ -19,13 +19,14 @@ Both backends do the same operations in the same order, products and sums rounde
 Legend
     B batch, H x W map, n directions.
     labels     (B, H, W), integers
-    nearest    (B, H, W), the class of the nearest pixel in the column that isn't ignored
+    nearest    (B, H, W), the class of the nearest pixel in the column that is not ignored
     first      (B, H, W), squared distance to that pixel: 0 unless ignored itself
     second     (B, H, W), squared distance to the nearest pixel in the column of any other class
     squared    (B, H, W), distance^2; like first and second at most `saturation`, the first integer beyond
                (radius + 2 sqrt(2))^2
     distance   (B, H, W) float32
     direction  (B, H, W) int64
+Kernels: `boundary_targets_triton`.
 """
 
 import math
@@ -33,8 +34,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._autotune import autotune_pool, autotuned, size_bucket
-from ._triton import device_guard, tl, triton
+from . import boundary_targets_triton
 from .backend import runs_on_triton
 from .checks import check_count, check_integer, check_shape
 
@@ -44,26 +44,26 @@ NO_DIRECTION = 255
 MAX_RADIUS = 100
 
 
-def _saturation(radius: float) -> int:
+def saturation_of(radius: float) -> int:
+    """The largest squared distance: the first integer beyond (radius + 2 sqrt(2))^2."""
     return math.floor((radius + 2 * math.sqrt(2)) ** 2) + 1
 
 
-def _largest_square(radius: float) -> int:
+def largest_square(radius: float) -> int:
     """The square of the largest distance within the radius. Roots are compared: the square of sqrt(13) is below 13."""
-    return max(square for square in range(_saturation(radius)) if math.sqrt(square) <= radius)
+    return max(square for square in range(saturation_of(radius)) if math.sqrt(square) <= radius)
 
 
-def _bin_centres(num_directions: int) -> tuple[float, ...]:
+def bin_centres(num_directions: int) -> tuple[float, ...]:
     """x and y of the unit vector at the centre of each bin, one after the other: 2 n numbers."""
     angles = [2 * math.pi * k / num_directions - math.pi for k in range(num_directions)]
     return tuple(part for angle in angles for part in (math.cos(angle), math.sin(angle)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PyTorch: maps in the smallest integers that hold them, padded with ignored pixels and flattened to (P,), so that all
-# neighbours in one direction are one contiguous slice. On a CPU, comparisons into the type compared and modular
-# arithmetic are vectorised; torch.where, masked_fill_ and comparisons into bool are not, and take 20 times as long.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+# Maps in the smallest integers that hold them, padded with ignored pixels and flattened to (P,), so that all neighbours
+# in one direction are one contiguous slice. On a CPU, comparisons into the type compared and modular arithmetic are
+# vectorised; torch.where, masked_fill_ and comparisons into bool are not, and take 20 times as long.
 
 
 def _map_dtype(labels: Tensor, ignore_index: int, saturation: int) -> torch.dtype:
@@ -154,7 +154,7 @@ def _direction(g_x: Tensor, g_y: Tensor, num_directions: int) -> Tensor:
     """The bin whose centre is nearest in angle, (N,) uint8; no gradient has the angle 0, as of atan2."""
     direction = torch.full(g_x.shape, num_directions // 2, dtype=torch.uint8, device=g_x.device)
     largest = torch.zeros_like(g_x)
-    centres = _bin_centres(num_directions)
+    centres = bin_centres(num_directions)
     for k in range(num_directions):
         cosine = g_x * centres[2 * k] + g_y * centres[2 * k + 1]
         direction.masked_fill_(cosine > largest, k)
@@ -168,7 +168,7 @@ def _boundary_targets_torch(
     B, H, W = labels.shape
     if labels.numel() == 0:
         return labels.new_empty(labels.shape, dtype=torch.float32), labels.new_empty(labels.shape, dtype=torch.int64)
-    saturation = _saturation(radius)
+    saturation = saturation_of(radius)
     if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
         labels = labels.long()  # PyTorch computes little with these
     # As far as the distance looks, shared by what comes before and after; the gradient looks 2 pixels each way.
@@ -184,214 +184,34 @@ def _boundary_targets_torch(
     # By table, from float64: PyTorch's float32 square root may be an ulp off on a CPU, and the backends should agree.
     roots = torch.arange(saturation + 1, dtype=torch.float64, device=labels.device).sqrt().float()
     distance = roots.index_select(0, unpadded(squared).flatten().int()).view(B, H, W)
-    pixels = (squared <= _largest_square(radius)).nonzero()[:, 0]
+    pixels = (squared <= largest_square(radius)).nonzero()[:, 0]
     bins = _direction(*_gradient(ids, squared, roots, pixels, width, ignore_index), num_directions)
     direction = torch.full_like(ids, NO_DIRECTION, dtype=torch.uint8).index_copy_(0, pixels, bins)
     return distance, unpadded(direction).to(torch.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Triton: lanes are the pixels of a tile; program axis 0 = (image, tile row, tile column)
-# ---------------------------------------------------------------------------------------------------------------------
-
-TILE_CONFIGS = autotune_pool(
-    triton.Config({"BLOCK_H": 4, "BLOCK_W": 128}, num_warps=4),
-    triton.Config({"BLOCK_H": 2, "BLOCK_W": 128}, num_warps=4),
-)
-
-
-@triton.jit
-def _tile(H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """The program's image (int64) and its pixels' y [BLOCK_H, 1] and x [1, BLOCK_W], which may lie past the end."""
-    across = tl.cdiv(W, BLOCK_W)
-    down = tl.cdiv(H, BLOCK_H)
-    tile = tl.program_id(0)
-    y = tile // across % down * BLOCK_H + tl.arange(0, BLOCK_H)
-    x = tile % across * BLOCK_W + tl.arange(0, BLOCK_W)
-    return (tile // (across * down)).to(tl.int64), y[:, None], x[None, :]
-
-
-@autotuned(TILE_CONFIGS, key=["REACH"])
-def column_kernel(
-    labels_ptr,  # (B, H, W)
-    nearest_ptr,  # (B, H, W), contiguous int32
-    squares_ptr,  # (B, H, W), contiguous int32: second * 2**16 + first
-    stride_b,
-    stride_h,
-    stride_w,
-    ignore_index,
-    H,
-    W,
-    size_bucket,
-    SATURATION: tl.constexpr,
-    REACH: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """As `_nearest_in_column`. Where a row is outside, the last one inside stands for it, farther off than it is: that
-    changes nothing, as it is met again where it is."""
-    b, y, x = _tile(H, W, BLOCK_H, BLOCK_W)
-    labels_ptr += b * stride_b + x.to(tl.int64) * stride_w
-    nearest = tl.full((BLOCK_H, BLOCK_W), ignore_index, tl.int32)
-    first = tl.full((BLOCK_H, BLOCK_W), SATURATION, tl.int32)
-    second = tl.full((BLOCK_H, BLOCK_W), SATURATION, tl.int32)
-    for i in range(0, 2 * REACH + 1):  # from far to near, below and above
-        dy = (REACH - i // 2) * (1 - 2 * (i % 2))
-        row = tl.minimum(tl.maximum(y + dy, 0), H - 1)
-        met = tl.load(labels_ptr + row.to(tl.int64) * stride_h, mask=x < W, other=0).to(tl.int32)
-        counts = met != ignore_index
-        other = counts & (met != nearest)
-        second = tl.where(other, first, second)
-        nearest = tl.where(other, met, nearest)
-        first = tl.where(counts, dy * dy, first)
-    at = b * H * W + y * W + x
-    inside = (y < H) & (x < W)
-    tl.store(nearest_ptr + at, nearest, mask=inside)
-    tl.store(squares_ptr + at, second << 16 | first, mask=inside)
-
-
-@autotuned(TILE_CONFIGS, key=["REACH"])
-def row_kernel(
-    nearest_ptr,  # (B, H, W), contiguous int32
-    squares_ptr,  # (B, H, W), contiguous int32: second * 2**16 + first
-    distance_ptr,  # (B, H, W), contiguous float32
-    H,
-    W,
-    size_bucket,
-    SATURATION: tl.constexpr,
-    REACH: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """As `_squared_distance`; then the root, correctly rounded."""
-    b, y, x = _tile(H, W, BLOCK_H, BLOCK_W)
-    at = b * H * W + y * W + x
-    inside = (y < H) & (x < W)
-    # A pixel that isn't ignored is the nearest to itself: its class, at distance 0.
-    centre = tl.load(nearest_ptr + at, mask=inside, other=0)
-    ignored = (tl.load(squares_ptr + at, mask=inside, other=0) & 0xFFFF) != 0
-    squared = tl.full((BLOCK_H, BLOCK_W), SATURATION, tl.int32)
-    for dx in range(-REACH, REACH + 1):
-        there = (y < H) & (x + dx >= 0) & (x + dx < W)
-        nearest = tl.load(nearest_ptr + at + dx, mask=there, other=0)
-        squares = tl.load(squares_ptr + at + dx, mask=there, other=SATURATION << 16 | SATURATION)
-        other = tl.where(nearest == centre, squares >> 16, squares & 0xFFFF)
-        squared = tl.minimum(squared, other + dx * dx)
-    squared = tl.where(ignored, SATURATION, squared)
-    tl.store(distance_ptr + at, tl.sqrt_rn(squared.to(tl.float32)), mask=inside)
-
-
-@triton.jit
-def _neighbour(labels_ptr, distance_ptr, stride_h, stride_w, y, x, H, W, ignore_index, centre, distance):
-    """v of the pixels (y, x) of one image, seen from pixels of class centre, never ignore_index, at this distance."""
-    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    pointers = labels_ptr + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    label = tl.where(inside, tl.load(pointers, mask=inside, other=0).to(tl.int32), ignore_index)
-    near = tl.load(distance_ptr + y * W + x, mask=label == centre, other=0.0)
-    return tl.where(label == ignore_index, distance, near)
-
-
-@autotuned(TILE_CONFIGS, key=["NUM_DIRECTIONS"])
-def direction_kernel(
-    labels_ptr,  # (B, H, W)
-    distance_ptr,  # (B, H, W), contiguous float32
-    direction_ptr,  # (B, H, W), contiguous int64
-    stride_b,
-    stride_h,
-    stride_w,
-    ignore_index,
-    H,
-    W,
-    radius,
-    size_bucket,
-    CENTRES: tl.constexpr,  # 2 n numbers
-    NUM_DIRECTIONS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """As `_gradient` and `_direction`."""
-    b, y, x = _tile(H, W, BLOCK_H, BLOCK_W)
-    labels_ptr += b * stride_b
-    distance_ptr += b * H * W
-    inside = (y < H) & (x < W)
-    pointers = labels_ptr + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    centre = tl.load(pointers, mask=inside, other=0).to(tl.int32)
-    # An ignored pixel's own gradient is not used; but what lies outside must not pass for its class and be read.
-    centre = tl.where(centre == ignore_index, ~centre, centre)
-    # Saturated, and so beyond the radius, where the label is ignored.
-    distance = tl.load(distance_ptr + y * W + x, mask=inside, other=0.0)
-
-    g_x = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
-    g_y = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
-    for i in tl.static_range(13, 25):  # the second half of the 5x5 neighbourhood, row by row
-        dy = i // 5 - 2
-        dx = i % 5 - 2
-        ahead = _neighbour(
-            labels_ptr, distance_ptr, stride_h, stride_w, y + dy, x + dx, H, W, ignore_index, centre, distance
-        )
-        behind = _neighbour(
-            labels_ptr, distance_ptr, stride_h, stride_w, y - dy, x - dx, H, W, ignore_index, centre, distance
-        )
-        g_x += (ahead - behind) * (dx / (dx * dx + dy * dy))
-        g_y += (ahead - behind) * (dy / (dx * dx + dy * dy))
-
-    direction = tl.full((BLOCK_H, BLOCK_W), NUM_DIRECTIONS // 2, tl.int32)
-    largest = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
-    for k in tl.static_range(NUM_DIRECTIONS):
-        cosine = g_x * CENTRES[2 * k] + g_y * CENTRES[2 * k + 1]
-        direction = tl.where(cosine > largest, k, direction)
-        largest = tl.maximum(largest, cosine)
-    direction = tl.where(distance > radius, 255, direction)
-    tl.store(direction_ptr + b * H * W + y * W + x, direction.to(tl.int64), mask=inside)
-
-
-def _boundary_targets_triton(
-    labels: Tensor, radius: float, num_directions: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    B, H, W = labels.shape
-    distance = labels.new_empty(labels.shape, dtype=torch.float32)
-    direction = labels.new_empty(labels.shape, dtype=torch.int64)
-    if labels.numel() == 0:
-        return distance, direction
-    nearest, squares = labels.new_empty((2, B, H, W), dtype=torch.int32)
-    grid = lambda meta: (B * triton.cdiv(H, meta["BLOCK_H"]) * triton.cdiv(W, meta["BLOCK_W"]),)
-    saturation = _saturation(radius)
-    lanes = size_bucket(labels.numel())
-    look = {"SATURATION": saturation, "REACH": math.isqrt(saturation - 1)}
-    with device_guard(labels):
-        column_kernel[grid](labels, nearest, squares, *labels.stride(), ignore_index, H, W, size_bucket=lanes, **look)
-        row_kernel[grid](nearest, squares, distance, H, W, size_bucket=lanes, **look)
-        direction_kernel[grid](
-            labels,
-            distance,
-            direction,
-            *labels.stride(),
-            ignore_index,
-            H,
-            W,
-            math.sqrt(_largest_square(radius)),
-            size_bucket=lanes,
-            CENTRES=_bin_centres(num_directions),
-            NUM_DIRECTIONS=num_directions,
-            enable_fp_fusion=False,  # fused, products would be rounded otherwise than on a CPU
-        )
-    return distance, direction
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The op
-# ---------------------------------------------------------------------------------------------------------------------
+# --- custom op --------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("unept::boundary_targets", mutates_args=())
 def _boundary_targets(labels: Tensor, radius: float, num_directions: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    run = _boundary_targets_triton if runs_on_triton(labels) else _boundary_targets_torch
-    return run(labels, radius, num_directions, ignore_index)
+    if not runs_on_triton(labels):
+        return _boundary_targets_torch(labels, radius, num_directions, ignore_index)
+    return boundary_targets_triton.forward(
+        labels,
+        saturation=saturation_of(radius),
+        largest_distance=math.sqrt(largest_square(radius)),
+        centres=bin_centres(num_directions),
+        ignore_index=ignore_index,
+    )
 
 
 @_boundary_targets.register_fake
 def _(labels: Tensor, radius: float, num_directions: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     return labels.new_empty(labels.shape, dtype=torch.float32), labels.new_empty(labels.shape, dtype=torch.int64)
+
+
+# --- public function --------------------------------------------------------------------------------------------------
 
 
 def boundary_targets(
@@ -416,8 +236,8 @@ def boundary_targets(
 
     Raises:
         TypeError: labels are not integers.
-        ValueError: labels are not (B, H, W) or have more than 2**30 pixels an image, or radius or num_directions is
-            out of range.
+        ValueError: labels are not (B, H, W), an image has more than 2**30 pixels, or radius or num_directions is out of
+            range.
     """
     check_shape("labels", labels, ("B", "H", "W"), "add a batch axis with labels[None]" if labels.dim() == 2 else "")
     check_integer(labels=labels)

@@ -14,9 +14,11 @@ Kernels: `cross_entropy_triton`.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..backend import runs_on_triton
 from ..checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
@@ -25,9 +27,7 @@ from .tiles_torch import Where, check_maps, visit_tiles
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PyTorch
-# ---------------------------------------------------------------------------------------------------------------------
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
 def _labels(
@@ -50,7 +50,7 @@ def _losses_torch(
 
     def visit(where: Where, z: Tensor) -> None:
         label, weight = _labels(target[where], class_weights, z.shape[1], ignore_index, dtype)
-        loss = weight * -z.log_softmax(1).gather(1, label.view(len(z), 1, -1)).view(label.shape)
+        loss = weight * -z.log_softmax(1).gather(1, label.reshape(len(z), 1, -1)).view(label.shape)
         losses[where] = torch.where(weight == 0, 0, loss)
 
     visit_tiles(logits, target.shape[1:], offset, visit)
@@ -69,20 +69,20 @@ def _backward_torch(
 
     def visit(where: Where, z: Tensor) -> Tensor:
         label, weight = _labels(target[where], class_weights, z.shape[1], ignore_index, dtype)
-        factor = (weight * grad_losses[where]).view(len(z), 1, -1)
+        # Reshaped, not viewed: they lie in memory as the target does, which may be transposed.
+        label, weight, grad_loss = (t.reshape(len(z), 1, -1) for t in (label, weight, grad_losses[where]))
+        factor = weight * grad_loss
         grad = z.softmax(1).mul_(factor)
-        grad.scatter_add_(1, label.view(factor.shape), -factor)
+        grad.scatter_add_(1, label, -factor)
         # All bits or none: where no weight meets infinite logits there is a NaN, and 0 * NaN is one too.
         bits = torch.int64 if dtype == torch.float64 else torch.int32
-        grad.view(bits).bitwise_and_(torch.where(weight == 0, 0, -1).to(bits).view(factor.shape))
+        grad.view(bits).bitwise_and_(torch.where(weight == 0, 0, -1).to(bits))
         return grad
 
     return visit_tiles(logits, target.shape[1:], offset, visit, with_gradient=True).to(logits.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Autograd
-# ---------------------------------------------------------------------------------------------------------------------
+# --- custom ops and autograd ------------------------------------------------------------------------------------------
 
 
 def _check_ids(target: Tensor, K: int, ignore_index: int) -> None:
@@ -140,20 +140,31 @@ def _(
 
 
 class UpsampleCrossEntropy(torch.autograd.Function):
-    """Saves its inputs, nothing else; returns the loss of each pixel."""
+    """Saves its inputs and nothing else; returns the loss of each pixel."""
 
     @staticmethod
-    def forward(ctx, logits, target, offset, class_weights, ignore_index):
-        """See `upsample_cross_entropy`."""
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        offset: Tensor | None,
+        class_weights: Tensor | None,
+        ignore_index: int,
+    ) -> Tensor:
+        """See `upsample_cross_entropy`; without a reduction."""
         ctx.save_for_backward(logits, target, offset, class_weights)
         ctx.ignore_index = ignore_index
         return _upsample_cross_entropy(logits, target, offset, class_weights, ignore_index)
 
     @staticmethod
-    def backward(ctx, grad_losses):
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of logits."""
-        grad = _upsample_cross_entropy_backward(grad_losses, *ctx.saved_tensors, ctx.ignore_index)
-        return grad, None, None, None, None
+        grad_logits = _upsample_cross_entropy_backward(grad_losses, *ctx.saved_tensors, ctx.ignore_index)
+        return grad_logits, None, None, None, None
+
+
+# --- public function --------------------------------------------------------------------------------------------------
 
 
 def upsample_cross_entropy(
@@ -186,10 +197,10 @@ def upsample_cross_entropy(
         overflow float16.
 
     Raises:
-        TypeError: a dtype doesn't fit.
-        ValueError: shapes or devices don't fit, an image of more than 2**30 pixels, an unknown reduction, or, with
-            tensors on a CPU, a target that is neither a class nor ignored. On a GPU, where looking would stall it, such
-            a pixel's loss is NaN.
+        TypeError: a tensor has a dtype that is not listed.
+        ValueError: shapes or devices do not fit, an image has more than 2**30 pixels, the reduction is unknown, or, for
+            tensors on a CPU, a target is neither a class nor ignored. On a GPU, where looking would stall it, the loss
+            of such a pixel is NaN.
     """
     check_shape("target", target, ("B", "H", "W"))
     check_integer(target=target)

@@ -1,5 +1,6 @@
 """Exported files give what the model gives, at sizes and batches that the export has not seen."""
 
+import functools
 import shutil
 import sys
 import time
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 
 from unept import UNEPT, export
-from unept.export import DECOMPOSITIONS, SUFFIX, WholeImage
+from unept.export import SUFFIX
 from unept.kernels import use_backend
+from unept.model import exportable
 from unept.model.backbone import Backbone
 from unept.model.boundary import Refinement
+from unept.model.exportable import DECOMPOSITIONS, WholeImage, export_program
 from unept.model.output import class_ids
 
 CPU = torch.device("cpu")
@@ -74,7 +77,7 @@ def test_same_padding_is_that_of_all_sizes(size):
     torch.manual_seed(0)
     sizes = {"d_model": 32, "num_heads": 4, "num_points": 2, "ffn_dim": 32}
     network = WholeImage(UNEPT(5, "tf_efficientnet_lite0", **sizes).eval(), "logits")
-    fixed = export._with_fixed_padding(network)
+    fixed = exportable.with_fixed_padding(network)
     with torch.no_grad():
         torch.testing.assert_close(fixed(images := noise(1, 3, *size)), network(images))
     changed = [module for module in fixed.modules() if "forward" in vars(module)]
@@ -83,59 +86,63 @@ def test_same_padding_is_that_of_all_sizes(size):
 
 
 @pytest.fixture(scope="module")
-def programs(model):
-    return {
-        output: (network, export.export_program(network))
-        for output in ("ids", "logits")
-        for network in [WholeImage(model, output, Refinement(scale=2)).eval()]
-    }
+def exported(model):
+    """The network with an output and its program for any size, exported once: that takes 20 seconds."""
+
+    @functools.cache
+    def make(output: str) -> tuple[WholeImage, torch.export.ExportedProgram]:
+        network = WholeImage(model, output, Refinement(scale=2)).eval()
+        return network, export_program(network)
+
+    return make
 
 
-@pytest.mark.parametrize("output", ["ids", "logits"])
-def test_program_needs_nothing_of_this_package(programs, output):
-    assert "unept" not in {str(node.target).split(".")[0].split("::")[0] for node in programs[output][1].graph.nodes}
-
-
-@pytest.mark.parametrize(
-    ("output", "format"),
-    [
-        ("logits", "onnx"),
-        ("ids", "torch-export"),
-        pytest.param("ids", "onnx", marks=pytest.mark.slow),
-        pytest.param("logits", "torch-export", marks=pytest.mark.slow),
-    ],
-)
-def test_file_gives_what_the_model_gives(programs, tmp_path, output, format):
-    if format == "onnx":
-        pytest.importorskip("onnxruntime")
-    network, program = programs[output]
-    path = tmp_path / "new" / f"model{SUFFIX[format]}"
-    export.write(program, format, path)
-    function = export.load(format, path, CPU)
-    assert export.check(network, function) <= (1e-3 if output == "ids" else 1e-5)
+def assert_gives_what_the_model_gives(network, function):
     for size in ((1, 3, 65, 200), (5, 3, 96, 40)):
         images = noise(*size)
         with torch.no_grad():
             found, wanted = function(images), network(images)
         assert found.shape == wanted.shape
-        if output == "ids":
+        if network.output == "ids":
             assert (found == wanted).float().mean() > 0.999
         else:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("output", ["ids", pytest.param("logits", marks=pytest.mark.slow)])
+def test_program_needs_nothing_of_this_package(exported, output):
+    _, program = exported(output)
+    assert "unept" not in {str(node.target).split(".")[0].split("::")[0] for node in program.graph.nodes}
+
+
+# By default test_command writes a file and reads it.
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+@pytest.mark.parametrize("output", ["ids", "logits"])
+def test_file_gives_what_the_model_gives(exported, tmp_path, output, format):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+    network, program = exported(output)
+    path = tmp_path / "new" / f"model{SUFFIX[format]}"
+    export.write(program, format, path)
+    function = export.load(format, path, CPU)
+    assert export.check(network, function) <= (1e-3 if output == "ids" else 1e-5)
+    assert_gives_what_the_model_gives(network, function)
+
+
 @pytest.mark.slow  # two minutes of a C++ compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
-def test_machine_code_gives_what_the_model_gives(programs, tmp_path):
-    network, program = programs["logits"]
+def test_machine_code_gives_what_the_model_gives(exported, tmp_path):
+    network, program = exported("logits")
     path = tmp_path / "model.aoti.pt2"
     export.write(program, "aoti", path)
     assert export.check(network, export.load("aoti", path, CPU)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_one_size(model, tmp_path):
     network = WholeImage(model)
-    program = export.export_program(network, (70, 90))
+    program = export_program(network, (70, 90))
     export.write(program, "torch-export", tmp_path / "model.pt2")
     function = export.load("torch-export", tmp_path / "model.pt2", CPU)
     assert export.check(network, function, (70, 90)) <= 1e-3
@@ -145,7 +152,7 @@ def test_one_size(model, tmp_path):
 
 def test_what_takes_too_long_is_stopped():
     with pytest.raises(ValueError, match=r"can't be exported\. The reason given: not done after 0 minutes"):  # noqa: SIM117
-        with export._reasons("exported"), export._time_limit(0):
+        with exportable.explain_failure("exported"), export.time_limit(0):
             time.sleep(60)
 
 
@@ -171,16 +178,39 @@ def test_what_cannot_be_exported_says_why(monkeypatch, model):
 
     monkeypatch.setattr(Backbone, "forward", looks)
     with pytest.raises(ValueError, match=r"exported for any size; --size H W is simpler\. The reason given: \w+"):
-        export.export_program(WholeImage(model))
+        export_program(WholeImage(model))
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(export, "_installed", lambda name: name != "onnxscript")
+    monkeypatch.setattr(export, "is_installed", lambda name: name != "onnxscript")
     with pytest.raises(ValueError, match="needs onnxscript: pip install onnxscript"):
         export.write(None, "onnx", tmp_path / "model.onnx")
 
 
-def test_command(model, tmp_path, monkeypatch, capsys):
+def test_command(exported, model, tmp_path, monkeypatch, capsys):
+    """The default format and output; the program, whose export other tests cover, is the one that these have made."""
+    pytest.importorskip("onnxruntime")
+    network, program = exported("ids")
+    requests = []
+    monkeypatch.setattr(export, "export_program", lambda network, size: requests.append((network, size)) or program)
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "new" / "small.onnx"
+    arguments = [str(tmp_path / "model"), "--refine-scale", "2", "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", ["unept-export", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        export.main()
+    assert ended.value.code == 0
+    [(asked, size)] = requests
+    assert (asked.output, asked.refinement, size) == ("ids", Refinement(scale=2), None)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(f"{path}  ")
+    assert out[1].endswith("H and W over 32; gives class ids, int64 (B, H, W), refined by 2 px")
+    assert out[2].startswith("checked against the model at 3 sizes: ")
+    assert_gives_what_the_model_gives(network, export.load("onnx", path, CPU))
+
+
+@pytest.mark.slow
+def test_command_with_what_the_model_was_validated_with(model, tmp_path, monkeypatch, capsys):
     saved = tmp_path / "model"
     model.preprocessing.update(window=64, short_side=48, refine=False)
     try:

@@ -92,14 +92,14 @@ def ms_deform(dtype: torch.dtype) -> None:
 
 
 def _gather(size: int, dtype: torch.dtype, paddings: tuple[str, ...]) -> None:
-    from unept.kernels.bilinear_gather import _backward_triton, _forward_triton
+    from unept.kernels.bilinear_gather_triton import backward, forward
 
     channels = 256 if size > 1 else 1
     features = _meta(2, channels, size, size, dtype=dtype)
     points = _meta(2, size * size, 2, dtype=torch.float32)
     for padding in paddings:
-        out = _forward_triton(features, points, padding)
-        _backward_triton(out, features, points, padding, needs_features=True, needs_points=True)
+        out = forward(features, points, padding)
+        backward(out, features, points, padding, needs_features=True, needs_points=True)
 
 
 def gather(dtype: torch.dtype) -> None:
@@ -108,7 +108,7 @@ def gather(dtype: torch.dtype) -> None:
 
 
 def _up_sampled(K: int, low_size: int, size: int, dtype: torch.dtype, with_options: bool) -> None:
-    from unept.kernels.upsample.argmax import _argmax_triton
+    from unept.kernels.upsample import argmax_triton
     from unept.kernels.upsample.cross_entropy_triton import backward, forward
 
     logits, target = _meta(2, K, low_size, low_size, dtype=dtype), _meta(2, size, size, dtype=torch.int64)
@@ -118,7 +118,7 @@ def _up_sampled(K: int, low_size: int, size: int, dtype: torch.dtype, with_optio
     class_weights = _meta(K, dtype=torch.float32) if with_options else None
     forward(logits, target, offset, class_weights, 255)
     backward(grad_losses, logits, target, offset, class_weights, 255)
-    _argmax_triton(logits, (size, size), offset)
+    argmax_triton.forward(logits, (size, size), offset)
 
 
 def up_sampled_loss(dtype: torch.dtype) -> None:
@@ -126,11 +126,22 @@ def up_sampled_loss(dtype: torch.dtype) -> None:
     _up_sampled(150, 60, 480, dtype, with_options=dtype == torch.bfloat16)
 
 
+def _boundary(labels: Tensor, radius: float, num_directions: int, ignore_index: int) -> None:
+    from unept.kernels import boundary_targets_triton
+    from unept.kernels.boundary_targets import bin_centres, saturation_of
+
+    boundary_targets_triton.forward(
+        labels,
+        saturation=saturation_of(radius),
+        largest_distance=radius,
+        centres=bin_centres(num_directions),
+        ignore_index=ignore_index,
+    )
+
+
 def boundary(dtype: torch.dtype) -> None:
     """Labels of 480x480 in bytes; no floating point, whatever the dtype."""
-    from unept.kernels.boundary_targets import _boundary_targets_triton
-
-    _boundary_targets_triton(_meta(2, 480, 480, dtype=torch.uint8), 5.0, 8, 255)
+    _boundary(_meta(2, 480, 480, dtype=torch.uint8), 5.0, 8, 255)
 
 
 def deterministic(dtype: torch.dtype) -> None:
@@ -145,11 +156,9 @@ def deterministic(dtype: torch.dtype) -> None:
 
 def sizes_of_one(dtype: torch.dtype) -> None:
     """One class, channel, pixel: Triton turns arguments that are 1 into constants, which take other paths."""
-    from unept.kernels.boundary_targets import _boundary_targets_triton
-
     _gather(1, dtype, ("zeros", "border"))
     _up_sampled(1, 1, 1, dtype, with_options=True)
-    _boundary_targets_triton(_meta(1, 1, 1, dtype=torch.uint8), 1.0, 1, 1)
+    _boundary(_meta(1, 1, 1, dtype=torch.uint8), 1.0, 1, 1)
 
 
 # name: (its launches, the dtypes to compile for)
