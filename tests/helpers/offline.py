@@ -1,7 +1,9 @@
-"""Compile the Triton kernels for GPUs that are not there, at the paper's shapes: `python -m tests.helpers.offline [--all]`.
+"""Compile the Triton kernels for GPUs that are not there, at the paper's shapes.
 
-Each entry of OPS in tests/helpers/offline_ops.py calls an op's launchers on tensors without memory. The launches are recorded
-instead of run, and their kernels compiled for what they were called with: on sm_90 with every configuration of their
+Run it as `python -m tests.helpers.offline [--all]`.
+
+Each entry of OPS in tests/helpers/offline_ops.py calls an op's launchers on tensors without memory. The launches are
+recorded instead of run, and their kernels compiled for what they were called with: on sm_90 with every configuration of their
 autotune pool, on the other targets with the first and in one dtype; of ops that are not OF_THE_PAPER with the first on
 sm_90 too. `--all` leaves nothing out. Prints one JSON row a launch, about its autotuning, and one a compiled kernel:
 op, kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a thread; a stack means that registers were
@@ -10,12 +12,11 @@ spilled); on sm_90 also what the machine code does:
     instructions    of the hot loop, a warp, divided by the elements (samples, records, pixels) that the warp handles in
                     a turn: what the kernel costs the GPU's schedulers
     opcodes         how often the hot loop reads, writes and adds to memory, by instruction
-
     differences     how often the kernel subtracts a value from itself. That is zero, or NaN, only while the compiler
                     does not make one multiply-add of a product and the subtraction: no test may rest on it
 
 The hot loop is the innermost one with the most instructions, the whole kernel if it has no loop. `--all --record`
-writes the counts to tests/helpers/instructions.json, from which tests/test_compile_offline.py allows no more than 10 % up.
+writes the counts to tests/helpers/instructions.json, over which tests/kernels/test_compile_offline.py allows 10 %.
 
 Needs a process without TRITON_INTERPRET: the interpreter leaves nothing to compile.
 """

@@ -103,7 +103,7 @@ def test_attention_adds_16_bytes_at_a_time(report):
 
 @pytest.mark.parametrize("op", offline.OPS)
 def test_instruction_counts_are_those_recorded(report, op):
-    """At most 10 % more than in tests/helpers/instructions.json; `python -m tests.helpers.offline --all --record` writes it anew."""
+    """At most 10 % more than recorded; `python -m tests.helpers.offline --all --record` records the counts anew."""
     recorded = json.loads(offline.RECORD.read_text())
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     known = [name for name in recorded if tuple(map(int, name.split("."))) <= version]
