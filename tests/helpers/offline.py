@@ -3,11 +3,11 @@
 Run it as `python -m tests.helpers.offline [--all]`.
 
 Each entry of OPS in tests/helpers/offline_ops.py calls an op's launchers on tensors without memory. The launches are
-recorded instead of run, and their kernels compiled for what they were called with: on sm_90 with every configuration of their
-autotune pool, on the other targets with the first and in one dtype; of ops that are not OF_THE_PAPER with the first on
-sm_90 too. `--all` leaves nothing out. Prints one JSON row a launch, about its autotuning, and one a compiled kernel:
-op, kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a thread; a stack means that registers were
-spilled); on sm_90 also what the machine code does:
+recorded instead of run, and their kernels compiled for what they were called with: on sm_90 with every configuration
+of their autotune pool, on the other targets with the first and in one dtype; of ops that are not OF_THE_PAPER with the
+first on sm_90 too. `--all` leaves nothing out. Prints one JSON row a launch, about its autotuning, and one a compiled
+kernel: op, kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a thread; a stack means that
+registers were spilled); on sm_90 also what the machine code does:
 
     instructions    of the hot loop, a warp, divided by the elements (samples, records, pixels) that the warp handles in
                     a turn: what the kernel costs the GPU's schedulers
