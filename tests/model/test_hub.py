@@ -197,6 +197,7 @@ def test_folders_of_older_versions(saved, tmp_path):
     edit_config(run / "model", lambda stored: [stored.pop(key) for key in ("preprocessing", "evaluation")])
     config = TrainConfig(model=ModelConfig(**TINY), data=DataConfig(short_side=40), amp="off", refine_scale=3)
     (run / "config.json").write_text(config.to_json())
+    edit_config(run, lambda stored: stored.update(loss_weights=list(stored["loss_weights"].values())))
     alone, of_run = (resolve(InferenceOptions(), load(path, CPU)) for path in (run / "model", run))
     assert alone == InferenceConfig()
     assert (of_run.short_side, of_run.amp, of_run.refine_scale) == (40, "off", 3)
