@@ -12,14 +12,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin
 
 PAPER = "https://arxiv.org/abs/2107.14209"
-DATASETS = {
-    "shapes": "shapes (made in memory by unept)",
-    "camvid": "CamVid",
-    "folder": "a folder of images",
-    "ade20k": "ADE20K",
-    "cityscapes": "Cityscapes",
-    "pascal_context": "PASCAL-Context",
-}
 # Of the scores that a card lists: the key in `evaluation`, the metric's type on the hub, and its name in a sentence.
 METRICS = (
     ("mIoU", "mean_iou", "mIoU"),
@@ -49,7 +41,8 @@ class HubMixin(
     preprocessing: dict[str, Any]
     """How images are to be given and seen; `mean` and `std` of RGB in [0, 1] are among its keys."""
     evaluation: dict[str, Any]
-    """What the model reached; empty if nobody has measured it."""
+    """What the model reached: `dataset` and `dataset_title`, `split`, `step`, `images`, and scores; empty if nobody has
+    measured it."""
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise uint8 images with this mean and deviation of RGB in [0, 1]; called when a model is loaded."""
@@ -138,7 +131,7 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="image-segmentation",
             dataset_type=evaluation["dataset"],
-            dataset_name=DATASETS.get(evaluation["dataset"], evaluation["dataset"]),
+            dataset_name=_title(evaluation),
             dataset_split=evaluation.get("split"),
             metric_type=kind,
             metric_name=key,
@@ -147,6 +140,11 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
         for key, kind, _ in METRICS
         if evaluation.get(key) is not None
     ]
+
+
+def _title(evaluation: Mapping[str, Any]) -> str:
+    """Name of the data set in a sentence."""
+    return evaluation.get("dataset_title", evaluation["dataset"])
 
 
 def _usage(repo_id: str | None) -> str:
@@ -169,7 +167,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
         return []
     where = [f"{evaluation['images']} images" if "images" in evaluation else ""]
     if "dataset" in evaluation:
-        where.append(f"of {DATASETS.get(evaluation['dataset'], evaluation['dataset'])}")
+        where.append(f"of {_title(evaluation)}")
     if "split" in evaluation:
         where.append(f"(split `{evaluation['split']}`)")
     sentences = [" ".join(["On", *filter(None, where)]) + ": " if any(where) else "", ", ".join(scores)]
