@@ -63,7 +63,7 @@ def needs_cuda(what: str) -> None:
 
 
 def grid_sample(value: Tensor, maps: Maps, locations: Tensor, weights: Tensor) -> Tensor:
-    """The definition by F.grid_sample (`unept.kernels.reference`): the fallback in PyTorch, the measure of the gates."""
+    """The definition by F.grid_sample (`unept.kernels.reference`): the fallback in PyTorch, and the gates' measure."""
     dtype = locations.dtype
     out = reference.ms_deform_attn(value.to(dtype), maps.shapes, None, locations, weights.to(dtype))
     return out.to(value.dtype)
