@@ -17,8 +17,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from unept.kernels import reference
 
 from .harness import DEVICE, Unavailable
 
@@ -62,18 +63,10 @@ def needs_cuda(what: str) -> None:
 
 
 def grid_sample(value: Tensor, maps: Maps, locations: Tensor, weights: Tensor) -> Tensor:
-    """The definition by F.grid_sample, a level at a time: the fallback that needs PyTorch alone, the gates' measure."""
-    batch, _, heads, channels = value.shape
+    """The definition by F.grid_sample (`unept.kernels.reference`): the fallback in PyTorch, and the gates' measure."""
     dtype = locations.dtype
-    out = torch.zeros((), dtype=dtype, device=value.device)
-    levels = value.to(dtype).split([height * width for height, width in maps.shapes], dim=1)
-    for index, ((height, width), level) in enumerate(zip(maps.shapes, levels, strict=True)):
-        image = level.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
-        grid = (2 * locations[:, :, :, index] - 1).transpose(1, 2).flatten(0, 1)  # (B * M, Q, N, 2)
-        sampled = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        weight = weights[:, :, :, index].to(dtype).transpose(1, 2).flatten(0, 1)[:, None]  # (B * M, 1, Q, N)
-        out = out + (sampled * weight).sum(-1)
-    return out.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)
+    out = reference.ms_deform_attn(value.to(dtype), maps.shapes, None, locations, weights.to(dtype))
+    return out.to(value.dtype)
 
 
 def torch_ms_deform_attn() -> Op:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unept.kernels import bilinear_gather, upsample_argmax, upsample_cross_entropy, use_backend
+from unept.kernels import bilinear_gather, reference, upsample_argmax, upsample_cross_entropy, use_backend
 
 from .baselines import needs_cuda
 from .harness import DEVICE, Group, Unavailable, Variant, assert_close
@@ -65,42 +65,30 @@ def cases(full: bool, device: str) -> list[Case]:
 # --- the ops, fused and not: functions of (logits, target, offset) or of (features, points) ---------------------------
 
 
-def _upsampled(logits: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.interpolate(wide, (FULL, FULL), mode="bilinear", align_corners=False)
-
-
-def _shifted(upsampled: Tensor, offset: Tensor) -> Tensor:
-    """The map read at p + offset(p), clamped to the border; offset (B, 2, H, W) in whole pixels."""
-    steps = torch.arange(FULL, device=offset.device)
-    x = (steps + offset[:, 0]).clamp(0, FULL - 1)
-    y = (steps[:, None] + offset[:, 1]).clamp(0, FULL - 1)
-    index = (y * FULL + x).flatten(1)[:, None].expand(-1, upsampled.shape[1], -1)
-    return upsampled.flatten(2).gather(2, index).view(upsampled.shape)
-
-
 def unfused(op: str) -> Callable[..., Tensor]:
-    """By PyTorch's own ops; in float64 for float64 inputs."""
-    cross_entropy = partial(F.cross_entropy, ignore_index=IGNORED)
+    """By PyTorch's own ops (`unept.kernels.reference`): logits up-sampled in float32, float64 inputs in float64."""
+
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.float()
 
     def gather(features: Tensor, points: Tensor) -> Tensor:
-        grid = (points * 2 / (SIZE - 1) - 1)[:, None].to(torch.promote_types(features.dtype, points.dtype))
-        out = F.grid_sample(features.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-        return out[:, :, 0].to(features.dtype)
+        return reference.bilinear_gather(wide(features), points).to(features.dtype)
 
     def plain(logits: Tensor, target: Tensor, offset: Tensor) -> Tensor:
-        return cross_entropy(_upsampled(logits), target)
+        return reference.upsample_cross_entropy(wide(logits), target, ignore_index=IGNORED)
 
     def refined(logits: Tensor, target: Tensor, offset: Tensor) -> Tensor:
-        return cross_entropy(_shifted(_upsampled(logits), offset), target)
+        return reference.upsample_cross_entropy(wide(logits), target, offset, ignore_index=IGNORED)
 
     def both(logits: Tensor, target: Tensor, offset: Tensor) -> Tensor:
-        upsampled = _upsampled(logits)
-        refined_term = cross_entropy(_shifted(upsampled, offset), target)
-        return LAMBDAS[0] * cross_entropy(upsampled, target) + LAMBDAS[1] * refined_term
+        # Up-sampled once for both terms, as the network's author would.
+        upsampled = reference.upsampled(wide(logits), (FULL, FULL))
+        plain_term = F.cross_entropy(upsampled, target, ignore_index=IGNORED)
+        refined_term = F.cross_entropy(reference.shifted(upsampled, offset), target, ignore_index=IGNORED)
+        return LAMBDAS[0] * plain_term + LAMBDAS[1] * refined_term
 
     def argmax(logits: Tensor, target: Tensor, offset: Tensor) -> Tensor:
-        return _upsampled(logits).argmax(1)
+        return reference.upsample_argmax(wide(logits), (FULL, FULL))
 
     functions = {"bilinear_gather": gather, "plain": plain, "refined": refined, "both": both, "argmax": argmax}
     return functions[op]
@@ -173,7 +161,7 @@ class Problem:
         last = tuple(t[-1:].double() if t.is_floating_point() else t[-1:] for t in inputs)
         actual = make_step(run, tuple(inputs), grad_out)
         if self.case.op == "argmax":
-            scores = _upsampled(last[0])
+            scores = reference.upsampled(last[0], (FULL, FULL))
             chosen = scores.gather(1, actual[0][-1:, None])[:, 0]
             assert_close(chosen, scores.amax(1), "score of the chosen class")  # equals the largest, up to rounding
             return

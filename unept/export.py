@@ -29,8 +29,7 @@ SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".
 # decides between equals.
 TOLERANCE = {"logits": 1e-4, "ids": 1e-3}
 TIME_LIMIT = 10  # minutes that the export may take
-# What is checked: B, then H and W in multiples of the smallest size that can be exported, then pixels that are added to
-# them.
+# What is checked: B, the multiples of the smallest size that can be exported in H and W, and the pixels beyond these.
 CHECKED = ((1, 2, 3, 1, 0), (2, 3, 2, -5, 7), (3, 2, 2, 0, 0))
 
 

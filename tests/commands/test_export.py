@@ -187,13 +187,23 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
         export.write(None, "onnx", tmp_path / "model.onnx")
 
 
+def save_as_validated(model, folder, **options):
+    """Save a model as a run saves it that validated with these options."""
+    model.preprocessing.update(options)
+    try:
+        model.save_pretrained(folder)
+    finally:
+        for name in options:
+            del model.preprocessing[name]
+
+
 def test_command(exported, model, tmp_path, monkeypatch, capsys):
     """The default format and output; the program, whose export other tests cover, is the one that these have made."""
     pytest.importorskip("onnxruntime")
     network, program = exported("ids")
     requests = []
     monkeypatch.setattr(export, "export_program", lambda network, size: requests.append((network, size)) or program)
-    model.save_pretrained(tmp_path / "model")
+    save_as_validated(model, tmp_path / "model", window=64, short_side=48)
     path = tmp_path / "new" / "small.onnx"
     arguments = [str(tmp_path / "model"), "--refine-scale", "2", "--out", str(path)]
     monkeypatch.setattr(sys, "argv", ["unept-export", *arguments])
@@ -205,19 +215,15 @@ def test_command(exported, model, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"{path}  ")
     assert out[1].endswith("H and W over 32; gives class ids, int64 (B, H, W), refined by 2 px")
-    assert out[2].startswith("checked against the model at 3 sizes: ")
+    assert out[2] == "not in it, though the model was validated so: short_side 48, window 64"
+    assert out[3].startswith("checked against the model at 3 sizes: ")
     assert_gives_what_the_model_gives(network, export.load("onnx", path, CPU))
 
 
 @pytest.mark.slow
 def test_command_with_what_the_model_was_validated_with(model, tmp_path, monkeypatch, capsys):
     saved = tmp_path / "model"
-    model.preprocessing.update(window=64, short_side=48, refine=False)
-    try:
-        model.save_pretrained(saved)
-    finally:
-        for name in ("window", "short_side", "refine"):
-            del model.preprocessing[name]
+    save_as_validated(model, saved, window=64, short_side=48, refine=False)
     monkeypatch.setattr(sys, "argv", ["unept-export", str(saved), "--format", "torch-export", "--output", "logits"])
     with pytest.raises(SystemExit) as ended:
         export.main()

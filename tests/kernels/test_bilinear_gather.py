@@ -1,10 +1,10 @@
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.helpers import reference
 from tests.helpers.accuracy import assert_accurate
-from unept.kernels import bilinear_gather
+from unept.kernels import bilinear_gather, use_backend
+from unept.kernels import reference as unfused
 
 PADDINGS = ("zeros", "border")
 
@@ -33,14 +33,6 @@ def run(function, features, points, grad):
     return out.detach(), *torch.autograd.grad(out, (features, points), grad.to(out))
 
 
-def grid_sample(features, points, padding):
-    """PyTorch's own op, in the dtype of the features."""
-    H, W = features.shape[2:]
-    grid = points / torch.tensor([(W - 1) / 2, (H - 1) / 2], device=points.device) - 1
-    grid = grid.to(features.dtype)[:, None]
-    return F.grid_sample(features, grid, padding_mode=padding, align_corners=True)[:, :, 0]
-
-
 def assert_matches_reference(features, points, padding):
     grad = torch.randn(features.shape[0], features.shape[1], points.shape[1], device=features.device)
     grad = grad.to(features.dtype)
@@ -53,7 +45,7 @@ def assert_matches_reference(features, points, padding):
     )
     same = [None] * 3
     if features.dtype in (torch.float16, torch.bfloat16):
-        same = run(lambda f, p: grid_sample(f, p, padding), features.cpu(), points.cpu(), grad.cpu())
+        same = run(lambda f, p: unfused.bilinear_gather(f, p, padding), features.cpu(), points.cpu(), grad.cpu())
     names = ("output", "gradient of features", "gradient of points")
     for name, actual, wanted, rival in zip(names, got, want, same, strict=True):
         if name == "gradient of points" and actual.dtype != features.dtype:
@@ -81,6 +73,25 @@ def test_odd_sizes_into_poisoned_buffers(backend, deterministic, shape, padding)
 
 def test_more_points_and_channels_than_a_program_takes(backend):
     assert_matches_reference(*make_inputs(torch.float32, backend[1], (2, 19, 3, 4), count=131), "zeros")
+
+
+def test_more_channels_than_axis_y_of_a_grid_has_programs(monkeypatch):
+    """CUDA launches up to 2^31 programs on axis x of a grid, but 65535 on the others."""
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    grids = []
+
+    def record(self, *, grid, warmup, **arguments):
+        grids.extend(grid({**arguments, **config.kwargs}) for config in self.configs)
+
+    monkeypatch.setattr(autotuner, "run", record)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    features, points = torch.zeros(1, 1, 1, 1, device=device), torch.zeros(1, 1, 2, device=device)
+    with use_backend("triton"):
+        bilinear_gather(features.expand(1, 1_100_000, 1, 1), points)
+    assert grids
+    for x, *others in grids:
+        assert x < 2**31
+        assert all(programs <= 65535 for programs in others)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from tests.helpers import reference
 from tests.helpers.accuracy import assert_accurate
+from unept.kernels import reference as unfused
 from unept.kernels import upsample_argmax, upsample_cross_entropy
 
 HALF = (torch.float16, torch.bfloat16)
@@ -42,17 +43,6 @@ def run(function, arguments, grad=None, **options):
     return out.detach(), *torch.autograd.grad(out, logits, grad)
 
 
-def unfused(logits, target, offset=None, class_weights=None, reduction="mean"):
-    """PyTorch's own two ops, in the dtype of the logits; integer offsets."""
-    full = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
-    if offset is not None:
-        B, H, W = target.shape
-        x = (torch.arange(W) + offset[:, 0]).clamp(0, W - 1)
-        y = (torch.arange(H)[:, None] + offset[:, 1]).clamp(0, H - 1)
-        full = full[torch.arange(B)[:, None, None], :, y, x].permute(0, 3, 1, 2)
-    return F.cross_entropy(full, target, class_weights, ignore_index=255, reduction=reduction)
-
-
 def on_cpu(arguments, dtype=None):
     moved = {name: None if tensor is None else tensor.detach().cpu() for name, tensor in arguments.items()}
     for name in ("logits", "class_weights"):
@@ -61,15 +51,20 @@ def on_cpu(arguments, dtype=None):
     return moved
 
 
-def assert_matches_reference(arguments, reduction="none"):
+def assert_matches_reference(arguments, reduction="none", transposed=False):
+    """Loss and gradient against plain loops; `transposed` is how the gradient that comes in lies in memory."""
     grad = torch.randn(arguments["target"].shape if reduction == "none" else ())
+    if transposed:
+        grad = grad.mT.contiguous().mT
     got = run(upsample_cross_entropy, arguments, grad, reduction=reduction)
     want = run(reference.upsample_cross_entropy, on_cpu(arguments, torch.float64), grad, reduction=reduction)
     dtype = arguments["logits"].dtype
     assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert got[1].dtype == dtype
     assert_accurate(got[0], want[0], name="loss")
-    same = run(unfused, on_cpu(arguments), grad, reduction=reduction)[1] if dtype in HALF else None
+    same = (
+        run(unfused.upsample_cross_entropy, on_cpu(arguments), grad, reduction=reduction)[1] if dtype in HALF else None
+    )
     assert_accurate(got[1], want[1], same, "gradient of logits")
 
 
@@ -135,26 +130,38 @@ def test_a_single_class_costs_nothing(backend):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_equals_interpolate_and_cross_entropy(backend, shape, size, reduction):
     arguments = make_inputs("cpu", shape=shape, size=size, weighted=True)
-    want = run(unfused, arguments, reduction=reduction)
+
+    def torch_s_own(logits, target, offset, class_weights, reduction):
+        z = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
+        return F.cross_entropy(z, target, class_weights, ignore_index=255, reduction=reduction)
+
+    want = run(torch_s_own, arguments, reduction=reduction)
     moved = {name: None if value is None else value.to(backend[1]) for name, value in arguments.items()}
     for actual, expected in zip(run(upsample_cross_entropy, moved, reduction=reduction), want, strict=True):
         torch.testing.assert_close(actual.cpu(), expected)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
-def test_non_contiguous_inputs(backend, layout):
-    arguments = make_inputs(backend[1], offset="float", weighted=True)
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded", "transposed"])
+@pytest.mark.parametrize("offset", [None, "float"])
+def test_non_contiguous_inputs(backend, layout, offset):
+    arguments = make_inputs(backend[1], offset=offset, weighted=True)
+    maps = [name for name in ("logits", "target", "offset") if arguments[name] is not None]
     if layout == "channels_last":
         arguments["logits"] = arguments["logits"].detach().contiguous(memory_format=torch.channels_last)
-        arguments["offset"] = arguments["offset"].contiguous(memory_format=torch.channels_last)
+        if offset:
+            arguments["offset"] = arguments["offset"].contiguous(memory_format=torch.channels_last)
     elif layout == "strided":
         pad = lambda tensor: tensor.detach().repeat_interleave(2, -1)[..., ::2]
-        arguments = {name: pad(tensor) for name, tensor in arguments.items()}
+        arguments = {name: tensor if tensor is None else pad(tensor) for name, tensor in arguments.items()}
+        assert not arguments["target"].is_contiguous()
+    elif layout == "transposed":  # as rot90 and mT leave labels
+        for name in maps:
+            arguments[name] = arguments[name].detach().mT.contiguous().mT
         assert not arguments["target"].is_contiguous()
     else:
-        for name in ("logits", "target", "offset"):
+        for name in maps:
             arguments[name] = arguments[name].detach()[:1].expand(arguments[name].shape)
-    assert_matches_reference(arguments)
+    assert_matches_reference(arguments, transposed=layout == "transposed")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
@@ -220,7 +227,7 @@ def test_a_logit_that_is_not_finite_reaches_only_the_pixels_that_read_it(backend
     arguments = make_inputs("cpu", shape=(1, 5, 4, 6), size=size, ignored=0)
     arguments["logits"] = arguments["logits"].detach()
     arguments["target"].clamp_(max=3)
-    want = run(unfused, arguments, reduction="none")
+    want = run(unfused.upsample_cross_entropy, arguments, reduction="none")
     weight = torch.zeros(1, 1, 4, 6)
     weight[0, 0, 1, 3] = weight[0, 0, 3, 0] = 1
     reads = F.interpolate(weight, size, mode="bilinear")[:, 0] > 0
@@ -334,10 +341,10 @@ def test_never_holds_the_up_sampled_logits(backend, op):
     arguments = make_inputs(device, shape=(1, K, h, h), size=(H, H))
     full_size = K * H * H * 4
     if op == "loss":
-        fused, plain = (lambda f=f: run(f, arguments) for f in (upsample_cross_entropy, unfused))
+        fused, plain = (lambda f=f: run(f, arguments) for f in (upsample_cross_entropy, unfused.upsample_cross_entropy))
     else:
         fused = lambda: upsample_argmax(arguments["logits"], (H, H))
-        plain = lambda: F.interpolate(arguments["logits"].detach(), (H, H), mode="bilinear").argmax(1)
+        plain = lambda: unfused.upsample_argmax(arguments["logits"].detach(), (H, H))
     assert largest_allocation(device, plain) >= full_size
     assert largest_allocation(device, fused) < full_size / 4
 
