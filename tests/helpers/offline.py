@@ -166,10 +166,16 @@ MEMORY = re.compile(r"LD|ST|RED|ATOM|BAR|SHFL")
 SELF_DIFFERENCE = re.compile(r"arith\.subf (%[\w#]+), \1 ")
 
 
-def work(cubin: bytes, config: triton.Config) -> dict[str, Any]:
+# Kernels that execute one atomic instruction per element. The assembler may unroll their loop: the atomics tell how often.
+ONE_ATOMIC_PER_ELEMENT = ("bin_backward_kernel",)
+
+
+def work(name: str, cubin: bytes, config: triton.Config) -> dict[str, Any]:
     machine_code = disassembled(cubin, "-sass")
     opcodes = hot_loop(machine_code)
     elements = math.prod(config.kwargs.values()) / config.num_warps
+    if name.endswith(ONE_ATOMIC_PER_ELEMENT):
+        elements = 32 * sum(opcode.startswith(("RED", "ATOM")) for opcode in opcodes)
     return {
         "instructions": round(len(opcodes) / elements, 3),
         "opcodes": collections.Counter(opcode for opcode in opcodes if MEMORY.match(opcode)),
@@ -202,7 +208,7 @@ def compiled_rows(launched: Any, arguments: dict[str, Any], everything: bool) ->
         assembly = compiled(kernel, arguments, config, TARGETS["sm_90"]).asm
         cubin, differences = assembly["cubin"], len(SELF_DIFFERENCE.findall(assembly["ttir"]))
         sizes = {**config.kwargs, "num_warps": config.num_warps}
-        found = {**resources(cubin), **work(cubin, config), "differences": differences}
+        found = {**resources(cubin), **work(kernel.__name__, cubin, config), "differences": differences}
         yield {"target": "sm_90", "config": sizes, **found}
     for name, target in list(TARGETS.items())[1:] if everything else []:
         binary = compiled(kernel, arguments, configs[0], target)
