@@ -166,7 +166,7 @@ MEMORY = re.compile(r"LD|ST|RED|ATOM|BAR|SHFL")
 SELF_DIFFERENCE = re.compile(r"arith\.subf (%[\w#]+), \1 ")
 
 
-# Kernels that execute one atomic instruction per element. The assembler may unroll their loop: the atomics tell how often.
+# Kernels that execute one atomic instruction per element: their number tells how often the assembler unrolled the loop.
 ONE_ATOMIC_PER_ELEMENT = ("bin_backward_kernel",)
 
 
