@@ -89,3 +89,10 @@ def test_importing_the_package_is_light():
         if seconds[-1] < 0.3:
             break
     assert min(seconds) < 0.3
+
+
+def test_former_places_of_documented_names():
+    from unept import attention
+    from unept.model.attention import SparseSamplingAttention
+
+    assert attention.SparseSamplingAttention is SparseSamplingAttention
