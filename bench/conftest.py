@@ -46,7 +46,7 @@ def _measured():
 def samples(benchmark, request, _measured):
     """Measure `case` once for all of its selected variants, and report this test's; returns all of the group's."""
 
-    def replay(group: Group, peer: str | None = None) -> dict[str, Measured | Exception]:
+    def replay(group: Group, package: str | None = None) -> dict[str, Measured | Exception]:
         case, name = (request.node.callspec.params[key] for key in ("case", "variant"))
         if group.name not in _measured:
             specs = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
@@ -57,7 +57,7 @@ def samples(benchmark, request, _measured):
         if isinstance(result, Exception):
             raise result
         benchmark.group, benchmark.name = group.name, name
-        benchmark.extra_info.update(extra_info(group, name, result, peer))
+        benchmark.extra_info.update(extra_info(group, name, result, package))
         CLOCK.load(result.seconds)
         benchmark.pedantic(CLOCK.tick, rounds=len(result.seconds))
         return _measured[group.name]

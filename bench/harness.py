@@ -194,7 +194,7 @@ def measure(group: Group, names: Iterable[str]) -> dict[str, Measured | Exceptio
         except Unavailable as reason:
             results[name] = reason
         except torch.OutOfMemoryError as error:
-            # A peer that takes more than there is has no row; ours is to fail.
+            # A baseline that takes more memory than there is has no row; a variant of this project fails.
             results[name] = error if name.startswith("unept") else Unavailable(f"out of memory: {error}")
         except VARIANT_ERRORS as error:
             results[name] = error.with_traceback(None)  # a traceback would keep its tensors
@@ -211,7 +211,7 @@ FLOAT32_LIMIT = 1e-5
 
 
 def assert_close(actual: Tensor, exact: Tensor, name: str, limit: float | None = None) -> None:
-    """The accuracy gate of tests/accuracy.py, computed on the tensors' device: these are large.
+    """The accuracy gate of tests/helpers/accuracy.py, computed on the tensors' device: these are large.
 
     Args:
         actual: what a variant computed.
@@ -269,8 +269,8 @@ def revision() -> str:
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
-def extra_info(group: Group, name: str, measured: Measured, peer: str | None = None) -> dict[str, object]:
-    """What the report reads, beside the samples: see `bench.report`."""
+def extra_info(group: Group, name: str, measured: Measured, package: str | None = None) -> dict[str, object]:
+    """Return what the report reads besides the samples (`bench.report`); `package` is the source of a baseline."""
     median = statistics.median(measured.seconds)
     info: dict[str, object] = {
         "variant": name,
@@ -282,8 +282,8 @@ def extra_info(group: Group, name: str, measured: Measured, peer: str | None = N
         "triton": version("triton"),
         **group.info,
     }
-    if peer:
-        info["peer"] = f"{peer} {version(peer)}"
+    if package:
+        info["package"] = f"{package} {version(package)}"
     if group.images:
         info["images_per_second"] = group.images / median
     if group.min_bytes:

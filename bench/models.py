@@ -12,8 +12,8 @@ from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
 
+from .baselines import imported
 from .harness import DEVICE
-from .peers import imported
 
 CLASSES = 150
 BLOCKS = 5  # segments of a label map, each way

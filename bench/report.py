@@ -2,7 +2,7 @@
 
 Reads what pytest-benchmark writes with --benchmark-json. A ratio is the baseline's median time over the row's own, both
 of the same group: 2.00 is twice as fast. GB/s counts each input and output once; "of bound" is the share of the
-bandwidth in the device's data sheet that this makes. Below the table: the project's aims, where they were measured.
+bandwidth in the device's data sheet that this makes. Below the table: the project's targets, where they were measured.
 """
 
 import json
@@ -70,8 +70,8 @@ def table(rows: list[Row]) -> str:
         found = sorted({str(row.info[key]) for row in rows if key in row.info})
         mixed = " (results of several are mixed here)" if len(found) > 1 else ""
         lines.append(f"- {key}: {', '.join(found)}{mixed}")
-    peers = sorted({row.info["peer"] for row in rows if "peer" in row.info})
-    lines += [f"- peers: {', '.join(peers)}"] if peers else []
+    packages = sorted({row.info["package"] for row in rows if "package" in row.info})
+    lines += [f"- baselines: {', '.join(packages)}"] if packages else []
     lines += ["", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     medians = {(row.device, row.group, row.variant): row.seconds for row in rows}
     groups = {(row.device, row.group): None for row in rows}
@@ -94,13 +94,16 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-# --- aims -------------------------------------------------------------------------------------------------------------
+# --- targets ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Aim:
-    """`slow`'s time (or peak memory) over `fast`'s, each a (group, variant), is at least, or at most, `limit`. Without
-    `slow` it is `fast`'s time in milliseconds that is."""
+class Target:
+    """A limit on the ratio of two rows, each a (group, variant).
+
+    The time (or the peak memory) of `slow` over that of `fast` must be at least, or at most, `limit`. Without `slow`,
+    the limit is on the time of `fast` in milliseconds.
+    """
 
     claim: str
     slow: tuple[str, str] | None
@@ -114,76 +117,79 @@ def _encoder(batch: int, points: int, dtype: str, direction: str) -> str:
     return f"sparse_sampling_attention, ResNet-50 encoder, B={batch} N={points} {dtype} initial, {direction}"
 
 
-def _aims() -> list[Aim]:
+def _targets() -> list[Target]:
     ours, extension, fallback = "unept triton", "torch-ms-deform-attn", "grid_sample"
-    aims = []
+    targets = []
     for direction, dcnv4, cpu in (("forward", 1.5, 3.0), ("forward+backward", 3.0, 2.5)):
-        peer = (_encoder(16, 16, "float32", direction), extension)
+        baseline = (_encoder(16, 16, "float32", direction), extension)
         bf16, fp32 = (_encoder(16, 16, dtype, direction) for dtype in ("bfloat16", "float32"))
         half, single = _encoder(16, 8, "float16", direction), _encoder(1, 16, "float32", direction)
-        aims += [
-            Aim(f"{direction}: bfloat16 against {extension}", peer, (bf16, ours), 4),
-            Aim(f"{direction}: float32 against {extension}", peer, (fp32, ours), 2.5),
-            Aim(f"{direction}: N=8 against DCNv4", (half, "DCNv4"), (half, ours), dcnv4),
-            Aim(f"{direction}: CPU against grid_sample", (single, fallback), (single, "unept torch"), cpu),
-            Aim(f"{direction}: CPU against {extension}", (single, extension), (single, "unept torch"), 1),
+        targets += [
+            Target(f"{direction}: bfloat16 against {extension}", baseline, (bf16, ours), 4),
+            Target(f"{direction}: float32 against {extension}", baseline, (fp32, ours), 2.5),
+            Target(f"{direction}: N=8 against DCNv4", (half, "DCNv4"), (half, ours), dcnv4),
+            Target(f"{direction}: CPU against grid_sample", (single, fallback), (single, "unept torch"), cpu),
+            Target(f"{direction}: CPU against {extension}", (single, extension), (single, "unept torch"), 1),
         ]
     single = _encoder(1, 16, "float32", "forward")
-    aims += [
-        Aim("forward: CPU, compiled, against grid_sample", (single, fallback), (single, "unept torch, compiled"), 10)
+    targets += [
+        Target("forward: CPU, compiled, against grid_sample", (single, fallback), (single, "unept torch, compiled"), 10)
     ]
     loss = "upsample_cross_entropy x8, both, B=16 K=150 bfloat16, forward+backward"
     unfused = (loss, "unfused, compiled")
-    aims += [
-        Aim("Eq. 7's segmentation terms against unfused, compiled", unfused, (loss, ours), 5),
-        Aim("the same, memory", unfused, (loss, ours), 10, memory=True),
+    targets += [
+        Target("Eq. 7's segmentation terms against unfused, compiled", unfused, (loss, ours), 5),
+        Target("the same, memory", unfused, (loss, ours), 10, memory=True),
     ]
     for batch, variant in ((16, ours), (4, "unept torch")):
-        targets = f"boundary_targets, shapes, B={batch}"
-        aims.append(Aim(f"boundary targets, {variant}, against SciPy", (targets, "scipy"), (targets, variant), 1))
-    targets = "boundary_targets, shapes, B=16"
-    aims.append(Aim("boundary targets of 16 x 480 x 480, ms", None, (targets, ours), 0.3, at_most=True))
+        group = f"boundary_targets, shapes, B={batch}"
+        targets.append(Target(f"boundary targets, {variant}, against SciPy", (group, "scipy"), (group, variant), 1))
+    group = "boundary_targets, shapes, B=16"
+    targets.append(Target("boundary targets of 16 x 480 x 480, ms", None, (group, ours), 0.3, at_most=True))
     loader = "loader, jpeg, 683x512 to 480x480"
-    aims.append(Aim("training samples of JPEGs against torchvision", (loader, "torchvision"), (loader, "unept"), 2))
+    targets.append(
+        Target("training samples of JPEGs against torchvision", (loader, "torchvision"), (loader, "unept"), 2)
+    )
     for sizes, kind in (("480 and 960", "bfloat16 autocast"), ("240 and 480", "float32")):
         context = f"context branch, ResNet-50 features, {sizes} pixels, batch 1, {kind}, forward"
         pixels = (context, "large"), (context, "small")
-        aims.append(Aim(f"context branch, 4 times the pixels ({sizes} a side)", *pixels, 4.4, at_most=True))
-    return aims
+        targets.append(Target(f"context branch, 4 times the pixels ({sizes} a side)", *pixels, 4.4, at_most=True))
+    return targets
 
 
-AIMS = _aims()
+TARGETS = _targets()
 
 
-def judged(rows: list[Row]) -> str:
-    """A line for each of AIMS and each device where its group was measured: the ratio, and pass or miss."""
+def check_targets(rows: list[Row]) -> str:
+    """Return a line per target and device where its group was measured: the ratio, and pass or MISS."""
     found = {(row.device, row.group, row.variant): row for row in rows}
     groups = {(row.device, row.group) for row in rows}
     lines = []
     for device in sorted({row.device for row in rows}):
-        for aim in AIMS:
-            if (device, aim.fast[0]) not in groups:
+        for target in TARGETS:
+            if (device, target.fast[0]) not in groups:
                 continue
-            fast = found.get((device, *aim.fast))
-            slow = found.get((device, *aim.slow)) if aim.slow else fast
-            sign = "<=" if aim.at_most else ">="
+            fast = found.get((device, *target.fast))
+            slow = found.get((device, *target.slow)) if target.slow else fast
+            sign = "<=" if target.at_most else ">="
             if slow is None or fast is None:
-                missing = ", ".join(
-                    aim_row[1] for aim_row, row in ((aim.slow, slow), (aim.fast, fast)) if aim_row and row is None
-                )
-                lines.append(f"- not measured: {aim.claim} {sign} {aim.limit:g} (no row of {missing})")
+                pairs = ((target.slow, slow), (target.fast, fast))
+                missing = ", ".join(name[1] for name, row in pairs if name and row is None)
+                lines.append(f"- not measured: {target.claim} {sign} {target.limit:g} (no row of {missing})")
                 continue
-            ratio = slow.seconds / fast.seconds if aim.slow else fast.seconds * 1e3
-            if aim.memory:
+            ratio = slow.seconds / fast.seconds if target.slow else fast.seconds * 1e3
+            if target.memory:
                 ratio = slow.info["peak_mib"] / max(fast.info["peak_mib"], 1e-9)
-            passed = ratio <= aim.limit if aim.at_most else ratio >= aim.limit
-            lines.append(f"- {'pass' if passed else 'MISS'}: {aim.claim}: {ratio:.2f}, aim {sign} {aim.limit:g}")
+            passed = ratio <= target.limit if target.at_most else ratio >= target.limit
+            lines.append(
+                f"- {'pass' if passed else 'MISS'}: {target.claim}: {ratio:.2f}, target {sign} {target.limit:g}"
+            )
     return "\n".join(lines)
 
 
 def report(rows: list[Row]) -> str:
-    """The table and, below it, the aims."""
-    return f"{table(rows)}\n\n{judged(rows)}".rstrip()
+    """Return the table and, below it, the targets."""
+    return f"{table(rows)}\n\n{check_targets(rows)}".rstrip()
 
 
 if __name__ == "__main__":

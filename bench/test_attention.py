@@ -1,4 +1,4 @@
-"""Sparse sampling attention, forward and with its backward, against others' ops.
+"""Sparse sampling attention, forward and with its backward, against the ops of other projects.
 
 `sparse_sampling_attention` groups start from offsets and logits, as a network does: what an op needs made of them
 (locations, softmax) is timed with it. `ms_deform_attn` groups start from locations and weights.
@@ -14,9 +14,9 @@ from torch import Tensor
 from unept.kernels import ms_deform_attn, sparse_sampling_attention, use_backend
 from unept.model.attention import ring_offsets
 
-from . import peers
+from . import baselines
+from .baselines import Maps
 from .harness import DEVICE, Group, Unavailable, Variant, assert_close
-from .peers import Maps
 
 VARIANTS = [
     "unept triton",
@@ -31,12 +31,12 @@ VARIANTS = [
     "DCNv4",
 ]
 BASELINE = "grid_sample"
-PEERS: dict[str, tuple[Callable[[], peers.Op], str]] = {
-    "transformers": (peers.transformers, "transformers"),
-    "torch-ms-deform-attn": (peers.torch_ms_deform_attn, "torch-ms-deform-attn"),
-    "hub kernel": (peers.hub_kernel, "kernels"),
-    "msda-triton": (peers.msda_triton, "msda-triton"),
-    "DCNv4": (peers.dcnv4, "DCNv4"),
+BASELINE_OPS: dict[str, tuple[Callable[[], baselines.Op], str]] = {
+    "transformers": (baselines.transformers, "transformers"),
+    "torch-ms-deform-attn": (baselines.torch_ms_deform_attn, "torch-ms-deform-attn"),
+    "hub kernel": (baselines.hub_kernel, "kernels"),
+    "msda-triton": (baselines.msda_triton, "msda-triton"),
+    "DCNv4": (baselines.dcnv4, "DCNv4"),
 }
 HEADS, CHANNELS = 8, 32
 CHECKED_QUERIES = 256
@@ -154,9 +154,9 @@ Inputs = tuple[Tensor, Tensor, Tensor]  # value; offsets and logits, or location
 
 def function_of(case: Case, name: str, maps: Maps, reference: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The function of `Inputs` that a variant stands for."""
-    op: peers.Op = peers.grid_sample
-    if name in PEERS:
-        op = PEERS[name][0]()
+    op: baselines.Op = baselines.grid_sample
+    if name in BASELINE_OPS:
+        op = BASELINE_OPS[name][0]()
     if name.startswith("unept"):
         if case.op == "ms_deform_attn":
             return lambda value, points, scores: ms_deform_attn(value, maps.shapes, None, points, scores)
@@ -232,7 +232,7 @@ def prepare(case: Case, problem: Callable[[], Problem], name: str) -> Variant:
     if name.endswith("compiled") and not case.compiled:
         raise Unavailable("compiled forms are timed at the ResNet-50 encoder's shape only")
     if name == "unept triton":
-        peers.needs_cuda("Triton")
+        baselines.needs_cuda("Triton")
     if name == "DCNv4" and (case.points not in (4, 8) or case.dtype != torch.float16):
         raise Unavailable("DCNv4 takes N of 4 or 8 and float16 only")
     made = problem()
@@ -275,4 +275,4 @@ def test_attention(samples, case, variant):
         },
         min_bytes=min_bytes(case),
     )
-    samples(group, peer=PEERS[variant][1] if variant in PEERS else None)
+    samples(group, package=BASELINE_OPS[variant][1] if variant in BASELINE_OPS else None)

@@ -19,8 +19,8 @@ from unept.data.camvid import VOID
 from unept.data.shapes import Shapes
 from unept.kernels import boundary_targets, use_backend
 
+from .baselines import needs_cuda
 from .harness import DEVICE, Group, Unavailable, Variant
-from .peers import needs_cuda
 
 RADIUS = 5
 EXACT = RADIUS + 2 * 2**0.5  # up to here

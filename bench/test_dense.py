@@ -14,8 +14,8 @@ from torch import Tensor
 
 from unept.kernels import bilinear_gather, upsample_argmax, upsample_cross_entropy, use_backend
 
+from .baselines import needs_cuda
 from .harness import DEVICE, Group, Unavailable, Variant, assert_close
-from .peers import needs_cuda
 
 VARIANTS = ["unept triton", "unept torch", "unfused", "unfused, compiled"]
 BASELINE = "unfused"

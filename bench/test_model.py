@@ -14,9 +14,9 @@ from torch import Tensor
 from unept.inference import PAPER_SCALES, InferenceConfig, predict_ids
 from unept.kernels import use_backend
 
+from .baselines import needs_cuda
 from .harness import DEVICE, Group, Unavailable, Variant
 from .models import AMP, BUILDERS, CLASSES, PACKAGES, REFERENCE, Network, as_reference, sample_batch
-from .peers import needs_cuda
 
 VARIANTS = list(BUILDERS)
 BASELINE = "unept torch"
@@ -107,7 +107,7 @@ def prepare(case: Case, name: str) -> Variant:
         needs_cuda("Triton")
     ours = name.startswith("unept")
     if not ours and (case.backbone != RESNET or case.task.startswith("multi")):
-        raise Unavailable("peers join in training and inference on ResNet-50")
+        raise Unavailable("baselines join in training and inference on ResNet-50 only")
     torch.manual_seed(0)
     network = BUILDERS[name](case.backbone)
     images, labels = sample_batch(case.batch, case.size)
@@ -131,4 +131,4 @@ def test_model(samples, case, variant):
         images=case.batch,
         max_rounds=10,
     )
-    samples(group, peer=PACKAGES.get(variant))
+    samples(group, package=PACKAGES.get(variant))

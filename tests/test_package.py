@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"unept": "unept", "kernels": "unept/kernels"}
-DISTRIBUTED = ("unept", "kernels", "tests", "bench", "docs", "pyproject.toml", "README.md", "LICENSE")
+TESTED_TOO = ("tests", "bench", "docs", ".ci", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")  # an sdist has them
+DISTRIBUTED = ("unept", "kernels", *TESTED_TOO, "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE")
 
 # Run by a Python that has an installation of this project already: forget it, so that only what is tested is found.
 FORGET_INSTALLATION = f"""
@@ -26,14 +27,19 @@ sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in rep
 sys.path = [path for path in sys.path if path != {str(ROOT)!r}]
 def distribution(name):
     for found in importlib.metadata.distributions(name=name):
-        if pathlib.Path(found.locate_file("")).resolve().is_relative_to(sys.argv[1]):
+        if name != "unept" or pathlib.Path(found.locate_file("")).resolve().is_relative_to(sys.argv[1]):
             return found
     raise importlib.metadata.PackageNotFoundError(name)
 importlib.metadata.distribution = distribution
 """
-# Print the files of both packages, after an operator of one and a command of the other have run.
+# Print the files of both packages, after an operator of one and a command of the other have run. From Python, the package
+# loads what only its commands need no sooner than they are imported.
 USE = """
-import torch, unept, unept.kernels, unept.train
+import sys, unept, unept.kernels
+assert not {"matplotlib", "tensorboard", "tyro"} & set(sys.modules)
+import unept.predict, unept.submission
+assert "matplotlib" not in sys.modules
+import torch, unept.train
 points = torch.tensor([[[0.5, 0.0]]])
 assert unept.kernels.bilinear_gather(torch.tensor([[[[1.0, 3.0]]]]), points).item() == 2.0
 unept.train.parse([])
@@ -82,7 +88,8 @@ def copy(tmp_path_factory):
     """A copy of what is distributed, so that builds leave nothing in the working tree."""
     folder = tmp_path_factory.mktemp("copy")
     for name in DISTRIBUTED:
-        (folder / name).symlink_to(ROOT / name)
+        if (ROOT / name).exists():
+            (folder / name).symlink_to(ROOT / name)
     return folder
 
 
@@ -124,23 +131,32 @@ def test_wheel_works_where_it_is_installed(wheel, tmp_path):
     ]
 
 
-def test_kernels_of_a_clone_are_the_package_of_unept():
-    """From the root of a clone `import kernels` finds the folder, which other libraries try."""
-    assert importlib.import_module("kernels") is importlib.import_module("unept.kernels")
-    assert (ROOT / "unept" / "kernels").resolve() == ROOT / "kernels"
+def test_drawing_alone_imports_matplotlib():
+    importing = re.compile(r"^\s*(?:from|import) matplotlib", re.M)
+    files = [file for file in (ROOT / "unept").rglob("*.py") if importing.search(file.read_text())]
+    assert files == [ROOT / "unept" / "pictures" / "drawing.py"]
+
+
+def test_every_package_is_listed():
+    """Else an installation would lack it, though tests in a clone would find it."""
+    listed = re.findall(r'^    "(unept[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.M)
+    packages = [Path(name).parent for name in sources() if name.endswith("/__init__.py")]
+    assert sorted(listed) == sorted(str(package).replace("/", ".") for package in packages)
 
 
 @pytest.mark.slow
 def test_sdist(sdist, wheel, tmp_path):
-    """It holds the sources, and the wheel that is built of it is the one that is built of a clone."""
+    """It holds the sources and the tests, and what is built of it is what is built of a clone."""
     with tarfile.open(sdist) as archive:
         files = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
         archive.extractall(tmp_path, filter="data")
     assert len(files) == len(set(files))
-    names = {name for name in files if not name.startswith(("unept.egg-info/", "tests/"))}  # setuptools adds tests
+    names = {name for name in files if not name.startswith("unept.egg-info/")}
     modules = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    others = {"README.md", "LICENSE", "pyproject.toml", "PKG-INFO", "setup.cfg", "unept/py.typed"}
-    assert names == modules | others
+    tested_too = [path for name in TESTED_TOO for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()]
+    tested_too = {str(path.relative_to(ROOT)) for path in tested_too if path.suffix != ".pyc"}
+    others = {"README.md", "LICENSE", "MANIFEST.in", "pyproject.toml", "PKG-INFO", "setup.cfg", "unept/py.typed"}
+    assert names == modules | tested_too | others
     (unpacked,) = tmp_path.iterdir()
     with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as other, zipfile.ZipFile(wheel) as archive:
         assert {file.filename: file.CRC for file in other.infolist()} == {
@@ -149,13 +165,20 @@ def test_sdist(sdist, wheel, tmp_path):
 
 
 @pytest.mark.slow
-def test_editable_installation(copy, tmp_path):
-    with zipfile.ZipFile(build("editable", copy, tmp_path)) as archive:
+@pytest.mark.parametrize("source", ["clone", "sdist"])
+def test_editable_installation(copy, sdist, tmp_path, source):
+    """Through the link in a clone, through a mapping of setuptools in an sdist, which has no link."""
+    root = ROOT
+    if source == "sdist":
+        with tarfile.open(sdist) as archive:
+            archive.extractall(tmp_path / "unpacked", filter="data")
+        (root,) = (tmp_path / "unpacked").iterdir()
+        assert not (root / "unept" / "kernels").exists()
+    with zipfile.ZipFile(build("editable", copy if source == "clone" else root, tmp_path)) as archive:
         archive.extractall(tmp_path / "site")
     setup = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
-    # The link and the mapping of setuptools lead to the same files.
     *files, version = run_python(FORGET_INSTALLATION + setup + USE, tmp_path, str(tmp_path.resolve())).split()
-    assert [str(Path(file).resolve().relative_to(ROOT)) for file in files] == [
+    assert [str(Path(file).resolve().relative_to(root)) for file in files] == [
         "unept/__init__.py",
         "kernels/__init__.py",
         "kernels/bilinear_gather.py",

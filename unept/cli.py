@@ -1,25 +1,25 @@
-"""What the commands share: how options are parsed, exit codes for errors, and advice for when memory runs out."""
+"""What the commands share: how options are parsed, exit codes for errors, and loops over images."""
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import tyro
 
-from .config import TrainConfig
 from .data import DatasetError
 from .distributed import Device as Device
 from .distributed import choose_device as choose_device
-from .inference import InferenceOptions
+from .inference import InferenceConfig, InferenceOptions, resolve
+from .memory import out_of_memory as out_of_memory
 from .model.loss import LossWeights
+from .model.network import UNEPT
 from .pretrained import has_model as has_model
 from .pretrained import load as load
 from .pretrained import load_run as load_run
+from .pretrained import newest_run
 
 # The options of a command's `inference` field: without the field's name, and left out rather than given as None.
 InferenceArguments = tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[InferenceOptions]]
@@ -69,30 +69,29 @@ def refuse_several_processes() -> None:
         )
 
 
-@contextlib.contextmanager
-def out_of_memory(advice: str) -> Iterator[None]:
-    """Turn PyTorch's errors about the memory of a GPU or of the machine into a MemoryError that ends in `advice`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            raise MemoryError(f"out of memory {advice}") from error
-        raise
+def open_model(
+    run: Path | None, device: Device, inference: InferenceOptions, out: Path
+) -> tuple[UNEPT, InferenceConfig]:
+    """Load the model with which a command sees images, create the folder for the results, and print what is loaded.
 
+    Args:
+        run: what `unept.pretrained.load` takes; None means the newest run folder.
+        device: the option of that name.
+        inference: the options for inference.
+        out: the folder for the results.
 
-def memory_advice(config: TrainConfig, local_batch: int) -> str:
-    """Say how a training step of `local_batch` images per rank takes less memory, as advice for `out_of_memory`."""
-    height, width = config.data.crop_size
-    at_once = local_batch // config.accumulate
-    smaller = (
-        f"--accumulate {config.accumulate * 2} keeps the batch and processes it in twice as many parts"
-        if at_once % 2 == 0
-        else "--batch-size takes fewer images"
-    )
-    return (
-        f"with {at_once} images of {height}x{width} at once (batch_size {config.batch_size}): {smaller}; --crop-size "
-        "makes images smaller; --amp bf16 halves most of the rest. --resume auto continues from the last checkpoint"
-    )
+    Returns:
+        The model in evaluation mode, and how it sees images.
+
+    Raises:
+        FileNotFoundError, ValueError: see `unept.pretrained.load` and `unept.inference.resolve`.
+    """
+    source = newest_run() if run is None else run
+    model = load(source, choose_device(device))
+    config = resolve(inference, model)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"Model of {source}")
+    return model, config
 
 
 def process_images(files: Sequence[Path], process: Callable[[Path], Iterable[str]], failure: str) -> int:

@@ -9,13 +9,14 @@ import tyro
 
 from . import cli, distributed
 from .evaluation.evaluator import check_classes as check_classes
-from .evaluation.evaluator import draw_samples as draw_samples
 from .evaluation.evaluator import evaluate_model as evaluate_model
 from .evaluation.evaluator import format_table as format_table
 from .files import json_ready as json_ready
 from .files import write_json
 from .inference import InferenceOptions, resolve
+from .memory import out_of_memory
 from .pictures import drawing
+from .pictures.figures import draw_samples as draw_samples
 from .pretrained import load_run
 
 
@@ -61,7 +62,7 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
     dataset = trained.data.build(options.split, options.root)
     config = resolve(options.inference, model)
     tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
-    with cli.out_of_memory("with whole images: --window sees them in parts, --window-batch fewer of these at once"):
+    with out_of_memory("with whole images: --window sees them in parts, --window-batch fewer of these at once"):
         scores = evaluate_model(
             model,
             dataset,

@@ -11,9 +11,8 @@ from torch import Tensor
 from . import cli
 from .colors import overlay, save_palette_png, to_pil
 from .data.files import find_images, read_image
-from .inference import InferenceConfig, InferenceOptions, predict_ids, resolve
+from .inference import InferenceConfig, InferenceOptions, predict_ids
 from .model import UNEPT
-from .pretrained import load, newest_run
 
 
 @dataclass
@@ -75,15 +74,10 @@ def predict(options: PredictConfig) -> int:
         The exit status: 1 if any image could not be read, else 0.
 
     Raises:
-        FileNotFoundError, ValueError: see `find_images`, `newest_run` and `unept.pretrained.load`.
+        FileNotFoundError, ValueError: see `find_images` and `unept.cli.open_model`.
     """
     files = find_images(options.images)
-    device = cli.choose_device(options.device)
-    run = newest_run() if options.run is None else options.run
-    model = load(run, device)
-    config = resolve(options.inference, model)
-    options.out.mkdir(parents=True, exist_ok=True)
-    print(f"Model of {run}")
+    model, config = cli.open_model(options.run, options.device, options.inference, options.out)
     return cli.process_images(files, lambda file: predict_image(options, config, model, file), failure="read")
 
 

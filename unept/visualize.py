@@ -11,12 +11,11 @@ from . import cli
 from .data import DatasetError
 from .data.files import find_images, read_image
 from .evaluation.comparison import compare_classes, short_names
-from .inference import InferenceConfig, InferenceOptions, infer, resolve
+from .inference import InferenceConfig, InferenceOptions, infer
 from .model.attention import SparseSamplingAttention
 from .model.network import UNEPT
 from .pictures import drawing, figures
 from .pictures.recording import Attention, NotInModel, record, sampling_layer
-from .pretrained import load_run, newest_run
 
 Picture = Literal["refinement", "pyramid", "attention", "points"]
 ATTENTIONS: dict[Attention, str] = {
@@ -36,7 +35,8 @@ class VisualizeConfig:
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Image files, or folders of them."""
     run: Path | None = None
-    """Run folder that unept.train wrote. None: the newest with a model under runs/."""
+    """Run folder that unept.train wrote, folder that save_pretrained wrote, or ORG/NAME of a repository on the Hugging
+    Face hub. None: the newest run folder with a model under runs/."""
     out: Path = Path("visualizations")
     """Folder for the pictures."""
     pictures: tuple[Picture, ...] = get_args(Picture)
@@ -137,21 +137,16 @@ def visualize(options: VisualizeConfig) -> int:
         The exit status: 1 if any image could not be drawn, else 0.
 
     Raises:
-        FileNotFoundError, ValueError: see `draw_comparison`, `find_images`, `newest_run`, `unept.pretrained.load_run`
-            and `draw_image`.
+        FileNotFoundError, ValueError: see `draw_comparison`, `find_images`, `unept.cli.open_model`, `draw_image` and
+            `sampling_layer`.
     """
     if options.compare is not None:
         draw_comparison(*options.compare, options.out)
     if not options.images:
         return 0
     files = find_images(options.images)
-    device = cli.choose_device(options.device)
-    run = newest_run() if options.run is None else options.run
-    _, model = load_run(run, device)
+    model, config = cli.open_model(options.run, options.device, options.inference, options.out)
     layer = sampling_layer(model, options.points_of, options.layer)
-    config = resolve(options.inference, model)
-    options.out.mkdir(parents=True, exist_ok=True)
-    print(f"Model of {run}")
     return cli.process_images(files, lambda file: draw_image(options, config, model, layer, file), failure="drawn")
 
 

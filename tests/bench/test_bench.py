@@ -1,4 +1,4 @@
-"""The benchmark's own machinery: gates, interleaving, what pytest-benchmark is told, the report and its aims."""
+"""The benchmark's own machinery: gates, interleaving, what pytest-benchmark is told, the report and its targets."""
 
 import json
 import sys
@@ -160,22 +160,24 @@ def test_another_file_is_refused(tmp_path):
         report.read([tmp_path / "x.json"])
 
 
-def test_aims_pass_and_miss(tmp_path):
-    aim = next(aim for aim in report.AIMS if aim.memory)
-    rows = [(*aim.slow, 10.0, {"peak_mib": 1000}), (*aim.fast, 1.0, {"peak_mib": 200})]
-    lines = report.judged(report.read([write(tmp_path / "1.json", rows)])).splitlines()
+def test_targets_pass_and_miss(tmp_path):
+    target = next(target for target in report.TARGETS if target.memory)
+    rows = [(*target.slow, 10.0, {"peak_mib": 1000}), (*target.fast, 1.0, {"peak_mib": 200})]
+    lines = report.check_targets(report.read([write(tmp_path / "1.json", rows)])).splitlines()
     assert lines == [
-        "- pass: Eq. 7's segmentation terms against unfused, compiled: 10.00, aim >= 5",
-        "- MISS: the same, memory: 5.00, aim >= 10",
+        "- pass: Eq. 7's segmentation terms against unfused, compiled: 10.00, target >= 5",
+        "- MISS: the same, memory: 5.00, target >= 10",
     ]
-    alone = next(aim for aim in report.AIMS if aim.slow is None)
-    text = report.judged(report.read([write(tmp_path / "0.json", [(*alone.fast, 0.2e-3, {})])]))
-    assert f"- pass: {alone.claim}: 0.20, aim <= 0.3" in text
-    context = next(aim for aim in report.AIMS if aim.claim.startswith("context branch"))
+    alone = next(target for target in report.TARGETS if target.slow is None)
+    text = report.check_targets(report.read([write(tmp_path / "0.json", [(*alone.fast, 0.2e-3, {})])]))
+    assert f"- pass: {alone.claim}: 0.20, target <= 0.3" in text
+    context = next(target for target in report.TARGETS if target.claim.startswith("context branch"))
     rows = [(*context.slow, 4.5, {}), (*context.fast, 1.0, {})]
-    assert report.judged(report.read([write(tmp_path / "2.json", rows)])).startswith("- MISS: context branch")
+    assert report.check_targets(report.read([write(tmp_path / "2.json", rows)])).startswith("- MISS: context branch")
     rows = rows[1:]
-    assert report.judged(report.read([write(tmp_path / "3.json", rows)])).startswith("- not measured: context branch")
+    assert report.check_targets(report.read([write(tmp_path / "3.json", rows)])).startswith(
+        "- not measured: context branch"
+    )
 
 
 MODULES = (test_attention, test_boundary_targets, test_dense, test_context_branch, test_loader, test_model)
@@ -224,13 +226,13 @@ def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, mo
     assert "- slow: stopped after 2 s" in text
 
 
-def test_aims_name_groups_and_variants_that_exist():
+def test_targets_name_groups_and_variants_that_exist():
     modules = (test_attention, test_boundary_targets, test_dense, test_context_branch, test_loader)
     known = {
         (case.name, v) for m in modules for full in (False, True) for case in m.cases(full, "cpu") for v in m.VARIANTS
     }
-    for aim in report.AIMS:
-        for where in filter(None, (aim.slow, aim.fast)):
+    for target in report.TARGETS:
+        for where in filter(None, (target.slow, target.fast)):
             # The name of the context branch's group has the dtype of the device that this runs on.
             assert where in known or where[0].startswith("context branch"), where
 

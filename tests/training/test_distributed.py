@@ -1,9 +1,8 @@
 """Several processes: as one process with their whole batch, through a worker's death, and with one clear error."""
 
-import dataclasses
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,21 +10,36 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import nn
 
 from tests.helpers import layouts
-from unept import cli, distributed, train
-from unept.training.run_folder import should_resume
+from tests.helpers.known_scores import Shifted, Unlike
+from tests.helpers.training import LOSSES, arguments, configuration, read_records
+from unept import distributed
+from unept.config import TrainConfig
+from unept.evaluation.evaluator import evaluate_model
+from unept.inference import InferenceConfig
+from unept.training.trainer import Trainer
+
+# One process of pytest-xdist starts the two processes that most of these tests read.
+pytestmark = pytest.mark.xdist_group("distributed")
 
 OPTIONS = [
-    *("--backbone", "resnet10t", "--no-pretrained-backbone", "--output-stride", "32", "--d-model", "32"),
-    *("--num-heads", "2", "--num-points", "2", "--ffn-dim", "32", "--dropout", "0", "--crop-size", "64", "64"),
-    *("--short-side", "None", "--batch-size", "4", "--iterations", "12", "--log-every", "3", "--eval-every", "6"),
-    *("--checkpoint-every", "4", "--num-samples", "1", "--workers", "0", "--device", "cpu", "--lr", "1e-3"),
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--dropout",
+    "0",
+    "--num-samples",
+    "1",
+    "--device",
+    "cpu",
+    "--lr",
+    "1e-3",
 ]
-NUMBERS = ("loss", "segmentation", "refined", "boundary", "direction", "mIoU", "pixAcc", "boundary_f")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +48,20 @@ def data(tmp_path_factory):
     return layouts.shapes(tmp_path_factory.mktemp("data"), train=5, val=3)
 
 
-def configuration(data, **changes):
-    _, config = train.parse(["folder", "--root", str(data), *OPTIONS])
-    return dataclasses.replace(config, **changes)
+def config_of(data, **changes) -> TrainConfig:
+    return configuration(arguments(data, *OPTIONS), **changes)
 
 
 def numbers(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in ("step", *NUMBERS) if key in line} for line in lines]
+    keys = ("step", *LOSSES, "mIoU", "pixAcc", "boundary_f")
+    return [{key: line[key] for key in keys if key in line} for line in read_records(folder)]
 
 
 def one_step(config, out: Path) -> tuple[dict, dict]:
     """Losses and gradients of the first optimiser step of a run, as this rank sees them."""
     torch.use_deterministic_algorithms(True)
-    trainer = train.Trainer(config, out)
+    trainer = Trainer(config, out)
     trainer.model.train()
     gradients: dict = {}
 
@@ -81,23 +94,37 @@ def norms_step(images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"output": output.detach(), "eval": model.eval()(images).detach(), **state}
 
 
-def _rank(rank: int, rendezvous: str, folder: str, data: str) -> None:
-    """One of two processes."""
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    images = torch.load(f"{folder}/images.pt")
-    results = {"norms": norms_step(images[2 * rank : 2 * rank + 2])}
-    results["step"] = one_step(configuration(data), Path(folder) / "run")
-    results["main"] = distributed.run_on_main(lambda: f"said by {distributed.rank()}")
-    try:
-        distributed.run_on_main(lambda: int("no number"))
-    except BaseException as error:
-        results["error"] = repr(error)
-    try:
-        train.Trainer(configuration(data, batch_size=3), Path(folder) / "odd")
-    except BaseException as error:
-        results["odd"] = repr(error)
+def evaluate_shifted() -> tuple[int, dict]:
+    """How many images a process has seen, and the scores."""
+    model = Shifted()
+    scores = evaluate_model(model, Unlike(), InferenceConfig(), CPU, boundary_tolerance=4)
+    return model.calls, scores
+
+
+def _run_rank(rank: int, port: int, folder: str, data: str) -> None:
+    """Run one of two processes as torchrun would start it, and save what it found."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
+    with distributed.process_group(CPU):
+        images = torch.load(f"{folder}/images.pt")
+        results = {"norms": norms_step(images[2 * rank : 2 * rank + 2])}
+        results["step"] = one_step(config_of(data), Path(folder) / "run")
+        results["scores"] = evaluate_shifted()
+        results["main"] = distributed.run_on_main(lambda: f"said by {distributed.rank()}")
+        try:
+            distributed.run_on_main(lambda: int("no number"))
+        except BaseException as error:
+            results["error"] = repr(error)
+        try:
+            Trainer(config_of(data, batch_size=3), Path(folder) / "odd")
+        except BaseException as error:
+            results["odd"] = repr(error)
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +133,7 @@ def two(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     images = torch.randn(4, 3, 5, 7, dtype=torch.float64)
     torch.save(images, folder / "images.pt")
-    torch.multiprocessing.spawn(_rank, (str(folder / "rendezvous"), str(folder), str(data)), nprocs=2)
+    torch.multiprocessing.spawn(_run_rank, (free_port(), str(folder), str(data)), nprocs=2)
     return images, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -123,7 +150,7 @@ def test_batch_normalisation_of_two_processes_is_that_of_the_whole_batch(two):
 
 def test_two_processes_have_the_loss_and_gradients_of_one(two, data, tmp_path):
     """The images differ in ignored pixels and boundaries; gradients and statistics agree with one process's."""
-    alone, expected = one_step(configuration(data), tmp_path / "run")
+    alone, expected = one_step(config_of(data), tmp_path / "run")
     for result in two[1]:
         losses, state = result["step"]
         torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-6)
@@ -131,6 +158,14 @@ def test_two_processes_have_the_loss_and_gradients_of_one(two, data, tmp_path):
         for name, value in state.items():
             scale = expected[name].abs().max().item()
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
+
+
+def test_two_processes_share_an_evaluation_and_agree(two):
+    _, alone = evaluate_shifted()
+    calls, scores = zip(*(result["scores"] for result in two[1]), strict=True)
+    assert calls == (2, 1)
+    for key in ("mIoU", "pixAcc", "boundary_f", "mIoU_unrefined", "boundary_f_unrefined", "images", "share"):
+        assert scores[0][key] == scores[1][key] == alone[key]
 
 
 def test_main_process_speaks_for_all(two):
@@ -146,7 +181,7 @@ def test_accumulation_has_the_gradients_of_the_whole_batch(data, tmp_path):
     """With batch normalisation left out of it: its statistics are those of a part."""
 
     def gradients(accumulate: int) -> tuple[dict, dict]:
-        trainer = train.Trainer(configuration(data, accumulate=accumulate), tmp_path / "run")
+        trainer = Trainer(config_of(data, accumulate=accumulate), tmp_path / "run")
         trainer.model.eval()
         kept: dict = {}
         trainer.optimizer.register_step_pre_hook(
@@ -174,11 +209,12 @@ def _command_line(pid: int) -> str:
         return ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")
 def test_killed_worker_is_started_again_and_nothing_is_lost(data, tmp_path):
     """Two processes, one killed after the first checkpoint: the run ends as that of one process without a break."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launcher += ["--max-restarts", "1", "-m", "unept.train", "folder", "--root", str(data), *OPTIONS]
+    launcher += ["--max-restarts", "1", "-m", "unept.train", *arguments(data, *OPTIONS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         launcher, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -197,7 +233,7 @@ def test_killed_worker_is_started_again_and_nothing_is_lost(data, tmp_path):
     assert process.returncode == 0, stderr
     assert stdout.count("Run folder") == 1, "rank 0 alone speaks"
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["folder"]
-    alone = train.Trainer(configuration(data), tmp_path / "alone")
+    alone = Trainer(config_of(data), tmp_path / "alone")
     alone.train()
     lines, expected = numbers(out), numbers(tmp_path / "alone")
     assert [line["step"] for line in lines] == [3, 6, 6, 9, 12, 12]
@@ -205,53 +241,3 @@ def test_killed_worker_is_started_again_and_nothing_is_lost(data, tmp_path):
         assert line == pytest.approx(wanted, rel=2e-3, abs=2e-3)
     final = torch.load(out / "checkpoints" / "step_00000012.pt")
     assert final["step"] == 12
-
-
-def test_restart_continues_its_own_run_only(tmp_path, monkeypatch):
-    config = train.TrainConfig()
-    (tmp_path / "launch").write_text("job 7")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not should_resume(config, tmp_path), "a first start"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert should_resume(config, tmp_path)
-    assert not should_resume(config, tmp_path / "elsewhere")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 8")
-    assert not should_resume(config, tmp_path), "another's run"
-
-
-def test_commands_for_one_process_refuse_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="without torchrun"):
-        cli.refuse_several_processes()
-
-
-@pytest.mark.parametrize("message", ["CUDA out of memory", "[enforce fail] DefaultCPUAllocator: can't allocate memory"])
-def test_out_of_memory_says_what_to_change(data, tmp_path, monkeypatch, message):
-    trainer = train.Trainer(configuration(data), tmp_path / "run")
-    kind = torch.OutOfMemoryError if "CUDA" in message else RuntimeError
-
-    def full(images, labels):
-        raise kind(message)
-
-    monkeypatch.setattr(trainer, "train_step", full)
-    with pytest.raises(
-        MemoryError, match=r"with 4 images of 64x64 at once \(batch_size 4\): --accumulate 2 .*crop-size"
-    ):
-        trainer.train()
-
-
-def test_memory_errors_end_a_command_with_one_line(monkeypatch, capsys):
-    def command():
-        with cli.out_of_memory("with 4 images"):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    with pytest.raises(SystemExit) as end:
-        cli.run(command)
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "error: out of memory with 4 images\n"
-
-
-def test_other_runtime_errors_stay():
-    with pytest.raises(RuntimeError, match="a bug"), cli.out_of_memory(""):
-        raise RuntimeError("a bug")

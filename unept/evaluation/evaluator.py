@@ -1,9 +1,8 @@
-"""Score a model on a data set, with and without refinement, and draw samples of its predictions (Sec. 4)."""
+"""Score a model on a data set, with and without refinement (Sec. 4)."""
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +11,9 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
-from ..data.loader import OnBadSample, read_sample, report_skipped
+from ..data.loader import OnBadSample
 from ..inference import InferenceConfig, infer
 from ..model.output import SegmentationModel, class_ids
-from ..pictures import drawing
-from ..pictures.figures import make_sample
 from .metrics import BoundaryFScore, ConfusionMatrix
 
 
@@ -141,42 +138,6 @@ def check_classes(model: SegmentationModel, dataset: SegmentationDataset) -> Non
         )
     if not len(dataset):
         raise ValueError("the data set holds no image: check its root folder and the split")
-
-
-def draw_samples(
-    model: SegmentationModel,
-    dataset: SegmentationDataset,
-    count: int,
-    config: InferenceConfig,
-    device: torch.device,
-    path: Path,
-    on_bad_sample: OnBadSample = "error",
-) -> None:
-    """Draw images spread evenly over the data set, and what the model predicts for them (`drawing.sample_panel`).
-
-    Args:
-        model: the model on `device`.
-        dataset: images and their labels.
-        count: number of images; all of the data set if it has fewer.
-        config: views and refinement.
-        device: device of the model.
-        path: file of the picture.
-        on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` draws the next one instead.
-
-    Raises:
-        ValueError: the model and the data set have different classes, or the data set is empty.
-        DatasetError: a file of the data set breaks a rule; or, with `"skip"`, no image could be read.
-    """
-    check_classes(model, dataset)
-    count = min(count, len(dataset))
-    samples = []
-    for i in (n * len(dataset) // count for n in range(count)):
-        i, pair, skipped = read_sample(dataset, i, on_bad_sample)
-        report_skipped(skipped)
-        image, labels = (tensor.as_subclass(Tensor) for tensor in pair)
-        output = infer(model, image.to(device), config)
-        samples.append(make_sample(dataset.name(i), image, labels, output, config))
-    drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
 
 def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:

@@ -11,15 +11,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin
 
+from ..data.registry import dataset_title
+
 PAPER = "https://arxiv.org/abs/2107.14209"
-DATASETS = {
-    "shapes": "shapes (made in memory by unept)",
-    "camvid": "CamVid",
-    "folder": "a folder of images",
-    "ade20k": "ADE20K",
-    "cityscapes": "Cityscapes",
-    "pascal_context": "PASCAL-Context",
-}
 # Of the scores that a card lists: the key in `evaluation`, the metric's type on the hub, and its name in a sentence.
 METRICS = (
     ("mIoU", "mean_iou", "mIoU"),
@@ -138,7 +132,7 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="image-segmentation",
             dataset_type=evaluation["dataset"],
-            dataset_name=DATASETS.get(evaluation["dataset"], evaluation["dataset"]),
+            dataset_name=dataset_title(evaluation["dataset"]),
             dataset_split=evaluation.get("split"),
             metric_type=kind,
             metric_name=key,
@@ -169,7 +163,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
         return []
     where = [f"{evaluation['images']} images" if "images" in evaluation else ""]
     if "dataset" in evaluation:
-        where.append(f"of {DATASETS.get(evaluation['dataset'], evaluation['dataset'])}")
+        where.append(f"of {dataset_title(evaluation['dataset'])}")
     if "split" in evaluation:
         where.append(f"(split `{evaluation['split']}`)")
     sentences = [" ".join(["On", *filter(None, where)]) + ": " if any(where) else "", ", ".join(scores)]

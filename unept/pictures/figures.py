@@ -1,4 +1,4 @@
-"""The paper's figures of one image: refinement (Fig. 3, 4), pyramid (Fig. 5), attention (Fig. 6), points (Fig. 7).
+"""The paper's figures: samples (Fig. 1), refinement (Fig. 3, 4), pyramid (Fig. 5) and attention (Fig. 6).
 
 Letters: H, W height and width of the image.
 """
@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..inference import InferenceConfig
+from ..data import SegmentationDataset
+from ..data.loader import OnBadSample, read_sample, report_skipped
+from ..evaluation.evaluator import check_classes
+from ..inference import InferenceConfig, infer
 from ..model.network import UNEPT
 from ..model.output import DenseOutput, SegmentationModel, boundary_probability, class_ids
 from . import drawing
@@ -38,6 +41,42 @@ def make_sample(
         return drawing.Sample(name, image, truth, plain, None, None)
     refined = class_ids(output, size, replace(config, refine=True).refinement)[0]
     return drawing.Sample(name, image, truth, plain, refined, boundary[0])
+
+
+def draw_samples(
+    model: SegmentationModel,
+    dataset: SegmentationDataset,
+    count: int,
+    config: InferenceConfig,
+    device: torch.device,
+    path: Path,
+    on_bad_sample: OnBadSample = "error",
+) -> None:
+    """Draw images spread evenly over the dataset, and what the model predicts for them (`drawing.sample_panel`).
+
+    Args:
+        model: the model on `device`.
+        dataset: images and their labels.
+        count: number of images; all of the dataset if it has fewer.
+        config: views and refinement.
+        device: device of the model.
+        path: file of the picture.
+        on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` draws the next one instead.
+
+    Raises:
+        ValueError: the model and the dataset have different classes, or the dataset is empty.
+        DatasetError: a file of the dataset breaks a rule; or, with `"skip"`, no image could be read.
+    """
+    check_classes(model, dataset)
+    count = min(count, len(dataset))
+    samples = []
+    for i in (n * len(dataset) // count for n in range(count)):
+        i, pair, skipped = read_sample(dataset, i, on_bad_sample)
+        report_skipped(skipped)
+        image, labels = (tensor.as_subclass(Tensor) for tensor in pair)
+        output = infer(model, image.to(device), config)
+        samples.append(make_sample(dataset.name(i), image, labels, output, config))
+    drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
 
 def most_different(first: Tensor, second: Tensor) -> tuple[int, int, int, int]:

@@ -11,16 +11,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .. import cli, distributed
+from .. import distributed
 from ..config import TrainConfig
 from ..data import DatasetError, SegmentationDataset
 from ..data.loader import Batch, training_loader
 from ..data.photometric import distort
 from ..data.transforms import train_transform
-from ..evaluation.evaluator import draw_samples, evaluate_model
+from ..evaluation.evaluator import evaluate_model
+from ..memory import memory_advice, out_of_memory
 from ..model.loss import Targets, UNEPTLoss
 from ..model.network import UNEPT
 from ..model.output import TrainableModel
+from ..pictures.figures import draw_samples
 from . import run_folder
 from .checkpoint import TrainingState, checkpoints, save_checkpoint, save_model
 from .optimizer import build_optimizer, build_scheduler
@@ -117,7 +119,7 @@ class Trainer:
         """
         self.setup_run_folder()
         self.loader = self.build_loader()
-        batches, advice = iter(self.loader), cli.memory_advice(self.config, self.local_batch)
+        batches, advice = iter(self.loader), memory_advice(self.config, self.local_batch)
         self.model.train()
         self.throughput.start()
         with tqdm(
@@ -129,7 +131,7 @@ class Trainer:
         ) as bar:
             while self.step < self.config.iterations:
                 batch = self._next_batch(batches)
-                with cli.out_of_memory(advice), self.throughput.step(len(batch.images), batch.seconds):
+                with out_of_memory(advice), self.throughput.step(len(batch.images), batch.seconds):
                     self.loss_history.append(self.train_step(*self.prepare_batch(batch)))
                 self.step += 1
                 bar.update()
@@ -327,7 +329,7 @@ class Trainer:
         self.throughput.stop()
         if self.loss_history:
             self.reduce_losses()  # a diverged model must not become the best
-        with cli.out_of_memory("during the evaluation, which sees whole images: --window sees them in parts"):
+        with out_of_memory("during the evaluation, which sees whole images: --window sees them in parts"):
             self.scores = self.evaluate()
         better = self.best < 0 or self.scores["mIoU"] > self.best
         if better:

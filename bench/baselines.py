@@ -1,10 +1,10 @@
-"""Other people's multi-scale deformable attention, each behind one signature.
+"""Multi-scale deformable attention of other projects, each behind one signature.
 
     op(value (B, S, M, D), maps, locations (B, Q, M, L, N, 2), weights (B, Q, M, L, N)) -> (B, Q, M * D)
 
-Locations are (x, y) in [0, 1], float32; weights are normalised, float32; value has any dtype. A peer that takes one
-dtype for all gets a float32 copy of value, as under autocast, and the copy is timed: bfloat16 locations would miss by a
-quarter of a pixel.
+Locations are (x, y) in [0, 1], float32; weights are normalised, float32; value has any dtype. A baseline that takes
+one dtype for all gets a float32 copy of value, as under autocast, and the copy is timed: bfloat16 locations would miss
+by a quarter of a pixel.
 """
 
 import importlib

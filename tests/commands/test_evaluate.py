@@ -1,0 +1,146 @@
+"""`python -m unept.evaluate`, from a saved run to its table, JSON and picture."""
+
+import json
+import sys
+
+import pytest
+
+from tests.helpers.known_scores import Shifted
+from unept import evaluate
+from unept.config import DataConfig, ModelConfig, TrainConfig
+from unept.data.shapes import LENGTHS
+from unept.inference import InferenceOptions, resolve
+from unept.model.network import UNEPT
+
+TINY = ModelConfig(
+    backbone="resnet10t", pretrained_backbone=False, d_model=32, num_heads=2, num_points=2, ffn_dim=32, dropout=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of 8 classes on `shapes` with an untrained model."""
+    folder = tmp_path_factory.mktemp("runs") / "shapes"
+    save_run(folder, num_classes=8)
+    return folder
+
+
+def save_run(folder, num_classes: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = TrainConfig(model=TINY, data=DataConfig(dataset="shapes"), boundary_tolerance=2, refine_scale=2)
+    (folder / "config.json").write_text(config.to_json())
+    UNEPT(num_classes, **TINY.options()).save_pretrained(folder / "model")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command; gives its exit status, standard output and standard error."""
+    monkeypatch.setitem(LENGTHS, "val", 3)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments), "--workers", "0", "--device", "cpu"])
+        with pytest.raises(SystemExit) as end:
+            evaluate.main()
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_command(run_folder, command):
+    status, out, _ = command(run_folder, "--scales", "0.5", "1", "--flip", "--window", "96")
+    assert status == 0
+    assert "boundary F within 2 px; 3 images" in out  # the tolerance of the run
+    record = json.loads((run_folder / "evaluation.json").read_text())
+    assert record["dataset"] == "Shapes, 8 classes"
+    assert len(record["iou"]) == len(record["classes"]) == 8
+    assert 0 <= record["mIoU"] <= 1
+    assert record["inference"]["scales"] == [0.5, 1.0]
+    assert record["inference"]["flip"] is True
+    assert record["inference"]["window"] == 96
+    assert record["inference"]["window_stride"] == 64
+    assert record["inference"]["refine_scale"] == 2  # of the run
+    assert record["left_out"] == [n for n, iou in zip(record["classes"], record["iou"], strict=True) if iou is None]
+    line = "scales 0.5 1 with flip; images at their own size; windows of 96 with stride 64; refined by 2 px."
+    assert f"Protocol: {line}\n" in out
+    assert f"{100 * record['mIoU']:.2f}" in out
+    assert (run_folder / "evaluation.png").stat().st_size > 5000
+
+
+def test_command_line_wins_over_the_run(run_folder, command):
+    status, out, _ = command(run_folder, "--refine-scale", "1", "--boundary-tolerance", "1", "--split", "val")
+    assert status == 0
+    assert "within 1 px" in out
+    record = json.loads((run_folder / "evaluation.json").read_text())
+    assert record["inference"]["refine_scale"] == 1
+    assert record["split"] == "val"
+
+
+RUN = {"window": 480, "window_stride": 240, "refine": False, "refine_scale": 2}
+RUN_LINE = "scale 1 without flip; short side 512; windows of 480 with stride 240; not refined"
+
+
+@pytest.mark.parametrize(
+    ("run", "chosen", "line"),
+    [
+        ({}, {}, "scale 1 without flip; short side 512; whole images; refined by 1 px"),
+        (RUN, {}, RUN_LINE),
+        (RUN, {"flip": True}, RUN_LINE.replace("without", "with")),
+        (RUN, {"refine": True}, RUN_LINE.replace("not refined", "refined by 2 px")),
+        (RUN, {"window": 96}, RUN_LINE.replace("480 with stride 240", "96 with stride 64")),
+        (RUN, {"window": 480, "window_stride": 320}, RUN_LINE.replace("240", "320")),
+        (RUN, {"window": 0}, RUN_LINE.replace("windows of 480 with stride 240", "whole images")),
+        (RUN, {"short_side": 0}, RUN_LINE.replace("short side 512", "images at their own size")),
+        ({"model": ModelConfig(context_queries="learned")}, {"refine": True}, "not refined"),
+    ],
+    ids=["all", "none", "flip", "refine", "window", "stride", "whole", "own-size", "no-boundaries"],
+)
+def test_the_protocol_of_the_run_fills_in_what_is_left_open(run, chosen, line):
+    trained = TrainConfig(data=DataConfig(short_side=512), **run)
+    model = Shifted()
+    model.preprocessing = trained.inference().protocol()
+    model.refines = trained.model.context_queries == "spatial"
+    config = resolve(InferenceOptions(**chosen), model)
+    assert config.describe().endswith(line)
+    assert None not in vars(config).values()
+
+
+def test_the_run_says_whether_to_refine(tmp_path, command):
+    save_run(tmp_path, num_classes=8)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"refine": true', '"refine": false'))
+    for flags, refined in ((), False), (("--refine",), True), (("--no-refine",), False):
+        status, out, _ = command(tmp_path, *flags)
+        assert status == 0
+        assert ("refined by 2 px" if refined else "not refined") in out
+        assert json.loads((tmp_path / "evaluation.json").read_text())["inference"]["refine"] is refined
+
+
+def test_other_class_count(tmp_path, command):
+    save_run(tmp_path / "run", num_classes=5)
+    status, _, err = command(tmp_path / "run")
+    assert status == 2
+    assert err.startswith("error: the model predicts 5 classes, but the data set has 8:")
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_no_such_folder(tmp_path, command):
+    assert command(tmp_path / "nothing")[2].startswith(f"error: {tmp_path}/nothing does not exist")
+    status, _, err = command(tmp_path)
+    assert status == 2
+    assert err.startswith(f"error: {tmp_path} is not a run folder: give a folder that unept.train wrote, with config.json")
+
+
+def test_run_without_a_model_yet(tmp_path, command):
+    (tmp_path / "config.json").write_text(TrainConfig(model=TINY, iterations=600, eval_every=300).to_json())
+    status, _, err = command(tmp_path)
+    assert status == 2
+    assert "has no model/ yet: training writes it after its first evaluation, at step 300" in err
+
+
+def test_damaged_weights(tmp_path, command):
+    save_run(tmp_path, num_classes=8)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    status, _, err = command(tmp_path)
+    assert status == 2
+    assert f"{weights} is damaged" in err

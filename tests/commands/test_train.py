@@ -1,0 +1,46 @@
+"""`python -m unept.train`: its presets, its help, and its errors in one line."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from unept import train
+from unept.config import DataConfig, ModelConfig, TrainConfig
+from unept.presets import PRESETS
+
+
+def test_no_argument_is_the_shapes_preset():
+    assert train.parse([])[0] == "shapes"
+    assert train.parse(["--lr", "0.5"]) == ("shapes", dataclasses.replace(PRESETS["shapes"](), lr=0.5))
+
+
+@pytest.mark.parametrize("option", ["--category-cap", "--category_cap", "--cat-max-ratio"])
+def test_renamed_option_keeps_its_old_name(option):
+    for arguments in ([option, "0.5"], [f"{option}=0.5"]):
+        assert train.parse(arguments)[1].data.cat_max_ratio == 0.5
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_help_explains_every_option(preset, capsys):
+    with pytest.raises(SystemExit):
+        train.parse([preset, "--help"])
+    text = capsys.readouterr().out
+    for part in (ModelConfig, DataConfig, TrainConfig):
+        for field in dataclasses.fields(part):
+            if field.name not in ("model", "data"):
+                assert f"--{field.name.replace('_', '-')}" in text or f"--no-{field.name.replace('_', '-')}" in text
+    words = " ".join(text.replace("│", " ").split())
+    for explanation in ("lambda_1..4 of Eq. 7", "Optimiser steps", "Mirror half of the training images"):
+        assert explanation in words
+
+
+def test_missing_folder_is_one_line_on_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "unept.train", "camvid", "--root", str(tmp_path / "nowhere")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "nowhere" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "a run that could not start leaves nothing behind"

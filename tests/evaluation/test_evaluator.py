@@ -1,0 +1,79 @@
+"""Scores and tables of known predictions."""
+
+import math
+
+import pytest
+import torch
+
+from tests.helpers.known_scores import Halves, Shifted
+from unept.evaluation.evaluator import evaluate_model, format_table
+from unept.inference import InferenceConfig
+from unept.pictures import drawing
+from unept.pictures.figures import draw_samples
+
+
+def scores_of_shifted(**options) -> dict:
+    config = InferenceConfig(**options)
+    return evaluate_model(Shifted(), Halves(), config, torch.device("cpu"), boundary_tolerance=3)
+
+
+def test_scores_of_a_known_prediction():
+    scores = scores_of_shifted()
+    # In 31 counted columns the truth's edge is at 16; the prediction's at 20, read 1 pixel to the left at 21.
+    assert scores["pixAcc_unrefined"] == pytest.approx(27 / 31)
+    assert scores["pixAcc"] == pytest.approx(26 / 31)
+    assert scores["mIoU_unrefined"] == pytest.approx((15 / 19 + 12 / 16) / 2)
+    assert scores["mIoU"] == pytest.approx((15 / 20 + 11 / 16) / 2)
+    assert scores["iou"][:2] == pytest.approx([15 / 20, 11 / 16])
+    assert scores["accuracy"][:2] == pytest.approx([1, 11 / 16])
+    assert math.isnan(scores["iou"][2])
+    assert scores["share"] == pytest.approx([15 / 31, 16 / 31, 0])
+    assert scores["left_out"] == ["nowhere"]
+    assert (scores["images"], scores["boundary_tolerance"]) == (3, 3)
+    # Boundary columns of the truth 15 | 16, of the prediction 19 | 20: 4 off; tolerance 4 finds them.
+    assert scores["boundary_f_unrefined"] == 0
+    near = evaluate_model(Shifted(), Halves(), InferenceConfig(), torch.device("cpu"), boundary_tolerance=4)
+    assert (near["boundary_f_unrefined"], near["boundary_f"]) == (1, 0)
+
+
+def test_options_reach_the_prediction():
+    assert scores_of_shifted(refine_scale=4)["pixAcc"] == pytest.approx(23 / 31)
+    without = scores_of_shifted(refine=False)
+    assert without["pixAcc"] == without["pixAcc_unrefined"] == pytest.approx(27 / 31)
+
+
+def test_one_forward_pass_an_image():
+    model = Shifted()
+    evaluate_model(model, Halves(), InferenceConfig(), torch.device("cpu"), boundary_tolerance=3)
+    assert model.calls == 3
+
+
+def test_table():
+    scores = scores_of_shifted() | {"images_per_s": 12.34}
+    table = format_table(scores, Halves.classes).splitlines()
+    assert table[2].split() == ["left", "75.00", "100.00", "0.00", "48.39"]
+    assert table[4].split() == ["nowhere", "-", "-", "-", "0.00"]
+    assert len({len(line) for line in table[:6]}) == 1
+    assert table[7].split() == ["mIoU", "71.88", "76.97"]
+    assert table[-2].startswith("Halves, 3 classes. All in percent; boundary F within 3 px; 3 images, 12.3 images/s")
+    assert table[-1].startswith("mIoU leaves out 1 of 3 classes, found neither in the labels nor in the predictions")
+    complete = format_table(scores | {"left_out": []}, Halves.classes).splitlines()
+    assert complete == table[:-1]
+
+
+def test_samples_are_spread_over_the_data_set(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawing, "sample_panel", lambda samples, *_: drawn.extend(samples))
+    draw_samples(Shifted(), Halves(), 2, InferenceConfig(), torch.device("cpu"), tmp_path / "x.png")
+    assert [sample.name for sample in drawn] == ["half0", "half1"]
+    assert (drawn[0].prediction[0] == 0).sum() == 20
+    assert (drawn[0].refined[0] == 0).sum() == 21
+    assert drawn[0].boundary.shape == (16, 32)
+    torch.testing.assert_close(drawn[0].boundary, torch.full((16, 32), 5.0).sigmoid())
+
+
+def test_classes_in_another_order():
+    model = Shifted()
+    model.classes = ["right", "left", "nowhere"]
+    with pytest.raises(ValueError, match="its 'right' stands where the data set has 'left'"):
+        evaluate_model(model, Halves(), InferenceConfig(), torch.device("cpu"), boundary_tolerance=3)

@@ -1,0 +1,25 @@
+"""The learning rates of the paper's recipe."""
+
+import pytest
+import torch
+
+from unept.config import TrainConfig
+from unept.training.optimizer import build_optimizer, learning_rate_factor
+
+
+def test_learning_rates_follow_the_paper():
+    """1e-4 and 1e-5 for the backbone, a tenth after two thirds."""
+    config = TrainConfig(iterations=90)
+    model = torch.nn.Module()
+    model.backbone, model.rest = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(model, config)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-4, 1e-5]
+    assert optimizer.param_groups[1]["params"] == list(model.backbone.parameters())
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    assert optimizer.defaults["weight_decay"] == 1e-4
+    factors = [learning_rate_factor(config, step) for step in range(90)]
+    assert factors == [1.0] * 60 + [0.1] * 30
+    warm = [learning_rate_factor(TrainConfig(iterations=90, warmup=10), step) for step in range(11)]
+    assert warm == pytest.approx([i / 10 for i in range(1, 11)] + [1.0])
+    cosine = TrainConfig(iterations=90, schedule="cosine")
+    assert learning_rate_factor(cosine, 45) == pytest.approx(0.5)

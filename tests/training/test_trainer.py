@@ -1,0 +1,258 @@
+"""Training end to end on a tiny folder data set: the run folder, resuming to the bit after SIGKILL, and every fault."""
+
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.helpers import layouts
+from tests.helpers.training import arguments, configuration, loss_curve, read_records
+from unept import train
+from unept.config import TrainConfig
+from unept.data import DatasetError
+from unept.model.network import UNEPT
+from unept.training import checkpoint
+from unept.training.trainer import Trainer
+
+# One process of pytest-xdist trains the run that most of these tests read.
+pytestmark = pytest.mark.xdist_group("trainer")
+
+OPTIONS = ["--batch-size", "2", "--workers", "1", "--num-samples", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six training and three validation images of the shapes data set, as files."""
+    return layouts.shapes(tmp_path_factory.mktemp("data"), train=6, val=3)
+
+
+def config_of(data, **changes) -> TrainConfig:
+    return configuration(arguments(data, *OPTIONS), **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run that was never interrupted: its folder, its trainer and its scores. Tests that write into it copy it."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    trainer = Trainer(config_of(data), out)
+    scores = trainer.train()
+    return out, trainer, scores
+
+
+def test_run_folder(finished):
+    out, trainer, scores = finished
+    assert {p.name for p in out.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples",
+        "curves.png",
+        "model",
+    }
+    assert list(out.glob("events.out.tfevents.*"))
+    assert [p.name for p in checkpoint.checkpoints(out / "checkpoints")] == ["step_00000008.pt", "step_00000012.pt"]
+    assert sorted(p.name for p in (out / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
+    assert [line[0] for line in loss_curve(out)] == [3, 6, 9, 12]
+    assert all(math.isfinite(value) for line in loss_curve(out) for value in line)
+    evaluations = [line for line in read_records(out) if "mIoU" in line]
+    assert [line["step"] for line in evaluations] == [6, 12]
+    assert max(line["mIoU"] for line in evaluations) == pytest.approx(trainer.best)
+    assert scores["mIoU"] == pytest.approx(evaluations[-1]["mIoU"])
+    assert UNEPT.from_pretrained(out / "model").classes == trainer.model.classes
+    assert TrainConfig.from_json(out / "config.json") == trainer.config
+
+
+def test_resume_after_sigkill_is_exact(finished, data, tmp_path, capsys):
+    """The command is killed after its first checkpoint; continued, it ends with the same losses and weights."""
+    out = tmp_path / "killed"
+    options = [*arguments(data, *OPTIONS), "--out", str(out), "--resume", "auto"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "unept.train", *options],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while not (out / "checkpoints" / "step_00000004.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no checkpoint after four minutes"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "checkpoints" / "step_00000012.pt").exists(), "the run had ended before it was killed"
+    train.train(options)
+    assert loss_curve(out) == loss_curve(finished[0])
+    final, expected = (torch.load(p / "checkpoints" / "step_00000012.pt") for p in (out, finished[0]))
+    assert all(torch.equal(final["model"][k], v) for k, v in expected["model"].items())
+    stdout = capsys.readouterr().out
+    assert "mIoU" in stdout
+    assert str(out / "samples") in stdout
+
+
+def test_checkpoint_of_an_older_version_is_continued_exactly(finished, data, tmp_path):
+    """It holds the losses since the last record without their names, under "pending"."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    (out / "checkpoints" / "step_00000012.pt").unlink()
+    path = out / "checkpoints" / "step_00000008.pt"
+    state = torch.load(path)
+    assert len(state["loss_history"]) == 2
+    state["pending"] = [torch.stack(list(losses.values())) for losses in state.pop("loss_history")]
+    torch.save(state, path)
+    Trainer(config_of(data, resume="auto", num_samples=0), out).train()
+    assert loss_curve(out) == loss_curve(finished[0])
+
+
+def test_finished_run_resumes_to_nothing(finished, data, capsys):
+    """The command on a finished run trains no further, loses nothing, and ends with the table as ever."""
+    before = loss_curve(finished[0])
+    train.train([*arguments(data, *OPTIONS), "--out", str(finished[0]), "--resume", "auto"])
+    assert loss_curve(finished[0]) == before
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_resume_needs_no_pretrained_weights(finished, data):
+    """The checkpoint has them all: the file that the run started from may be gone."""
+    config = config_of(data, resume="auto")
+    config.model.backbone_weights = finished[0] / "gone.safetensors"
+    with pytest.raises(FileNotFoundError, match="gone"):
+        Trainer(dataclasses.replace(config, resume="never"), finished[0])
+    again = Trainer(config, finished[0])
+    again.train()
+    assert again.step == 12
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_image_in_the_middle_of_a_run_loses_nothing(data, tmp_path, workers):
+    """One clear error that names the file, and a checkpoint of every step before it; mended, the run goes on."""
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    config = config_of(root, iterations=6, checkpoint_every=100, num_samples=0)
+    config.data.workers = workers
+    trainer = Trainer(config, tmp_path / "run")
+    victim = root / "images" / "train" / "3.png"
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])  # after the check at the start
+    with pytest.raises(DatasetError) as raised:
+        trainer.train()
+    assert str(raised.value).startswith(f"{victim} can't be read")
+    assert "Traceback" not in str(raised.value)
+    assert torch.load(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-1])["step"] == trainer.step < 6
+    victim.write_bytes(content)
+    again = Trainer(dataclasses.replace(config, resume="auto"), tmp_path / "run")
+    again.train()
+    assert again.step == 6
+    assert not list((tmp_path / "run" / "samples").iterdir()), "num_samples is 0"
+
+
+def test_bad_images_are_skipped_where_asked_for(data, tmp_path, capsys):
+    """Training and validation go on without them; their number is kept over a resumed run."""
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    config = config_of(root, iterations=6, checkpoint_every=3, eval_every=100)
+    config.data.on_bad_sample, config.data.workers = "skip", 0
+    trainer = Trainer(config, tmp_path / "run")
+    for victim in ("train/3.png", "val/1.png"):  # after the check at the start
+        (root / "images" / victim).write_bytes(b"torn")
+    scores = trainer.train()
+    assert (scores["images"], scores["skipped"]) == (2, 1)
+    records = [line for line in read_records(tmp_path / "run") if "loss" in line]
+    counts = [line["skipped"] for line in records]
+    assert counts[-1] == 2, "one in each of the two epochs"
+    assert f"{counts[-1]} times another image has replaced" in capsys.readouterr().out
+    assert all(line[key] > 0 for line in records for key in ("step_images_per_s", "loader_images_per_s"))
+    (tmp_path / "run" / "checkpoints" / "step_00000006.pt").unlink()
+    for victim in ("train/3.png", "val/1.png"):
+        shutil.copy(data / "images" / victim, root / "images" / victim)
+    again = Trainer(dataclasses.replace(config, resume="auto"), tmp_path / "run")
+    again.train()
+    assert again.skipped_before == counts[0]
+
+
+def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    checkpoint.save_model(finished[1].model, folder)
+
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_model(finished[1].model, folder)
+    assert UNEPT.from_pretrained(folder).num_classes == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.5}, r"lr \(was 0.0001, now 0.5\)"),
+        # It does not change the training, but which model is the best.
+        ({"window": 32, "refine": False}, r"window \(was None, now 32\), refine \(was True, now False\)"),
+    ],
+    ids=["recipe", "protocol"],
+)
+def test_other_options_are_refused_on_resume(finished, data, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(config_of(data, resume="auto", **changes), finished[0]).train()
+
+
+def test_validation_follows_the_protocol_of_the_run(data, tmp_path):
+    config = config_of(data, window=32, window_stride=16, refine=False, refine_scale=2)
+    assert Trainer(config, tmp_path).inference == config.inference()
+    assert config.inference().describe().endswith("windows of 32 with stride 16; not refined")
+
+
+def test_other_class_count_is_refused_on_resume(finished, data):
+    classes = data / "classes.txt"
+    text = classes.read_text()
+    try:
+        classes.write_text(text + "another\n")
+        with pytest.raises(ValueError, match="has 8 classes, the data set has 9"):
+            Trainer(config_of(data, resume="auto"), finished[0]).train()
+    finally:
+        classes.write_text(text)
+
+
+def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    out = tmp_path / "run"
+    trainer = Trainer(config_of(data, lr=1e-3, log_every=4, checkpoint_every=2), out)
+    train_step = trainer.train_step
+
+    def poisoned(images, labels):
+        if trainer.step == 4:  # the fifth step
+            with torch.no_grad():
+                trainer.model.boundary_head[-1].bias.fill_(float("nan"))
+        return train_step(images, labels)
+
+    trainer.train_step = poisoned
+    with pytest.raises(FloatingPointError, match=r"not finite at step 5: boundary\. .*--lr"):
+        trainer.train()
+    saved = checkpoint.checkpoints(out / "checkpoints")
+    assert [p.name for p in saved] == ["step_00000002.pt", "step_00000004.pt"]
+    state = torch.load(saved[-1])
+    assert all(torch.isfinite(t).all() for t in state["model"].values())
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "[enforce fail] DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory_says_what_to_change(data, tmp_path, monkeypatch, message):
+    trainer = Trainer(config_of(data, batch_size=4), tmp_path / "run")
+    kind = torch.OutOfMemoryError if "CUDA" in message else RuntimeError
+
+    def full(images, labels):
+        raise kind(message)
+
+    monkeypatch.setattr(trainer, "train_step", full)
+    with pytest.raises(
+        MemoryError, match=r"with 4 images of 64x64 at once \(batch_size 4\): --accumulate 2 .*crop-size"
+    ):
+        trainer.train()

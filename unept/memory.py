@@ -1,0 +1,34 @@
+"""Say what to change when the memory of a GPU or of the machine runs out."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from .config import TrainConfig
+
+
+@contextlib.contextmanager
+def out_of_memory(advice: str) -> Iterator[None]:
+    """Turn PyTorch's errors about the memory of a GPU or of the machine into a MemoryError that ends in `advice`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise MemoryError(f"out of memory {advice}") from error
+        raise
+
+
+def memory_advice(config: TrainConfig, local_batch: int) -> str:
+    """Say how a training step of `local_batch` images per rank takes less memory, as advice for `out_of_memory`."""
+    height, width = config.data.crop_size
+    at_once = local_batch // config.accumulate
+    smaller = (
+        f"--accumulate {config.accumulate * 2} keeps the batch and processes it in twice as many parts"
+        if at_once % 2 == 0
+        else "--batch-size takes fewer images"
+    )
+    return (
+        f"with {at_once} images of {height}x{width} at once (batch_size {config.batch_size}): {smaller}; --crop-size "
+        "makes images smaller; --amp bf16 halves most of the rest. --resume auto continues from the last checkpoint"
+    )
