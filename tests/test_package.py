@@ -24,6 +24,8 @@ DISTRIBUTED = ("unept", "kernels", *TESTED_TOO, "MANIFEST.in", "pyproject.toml",
 FORGET_INSTALLATION = f"""
 import importlib.metadata, pathlib, sys
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
 sys.path = [path for path in sys.path if path != {str(ROOT)!r}]
 def distribution(name):
     for found in importlib.metadata.distributions(name=name):
@@ -32,8 +34,8 @@ def distribution(name):
     raise importlib.metadata.PackageNotFoundError(name)
 importlib.metadata.distribution = distribution
 """
-# Print the files of both packages, after an operator of one and a command of the other have run. From Python, the package
-# loads what only its commands need no sooner than they are imported.
+# Print the files of both packages, after an operator of one and a command of the other have run. What only the commands
+# need is not loaded before they are imported.
 USE = """
 import sys, unept, unept.kernels
 assert not {"matplotlib", "tensorboard", "tyro"} & set(sys.modules)
@@ -176,7 +178,7 @@ def test_editable_installation(copy, sdist, tmp_path, source):
         assert not (root / "unept" / "kernels").exists()
     with zipfile.ZipFile(build("editable", copy if source == "clone" else root, tmp_path)) as archive:
         archive.extractall(tmp_path / "site")
-    setup = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+    setup = f"import site; sys.path.insert(0, {str(tmp_path / 'site')!r}); site.addsitedir(sys.path[0])\n"
     *files, version = run_python(FORGET_INSTALLATION + setup + USE, tmp_path, str(tmp_path.resolve())).split()
     assert [str(Path(file).resolve().relative_to(root)) for file in files] == [
         "unept/__init__.py",

@@ -11,8 +11,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin
 
-from ..data.registry import dataset_title
-
 PAPER = "https://arxiv.org/abs/2107.14209"
 # Of the scores that a card lists: the key in `evaluation`, the metric's type on the hub, and its name in a sentence.
 METRICS = (
@@ -124,6 +122,14 @@ class HubMixin(
         return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
 
 
+def _dataset_title(name: str) -> str:
+    """The title of a dataset in the table of datasets."""
+    # Not at the top of the file: a card needs the table, but the network needs no dataset.
+    from ..data.registry import dataset_title
+
+    return dataset_title(name)
+
+
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
     """Scores for the model index of the hub, which needs to know the data set."""
     if "dataset" not in evaluation:
@@ -132,7 +138,7 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="image-segmentation",
             dataset_type=evaluation["dataset"],
-            dataset_name=dataset_title(evaluation["dataset"]),
+            dataset_name=_dataset_title(evaluation["dataset"]),
             dataset_split=evaluation.get("split"),
             metric_type=kind,
             metric_name=key,
@@ -163,7 +169,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
         return []
     where = [f"{evaluation['images']} images" if "images" in evaluation else ""]
     if "dataset" in evaluation:
-        where.append(f"of {dataset_title(evaluation['dataset'])}")
+        where.append(f"of {_dataset_title(evaluation['dataset'])}")
     if "split" in evaluation:
         where.append(f"(split `{evaluation['split']}`)")
     sentences = [" ".join(["On", *filter(None, where)]) + ": " if any(where) else "", ", ".join(scores)]
