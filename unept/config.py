@@ -175,7 +175,9 @@ class TrainConfig:
     refine: bool = True
     """Refine the prediction at the boundaries; at validation, and by default in evaluate and predict."""
     refine_scale: int = 1
-    """Length in pixels of the step into its segment by which the prediction of a boundary pixel is refined."""
+    """Length in pixels of a step into its segment by which the prediction of a boundary pixel is refined."""
+    refine_steps: int = 1
+    """Number of these steps, each from where the one before ended; the paper takes one."""
     num_samples: int = 4
     """Number of validation images drawn into samples/ at each evaluation."""
 
@@ -185,7 +187,7 @@ class TrainConfig:
             self.accumulate > 0 and self.batch_size % self.accumulate == 0,
             f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}: change one of them",
         )
-        for name in ("batch_size", "log_every", "eval_every", "checkpoint_every", "refine_scale"):
+        for name in ("batch_size", "log_every", "eval_every", "checkpoint_every", "refine_scale", "refine_steps"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("warmup", "boundary_tolerance", "num_samples"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
@@ -199,6 +201,7 @@ class TrainConfig:
             window_stride=self.window_stride or 0,
             refine=self.refine and self.model.context_queries == "spatial",
             refine_scale=self.refine_scale,
+            refine_steps=self.refine_steps,
             short_side=self.data.short_side or 0,
             amp=self.amp,
         )

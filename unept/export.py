@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import cli
 from .inference import InferenceOptions, resolve
-from .model.boundary import ONE_STEP, Refinement
+from .model.boundary import ONE_STEP, Refinement, read_at_offset
 from .model.network import UNEPT
 from .model.output import STRIDE, UNEPTOutput, class_ids, read_offset
 
@@ -53,7 +53,9 @@ class ExportConfig:
     refine: tyro.conf.DisallowNone[bool | None] = None
     """Refine at boundaries (Sec. 3.2). None: as the run was validated, else yes."""
     refine_scale: int | None = None
-    """By how many pixels. None: as the run was validated, else 1."""
+    """Length of a step in pixels. None: as the run was validated, else 1."""
+    refine_steps: int | None = None
+    """Number of steps, each from where the one before ended. None: as the run was validated, else 1."""
     size: tuple[int, int] | None = None
     """Height and width, if all images have the same: for a backbone that can't be exported for any size, or a runtime
     that wants one. None: any."""
@@ -93,7 +95,7 @@ class WholeImage(nn.Module):
             return _cropped(class_ids(output, size, self.refinement), height, width)
         logits = F.interpolate(output.logits.float(), size, mode="bilinear", align_corners=False)
         offset = read_offset(output, size, self.refinement)
-        return _cropped(logits if offset is None else _shifted(logits, offset), height, width)
+        return _cropped(logits if offset is None else read_at_offset(logits, offset), height, width)
 
 
 def _padded(images: Tensor, axis: int, size: int) -> Tensor:
@@ -107,17 +109,6 @@ def _cropped(maps: Tensor, height: int, width: int) -> Tensor:
     """The first rows and columns of the last two axes, contiguous whether that is all of them or not."""
     rows, columns = (torch.arange(size, device=maps.device) for size in (height, width))
     return maps.index_select(-2, rows).index_select(-1, columns)
-
-
-def _shifted(maps: Tensor, offset: Tensor) -> Tensor:
-    """Maps (B, C, H, W) read at p + offset(p), clamped to the image; offset (B, 2, H, W) in whole pixels, (x, y)."""
-    height, width = maps.shape[2:]
-    rows = torch.arange(height, device=maps.device)[:, None]
-    columns = torch.arange(width, device=maps.device)
-    y = (rows + offset[:, 1].long()).clamp(0, height - 1)
-    x = (columns + offset[:, 0].long()).clamp(0, width - 1)
-    index = (y * width + x).flatten(1)[:, None].expand(-1, maps.shape[1], -1)
-    return maps.flatten(2).gather(2, index).unflatten(2, (height, width))
 
 
 # --- the operators in PyTorch's own -----------------------------------------------------------------------------------
@@ -152,7 +143,7 @@ def _sparse_sampling(
 def _upsample_argmax(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
     """`unept::upsample_argmax`, for offsets in whole pixels."""
     ids = F.interpolate(logits.float(), (height, width), mode="bilinear", align_corners=False).argmax(1)
-    return ids if offset is None else _shifted(ids[:, None], offset)[:, 0]
+    return ids if offset is None else read_at_offset(ids[:, None], offset)[:, 0]
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
@@ -328,7 +319,8 @@ def export(options: ExportConfig) -> None:
     """
     device = cli.choose_device(options.device)
     model = cli.load(options.run, device)
-    config = resolve(InferenceOptions(refine=options.refine, refine_scale=options.refine_scale), model)
+    chosen = {name: getattr(options, name) for name in ("refine", "refine_scale", "refine_steps")}
+    config = resolve(InferenceOptions(**chosen), model)
     network = WholeImage(model, options.output, config.refinement).eval()
     folder = options.run if options.run.is_dir() else Path()
     path = options.out or folder / f"model{SUFFIX[options.format]}"
@@ -350,7 +342,10 @@ def export(options: ExportConfig) -> None:
 
 
 def _described(network: WholeImage) -> str:
-    refined = "not refined" if network.refinement is None else f"refined by {network.refinement.scale} px"
+    refined = "not refined"
+    if (refinement := network.refinement) is not None:
+        steps = f"{refinement.steps} times " if refinement.steps > 1 else ""
+        refined = f"refined {steps}by {refinement.scale} px"
     classes = network.model.num_classes
     kind = "class ids, int64 (B, H, W)" if network.output == "ids" else f"logits, float32 (B, {classes}, H, W)"
     return f"{kind}, {refined}"

@@ -55,7 +55,9 @@ class InferenceConfig:
     refine: bool = True
     """Read the prediction of boundary pixels inside their segment (Sec. 3.2)."""
     refine_scale: int = 1
-    """Length of the step into the segment in pixels, from 1 to 127."""
+    """Length of a step into the segment in pixels, from 1 to 127."""
+    refine_steps: int = 1
+    """Number of steps, each from where the one before ended, from 1 to 127."""
     short_side: int = 0
     """Pixels of the image's short side at scale 1. 0: as many as it has."""
     amp: Amp = "auto"
@@ -77,6 +79,8 @@ class InferenceConfig:
             raise ValueError(f"window_batch is {self.window_batch}; it must be at least 1")
         if not 1 <= self.refine_scale <= 127:
             raise ValueError(f"refine_scale is {self.refine_scale}; it must be between 1 and 127 pixels")
+        if not 1 <= self.refine_steps <= 127:
+            raise ValueError(f"refine_steps is {self.refine_steps}; it must be between 1 and 127")
         if self.short_side < 0:
             raise ValueError(f"short_side is {self.short_side}; it must be at least 1, or 0 for the image's own")
         object.__setattr__(self, "scales", tuple(self.scales))
@@ -86,7 +90,7 @@ class InferenceConfig:
     @property
     def refinement(self) -> Refinement | None:
         """How boundary pixels are refined; None if they are not."""
-        return Refinement(scale=self.refine_scale) if self.refine else None
+        return Refinement(self.refine_scale, self.refine_steps) if self.refine else None
 
     def protocol(self) -> dict[str, Any]:
         """The fields that a run fixes for its model (`PROTOCOL`), as `UNEPT.preprocessing` and config.json keep them.
@@ -99,12 +103,13 @@ class InferenceConfig:
     def describe(self) -> str:
         """The protocol in one line: all that two results must share to be compared."""
         scales = " ".join(f"{scale:g}" for scale in self.scales)
+        steps = f"{self.refine_steps} times " if self.refine_steps > 1 else ""
         return "; ".join(
             [
                 f"scale{'s' * (len(self.scales) > 1)} {scales} {'with' if self.flip else 'without'} flip",
                 f"short side {self.short_side}" if self.short_side else "images at their own size",
                 f"windows of {self.window} with stride {self.window_stride}" if self.window else "whole images",
-                f"refined by {self.refine_scale} px" if self.refine else "not refined",
+                f"refined {steps}by {self.refine_scale} px" if self.refine else "not refined",
             ]
         )
 
@@ -130,7 +135,9 @@ class InferenceOptions:
     """Read the prediction of boundary pixels inside their segment (Sec. 3.2). None: as the run was validated, else
     yes."""
     refine_scale: int | None = None
-    """Length of the step into the segment in pixels. None: as the run was validated, else 1."""
+    """Length of a step into the segment in pixels. None: as the run was validated, else 1."""
+    refine_steps: int | None = None
+    """Number of steps, each from where the one before ended. None: as the run was validated, else 1."""
     short_side: int | None = None
     """Pixels of the image's short side at scale 1. 0: as many as it has. None: as the run was trained, else 0."""
     amp: Amp | None = None

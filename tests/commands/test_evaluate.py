@@ -127,7 +127,9 @@ def test_no_such_folder(tmp_path, command):
     assert command(tmp_path / "nothing")[2].startswith(f"error: {tmp_path}/nothing does not exist")
     status, _, err = command(tmp_path)
     assert status == 2
-    assert err.startswith(f"error: {tmp_path} is not a run folder: give a folder that unept.train wrote, with config.json")
+    assert err.startswith(
+        f"error: {tmp_path} is not a run folder: give a folder that unept.train wrote, with config.json"
+    )
 
 
 def test_run_without_a_model_yet(tmp_path, command):

@@ -82,6 +82,7 @@ def test_what_a_model_says_about_itself_comes_back(saved):
     mean, std = list(model.backbone.mean), list(model.backbone.std)
     assert model.preprocessing == {
         "input": "uint8 RGB", "mean": mean, "std": std, "short_side": 24, "refine": True, "refine_scale": 2,
+        "refine_steps": 1,
     }  # fmt: skip
     assert model.evaluation == {
         "dataset": "camvid", "split": "val", "step": 4000, "mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5,

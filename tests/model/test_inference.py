@@ -87,10 +87,14 @@ def random_images(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(33, 47), (40, 48), (8, 5)])
-@pytest.mark.parametrize("options", [{}, {"refine": False}, {"refine_scale": 2}, {"window": 64}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"refine": False}, {"refine_scale": 2}, {"refine_scale": 2, "refine_steps": 3}, {"window": 64}],
+    ids=str,
+)
 def test_a_single_view_is_the_model_to_the_bit(unept, size, options):
     images = random_images(2, *size)
-    expected = unept.predict(images, refine=options.get("refine", True), refine_scale=options.get("refine_scale", 1))
+    expected = unept.predict(images, **{name: value for name, value in options.items() if name != "window"})
     assert torch.equal(predict_ids(unept, images, InferenceConfig(**options)), expected)
     output = infer(unept, images, InferenceConfig(**options))
     assert isinstance(output, UNEPTOutput)
@@ -389,6 +393,8 @@ def test_maps_of_any_resolution_cover_the_padded_image():
         ({"window_batch": 0}, "window_batch is 0"),
         ({"refine_scale": 0}, "refine_scale is 0"),
         ({"refine_scale": 128}, "refine_scale is 128"),
+        ({"refine_steps": 0}, "refine_steps is 0"),
+        ({"refine_steps": 128}, "refine_steps is 128"),
         ({"short_side": -1}, "short_side is -1"),
     ],
     ids=str,
@@ -436,6 +442,7 @@ RUN = {"short_side": 512, "window": 480, "window_stride": 240, "refine": False, 
         ({"flip": True, "scales": (0.5, 1.0)}, {"flip": True, "scales": (0.5, 1.0)}),
         ({"refine": True}, {"refine": True}),
         ({"refine_scale": 3}, {"refine_scale": 3}),
+        ({"refine_steps": 2}, {"refine_steps": 2}),
         ({"window": 96}, {"window": 96, "window_stride": 64}),
         ({"window": 480, "window_stride": 320}, {"window_stride": 320}),
         ({"window_stride": 320}, {"window_stride": 320}),
@@ -462,7 +469,9 @@ def test_a_model_without_boundaries_is_not_refined():
 def test_what_a_run_fixes_comes_back():
     config = InferenceConfig(scales=(0.5, 2.0), flip=True, window=480, refine=False, refine_scale=2, amp="bf16")
     kept = config.protocol()
-    assert kept == {"window": 480, "window_stride": 320, "refine": False, "refine_scale": 2, "amp": "bf16"}
+    assert kept == {
+        "window": 480, "window_stride": 320, "refine": False, "refine_scale": 2, "refine_steps": 1, "amp": "bf16",
+    }  # fmt: skip
     assert set(kept) < set(PROTOCOL)
     assert resolve(InferenceOptions(scales=(0.5, 2.0), flip=True), trained_model(**kept)) == config
 

@@ -1,5 +1,6 @@
 """The network: sizes that the paper reports, any image size, any backbone, Eq. 3-4, saving and loading."""
 
+import itertools
 import math
 
 import pytest
@@ -187,6 +188,20 @@ def test_refinement_moves_boundary_pixels_one_step_inward():
         assert offset[0, :, 0, 31].tolist() == [0, 0]
         angle = math.degrees(math.atan2(dy, dx))
         assert math.isclose((angle + 180) % 360, 45 * k % 360, abs_tol=1e-6)
+
+
+def test_refinement_goes_on_from_where_a_step_ended():
+    """Against a walk of every pixel by itself; steps that end outside the image are clamped to its edge."""
+    boundary, direction = torch.randn(2, 1, 9, 11) + 0.5, torch.randn(2, 8, 9, 11)
+    offset = refinement_offset(boundary, direction, (9, 11), Refinement(scale=2, steps=3))
+    for b, y, x in itertools.product(range(2), range(9), range(11)):
+        total = [0, 0]
+        for _ in range(3):
+            here_x, here_y = min(max(x + total[0], 0), 10), min(max(y + total[1], 0), 8)
+            if boundary[b, 0, here_y, here_x] > 0:
+                dx, dy = DIRECTIONS[direction[b, :, here_y, here_x].argmax()]
+                total = [total[0] + 2 * dx, total[1] + 2 * dy]
+        assert offset[b, :, y, x].tolist() == total
 
 
 def test_refinement_threshold_is_a_probability():

@@ -16,10 +16,13 @@ DIRECTIONS = ((-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1), (-1, 
 
 @dataclass(frozen=True)
 class Refinement:
-    """How the prediction of boundary pixels is refined (Sec. 3.2): it is read one step inside their segment."""
+    """How the prediction of boundary pixels is refined (Sec. 3.2): it is read some steps inside their segment."""
 
     scale: int = 1
-    """Length of the step, in pixels along each axis. Training uses 1; SegFix uses 2 at inference."""
+    """Length of a step, in pixels along each axis. Training uses 1; SegFix uses 2 at inference."""
+    steps: int = 1
+    """Number of steps, each from where the one before ended, in the direction predicted there. A pixel stops where no
+    boundary is predicted. The paper takes one step."""
     threshold: float = 0.5
     """A pixel lies on a boundary if its boundary probability is above this."""
 
@@ -49,18 +52,41 @@ def upsample_boundary(boundary: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def refinement_offset(boundary: Tensor, direction: Tensor, size: tuple[int, int], refinement: Refinement) -> Tensor:
-    """Where each pixel reads its refined prediction: one step inside its segment on a boundary, at itself elsewhere.
+    """Where each pixel reads its refined prediction: further inside its segment on a boundary, at itself elsewhere.
 
     Args:
         boundary: logits (B, 1, h, w).
         direction: logits or probabilities (B, 8, h, w) of `DIRECTIONS`.
         size: (H, W) of the result.
-        refinement: length of the step, and what counts as boundary.
+        refinement: length and number of the steps, and what counts as boundary.
 
     Returns:
         (B, 2, H, W) int16, (dx, dy) in pixels; (0, 0) off the boundary.
     """
     # The angle is computed: a table of DIRECTIONS would have to be copied to the device, and the copy waited for.
     angle = upsample_argmax(direction, size) * (math.pi / 4) - math.pi
-    steps = torch.stack([angle.cos(), angle.sin()], dim=1).round().to(torch.int16) * refinement.scale
-    return steps * (upsample_boundary(boundary, size).sigmoid() > refinement.threshold)[:, None]
+    step = torch.stack([angle.cos(), angle.sin()], dim=1).round().to(torch.int16) * refinement.scale
+    step = step * (upsample_boundary(boundary, size).sigmoid() > refinement.threshold)[:, None]
+    offset = step
+    for _ in range(refinement.steps - 1):
+        offset = offset + read_at_offset(step, offset)
+    return offset
+
+
+def read_at_offset(maps: Tensor, offset: Tensor) -> Tensor:
+    """Read maps (B, C, H, W) at p + offset(p), clamped to the image.
+
+    Args:
+        maps: of any dtype.
+        offset: (B, 2, H, W) integer, (dx, dy) in pixels.
+
+    Returns:
+        (B, C, H, W), of the dtype of `maps`.
+    """
+    height, width = maps.shape[2:]
+    rows = torch.arange(height, device=maps.device)[:, None]
+    columns = torch.arange(width, device=maps.device)
+    y = (rows + offset[:, 1].long()).clamp(0, height - 1)
+    x = (columns + offset[:, 0].long()).clamp(0, width - 1)
+    index = (y * width + x).flatten(1)[:, None].expand(-1, maps.shape[1], -1)
+    return maps.flatten(2).gather(2, index).unflatten(2, (height, width))

@@ -163,18 +163,19 @@ class UNEPT(nn.Module, HubMixin):
         h, w = (n // STRIDE for n in padded_size((height, width)))
         return UNEPTOutput(*(None if m is None else m[:, :, :h, :w] for m in (logits, boundary, direction)))
 
-    def predict(self, images: Tensor, *, refine: bool = True, refine_scale: int = 1) -> Tensor:
+    def predict(self, images: Tensor, *, refine: bool = True, refine_scale: int = 1, refine_steps: int = 1) -> Tensor:
         """Class ids of every pixel, in evaluation mode and without gradients; the mode is restored.
 
         Args:
             images: as `forward` takes them.
-            refine: read the prediction of boundary pixels one step inside their segment (Sec. 3.2).
-            refine_scale: length of the step in pixels.
+            refine: read the prediction of boundary pixels inside their segment (Sec. 3.2).
+            refine_scale: length of a step in pixels.
+            refine_steps: number of steps, each from where the one before ended.
 
         Returns:
             (B, H, W) int64.
         """
-        refinement = Refinement(scale=refine_scale) if refine else None
+        refinement = Refinement(refine_scale, refine_steps) if refine else None
         with evaluation_mode(self):
             return class_ids(self(images), images.shape[2:], refinement)
 
