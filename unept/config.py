@@ -48,6 +48,14 @@ class ModelConfig:
     """Dropout rate in the transformer."""
     context_queries: Literal["spatial", "learned"] = "spatial"
     """Input of the decoder: the spatial branch, or the learned table of the paper's baseline (no refinement)."""
+    boundary_upsampling: Literal["bilinear", "subpixel"] = "bilinear"
+    """How boundaries and directions come from 1/8 to full resolution. bilinear: as in the paper. subpixel: the last
+    convolution of each head predicts every pixel."""
+    boundary_features: Literal["spatial", "spatial+decoder"] = "spatial"
+    """What the boundary and direction heads see: the spatial branch, as in the paper, or the decoder's output too."""
+    logits_stride: Literal[1, 2, 4, 8] = 8
+    """Image pixels per pixel of the class logits, along each axis: 8, as in the paper, or finer, where the classifier
+    predicts every pixel of a block."""
 
     def __post_init__(self) -> None:
         _require(

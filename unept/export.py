@@ -89,8 +89,14 @@ class WholeImage(nn.Module):
         padded = _padded(padded, 2, (height + divisor - 1) // divisor * divisor)
         padded = _padded(padded, 3, (width + divisor - 1) // divisor * divisor)
         h, w = ((size + STRIDE - 1) // STRIDE for size in (height, width))
-        output = UNEPTOutput(*(None if m is None else _cropped(m, h, w) for m in self.model(padded)))
         size = (STRIDE * h, STRIDE * w)
+        logits, boundary, direction, logits_stride = self.model(padded)
+        finer = STRIDE // logits_stride
+        logits = _cropped(logits, finer * h, finer * w)
+        if boundary is not None and direction is not None:
+            finer = STRIDE // self.model.boundary_stride
+            boundary, direction = (_cropped(m, finer * h, finer * w) for m in (boundary, direction))
+        output = UNEPTOutput(logits, boundary, direction, logits_stride)
         if self.output == "ids":
             return _cropped(class_ids(output, size, self.refinement), height, width)
         logits = F.interpolate(output.logits.float(), size, mode="bilinear", align_corners=False)

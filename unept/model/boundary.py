@@ -30,8 +30,27 @@ class Refinement:
 ONE_STEP = Refinement()  # what training refines by
 
 
+class SubpixelConv(nn.Sequential):
+    """1x1 convolution that predicts every pixel of a block: (B, C, h, w) to (B, out_channels, s h, s w).
+
+    All pixels of a block start with equal weights, so that the first outputs are constant on each block rather than
+    noise from pixel to pixel.
+
+    Args:
+        in_channels: C.
+        out_channels: channels of the result.
+        upscale: s, rows and columns of a block.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, upscale: int):
+        super().__init__(nn.Conv2d(in_channels, out_channels * upscale**2, 1), nn.PixelShuffle(upscale))
+        with torch.no_grad():
+            for parameter in self[0].parameters():
+                parameter.copy_(parameter[:: upscale**2].repeat_interleave(upscale**2, dim=0))
+
+
 class PixelHead(nn.Sequential):
-    """1x1 convolution, batch normalisation, ReLU, 1x1 convolution: (B, C, h, w) to (B, out_channels, h, w).
+    """1x1 convolution, batch normalisation, ReLU, 1x1 convolution: (B, C, h, w) to (B, out_channels, s h, s w).
 
     The boundary head has one output channel, the logit of "boundary"; the direction head has one for each direction.
 
@@ -39,15 +58,23 @@ class PixelHead(nn.Sequential):
         in_channels: C.
         out_channels: channels of the result.
         hidden: channels between the two convolutions.
+        upscale: s. With 1 the last convolution gives one value per channel; otherwise it is a `SubpixelConv`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int = 256):
-        super().__init__(conv_bn_relu(in_channels, hidden, 1), nn.Conv2d(hidden, out_channels, 1))
+    def __init__(self, in_channels: int, out_channels: int, hidden: int = 256, upscale: int = 1):
+        last = nn.Conv2d(hidden, out_channels, 1) if upscale == 1 else SubpixelConv(hidden, out_channels, upscale)
+        super().__init__(conv_bn_relu(in_channels, hidden, 1), last)
 
 
 def upsample_boundary(boundary: Tensor, size: tuple[int, int]) -> Tensor:
-    """Up-sample boundary logits (B, 1, h, w) bilinearly to (B, H, W), float32, where `size` is (H, W)."""
-    return F.interpolate(boundary.float(), size, mode="bilinear", align_corners=False)[:, 0]
+    """Up-sample boundary logits (B, 1, h, w) bilinearly to (B, H, W), float32, where `size` is (H, W).
+
+    Logits that have this size already stay as they are; the result may then share their memory.
+    """
+    boundary = boundary.float()
+    if boundary.shape[2:] != size:
+        boundary = F.interpolate(boundary, size, mode="bilinear", align_corners=False)
+    return boundary[:, 0]
 
 
 @torch.no_grad()
@@ -63,8 +90,9 @@ def refinement_offset(boundary: Tensor, direction: Tensor, size: tuple[int, int]
     Returns:
         (B, 2, H, W) int16, (dx, dy) in pixels; (0, 0) off the boundary.
     """
+    best = direction.argmax(1) if direction.shape[2:] == size else upsample_argmax(direction, size)
     # The angle is computed: a table of DIRECTIONS would have to be copied to the device, and the copy waited for.
-    angle = upsample_argmax(direction, size) * (math.pi / 4) - math.pi
+    angle = best * (math.pi / 4) - math.pi
     step = torch.stack([angle.cos(), angle.sin()], dim=1).round().to(torch.int16) * refinement.scale
     step = step * (upsample_boundary(boundary, size).sigmoid() > refinement.threshold)[:, None]
     offset = step
