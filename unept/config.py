@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -159,6 +160,12 @@ class TrainConfig:
     """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero."""
     loss_weights: LossWeights = PAPER_WEIGHTS
     """lambda_1..4 of Eq. 7: segmentation, refined segmentation, boundary, direction."""
+    class_weights: Literal["none", "auto"] | tuple[float, ...] = "none"
+    """Weights of the classes in the two segmentation losses. none: all 1, as in the paper. auto: the inverse square
+    root of each class's share of the training pixels. Otherwise one number per class."""
+    ema: float = 0.0
+    """Decay, such as 0.999, of an exponential moving average of the weights, which is then what is evaluated and saved
+    as the model. 0: no average, as in the paper."""
     seed: int = 0
     """Seed of initialisation, data order and augmentation."""
     device: Device = "auto"
@@ -199,6 +206,12 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("warmup", "boundary_tolerance", "num_samples"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        _require(0 <= self.ema < 1, f"ema is {self.ema}; it must be 0 (no average) or a decay below 1, such as 0.999")
+        if not isinstance(self.class_weights, str):
+            _require(
+                all(0 <= weight < math.inf for weight in self.class_weights),
+                f"class_weights are {self.class_weights}; give 'none', 'auto' or numbers that are 0 or more",
+            )
         self.loss_weights = LossWeights.read(self.loss_weights)  # config.json has a dict, that of old runs a list
         self.inference()  # which checks its options
 

@@ -25,7 +25,8 @@ from ..model.output import TrainableModel
 from ..pictures.figures import draw_samples
 from . import run_folder
 from .checkpoint import TrainingState, checkpoints, save_checkpoint, save_model
-from .optimizer import build_optimizer, build_scheduler
+from .class_weights import class_weights
+from .optimizer import average_weights, build_optimizer, build_scheduler
 from .recorder import Recorder
 from .throughput import Throughput, peak_memory
 
@@ -49,6 +50,7 @@ class Trainer:
 
     Attributes:
         model: the network that is trained.
+        averaged: the average of its weights (`TrainConfig.ema`), or None.
         step: optimiser steps completed.
         best: highest validation mIoU so far, -1 before the first evaluation.
         scores: result of the last evaluation (`evaluate_model`); empty before the first.
@@ -67,7 +69,8 @@ class Trainer:
         self.train_set, self.validation_set = distributed.run_on_main(self.build_datasets)
         self.resumes = distributed.run_on_main(lambda: run_folder.should_resume(config, out))
         self.model = self.build_model().to(self.device)
-        self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index).to(self.device)
+        weights = distributed.run_on_main(lambda: class_weights(config, self.train_set))
+        self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index, weights).to(self.device)
         self.network = distributed.parallel(self.model, self.device)
         self.forward, self.compute_losses, self.distort = self.network, self.loss.losses, distort
         cuda = self.device.type == "cuda"
@@ -78,6 +81,7 @@ class Trainer:
             self.distort = torch.compile(self.distort)
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config)
+        self.averaged = average_weights(self.model, config.ema) if config.ema else None
         self.inference = config.inference()
         self.step = 0
         self.best = -1.0
@@ -163,6 +167,8 @@ class Trainer:
                 "or give the data set that the run started with"
             )
         self.model.load_state_dict(state.model)
+        if self.averaged is not None and state.averaged is not None:
+            self.averaged.load_state_dict(state.averaged)
         self.optimizer.load_state_dict(state.optimizer)
         self.scheduler.last_epoch = state.scheduler["last_epoch"]
         self.step, self.best, self.skipped_before = state.step, state.best, state.skipped
@@ -243,6 +249,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         return {name: torch.stack([losses[name] for losses in parts]).sum() for name in parts[0]}
 
     def _seed_step(self) -> None:
@@ -324,6 +332,11 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.write(line)
 
+    @property
+    def evaluated_model(self) -> TrainableModel:
+        """The model that is evaluated and saved: the average of the weights if the run keeps one, else `model`."""
+        return self.model if self.averaged is None else self.averaged.module
+
     def validate(self) -> None:
         """Evaluate the model, record its scores, draw samples and curves, and save the model if it is the best."""
         self.throughput.stop()
@@ -339,14 +352,14 @@ class Trainer:
             self._draw_samples()
             self.recorder.draw_curves()
             if better:
-                save_model(self.model, self.out / "model", self.config, self.step, self.scores)
+                save_model(self.evaluated_model, self.out / "model", self.config, self.step, self.scores)
         self.model.train()
         self.throughput.start()
 
     def evaluate(self) -> dict[str, Any]:
         """Return the scores of the model on the validation set (`evaluate_model`)."""
         return evaluate_model(
-            self.model,
+            self.evaluated_model,
             self.validation_set,
             self.inference,
             self.device,
@@ -358,7 +371,7 @@ class Trainer:
     def _draw_samples(self) -> None:
         if self.config.num_samples:
             draw_samples(
-                self.model,
+                self.evaluated_model,
                 self.validation_set,
                 self.config.num_samples,
                 self.inference,
@@ -386,6 +399,7 @@ class Trainer:
             loss_history=self.loss_history,
             best=self.best,
             skipped=skipped,
+            averaged=None if self.averaged is None else self.averaged.state_dict(),
         )
         save_checkpoint(self.out / "checkpoints", self.step, state.to_dict())
 
