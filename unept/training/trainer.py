@@ -26,6 +26,7 @@ from ..pictures.figures import draw_samples
 from . import run_folder
 from .checkpoint import TrainingState, checkpoints, save_checkpoint, save_model
 from .class_weights import class_weights
+from .depthwise import prepare_for_cpu_bfloat16
 from .optimizer import average_weights, build_optimizer, build_scheduler
 from .recorder import Recorder
 from .throughput import Throughput, peak_memory
@@ -71,10 +72,12 @@ class Trainer:
         self.model = self.build_model().to(self.device)
         weights = distributed.run_on_main(lambda: class_weights(config, self.train_set))
         self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index, weights).to(self.device)
-        self.network = distributed.parallel(self.model, self.device)
-        self.forward, self.compute_losses, self.distort = self.network, self.loss.losses, distort
         cuda = self.device.type == "cuda"
         self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
+        if self.amp and not cuda:
+            prepare_for_cpu_bfloat16(self.model)
+        self.network = distributed.parallel(self.model, self.device)
+        self.forward, self.compute_losses, self.distort = self.network, self.loss.losses, distort
         if config.compile == "on" or (config.compile == "auto" and cuda):
             self.forward = torch.compile(self.forward)
             self.compute_losses = torch.compile(self.compute_losses)
