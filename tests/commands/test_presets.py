@@ -63,7 +63,7 @@ def test_options_are_those_of_the_paper(name):
     assert (config.iterations, config.batch_size, config.schedule, config.warmup) == (iterations, 16, "step", 0)
     assert (config.lr, config.backbone_lr, config.weight_decay, config.betas) == (1e-4, 1e-5, 1e-4, (0.9, 0.999))
     assert config.loss_weights == LossWeights(segmentation=1.0, refined=1.5, boundary=3.0, direction=0.7)
-    assert (config.inference().window, config.inference().stride) == (window, stride)
+    assert (config.inference().window, config.inference().window_stride) == (window, stride)
     text = inspect.getdoc(PRESETS[name])
     assert f"python -m unept.train {name} --root" in text
     assert f"python -m unept.evaluate runs/{name} --scales 0.5 0.75 1 1.25 1.5 1.75 --flip" in text

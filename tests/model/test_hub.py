@@ -24,7 +24,14 @@ from unept.training.checkpoint import save_model
 
 TINY = {"backbone": "resnet10t", "d_model": 32, "num_heads": 2, "num_points": 2, "ffn_dim": 32, "dropout": 0.0}
 CLASSES, PALETTE = ["sky", "sea | lake", "sand"], [[90, 160, 230], [10, 40, 120], [220, 200, 120]]
-SCORES = {"mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5, "iou": [0.7, float("nan"), 0.5], "images_per_s": 3.0}
+SCORES = {
+    "mIoU": 0.61234,
+    "pixAcc": 0.9,
+    "boundary_f": 0.5,
+    "boundary_iou": 0.25,
+    "iou": [0.7, float("nan"), 0.5],
+    "images_per_s": 3.0,
+}
 SCORES |= {"boundary_tolerance": 3, "images": 101}
 CPU = torch.device("cpu")
 
@@ -86,7 +93,7 @@ def test_what_a_model_says_about_itself_comes_back(saved):
     }  # fmt: skip
     assert model.evaluation == {
         "dataset": "camvid", "split": "val", "step": 4000, "mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5,
-        "boundary_tolerance": 3, "images": 101, "iou": [0.7, None, 0.5],
+        "boundary_iou": 0.25, "boundary_tolerance": 3, "images": 101, "iou": [0.7, None, 0.5],
     }  # fmt: skip
 
 
@@ -109,12 +116,12 @@ def test_model_card(saved):
     assert "license" not in card.data.to_dict()
     results = {r.metric_type: r for r in card.data.eval_results}
     assert {kind: r.metric_value for kind, r in results.items()} == {
-        "mean_iou": 0.6123, "pixel_accuracy": 0.9, "boundary_f": 0.5,
+        "mean_iou": 0.6123, "pixel_accuracy": 0.9, "boundary_f": 0.5, "boundary_iou": 0.25,
     }  # fmt: skip
     first = results["mean_iou"]
     assert (first.dataset_type, first.dataset_name, first.dataset_split) == ("camvid", "CamVid", "val")
     assert "On 101 images of CamVid (split `val`): mIoU 61.23 %" in card.text
-    assert "boundary F 50.00 % (within 3 px)" in card.text
+    assert "boundary F 50.00 % (within 3 px), Boundary IoU 25.00 %." in card.text
     assert "after 4000 steps" in card.text
     assert "| 0 | sky | 70.00 % |\n| 1 | sea \\| lake | - |" in card.text
     assert "- `short_side`: 24" in card.text

@@ -19,7 +19,7 @@ from ..files import json_ready, write_atomically
 from ..model.output import TrainableModel
 
 # The scores of an evaluation that a saved model keeps.
-KEPT_SCORES = ("mIoU", "pixAcc", "boundary_f", "boundary_tolerance", "images", "iou")
+KEPT_SCORES = ("mIoU", "pixAcc", "boundary_f", "boundary_iou", "boundary_tolerance", "images", "iou")
 # Checkpoints of older versions hold a step's losses as one tensor in this order, under the key "pending".
 OLD_LOSS_NAMES = ("loss", "segmentation", "refined", "boundary", "direction")
 
