@@ -287,10 +287,25 @@ def test_training_writes_the_card(tmp_path):
 
 
 def test_names():
-    assert unept.list_models() == ["unept_deit_base", "unept_dinov3_base", "unept_lite0", "unept_resnet50"]
+    assert unept.list_models() == [
+        "unept_deit_base",
+        "unept_dinov3_base",
+        "unept_lite0",
+        "unept_resnet50",
+        "unept_small",
+        "unept_tiny",
+    ]
     assert unept.list_models("*_base") == ["unept_deit_base", "unept_dinov3_base"]
     assert "unept_convnext_tiny" in unept.list_models("unept_convnext*", all_backbones=True)
     assert all(timm.is_model(backbone) for backbone in registry.BACKBONES.values())
+
+
+def test_a_named_size_is_small_and_its_options_can_be_replaced():
+    tiny = unept.create_model("unept_tiny", num_classes=11)
+    assert sum(p.numel() for p in tiny.parameters()) < 8e6
+    assert (tiny.boundary_stride, tiny.boundaries_see_decoder, tiny.logits_stride) == (1, True, 8)
+    finer = unept.create_model("unept_tiny", num_classes=11, logits_stride=2, boundary_features="spatial")
+    assert (finer.logits_stride, finer.boundaries_see_decoder) == (2, False)
 
 
 def test_models_by_name():
