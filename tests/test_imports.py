@@ -54,7 +54,8 @@ def graph() -> dict[str, set[str]]:
 def test_the_graph_sees_every_kind_of_import(graph):
     assert {"unept.model.network", "unept.segmenter"} <= graph["unept"]
     assert "unept.model.output" in graph["unept.inference"]
-    assert {"unept.cli", "unept.pretrained"} <= graph["unept.predict"]
+    assert "unept.cli" in graph["unept.predict"]  # from . import cli
+    assert "unept.pretrained" in graph["unept.cli"]
 
 
 def test_there_is_no_circle(graph):

@@ -66,6 +66,9 @@ class InferenceConfig:
     """Autocast to bfloat16. auto: on CUDA only."""
 
     def __post_init__(self) -> None:
+        if None in vars(self).values():
+            name = next(name for name, value in vars(self).items() if value is None)
+            raise ValueError(f"{name} is None; give a value, or fill in what is left open with unept.inference.resolve")
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales are {self.scales}; give at least one, all of them positive")
         for name in ("window", "window_stride"):

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from bench import ablations, smp
 from tests.helpers import layouts
+from tests.helpers.models import missing_members
 from unept.inference import InferenceConfig, predict_ids
+from unept.model.output import TrainableModel
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,7 @@ def test_a_baseline_predicts_every_pixel(name):
     assert output.logits.shape == (1, 5, 18, 26)
     assert output.boundary is None
     assert predict_ids(baseline, images, InferenceConfig()).shape == (1, 72, 100)
+    assert not missing_members(baseline, TrainableModel)
 
 
 def test_backbone_weights_are_taken_whole(tmp_path):

@@ -1,9 +1,10 @@
 """A data set and a model whose scores are known from counting columns."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import tv_tensors
 
+from tests.helpers.models import StandIn
 from unept.data import SegmentationDataset
 from unept.model.output import UNEPTOutput
 
@@ -36,15 +37,11 @@ class Unlike(Halves):
         return image, mask
 
 
-class Shifted(nn.Module):
+class Shifted(StandIn):
     """Predicts the edge at x = 20 and that all is boundary, whose refinement reads 1 pixel to the left."""
 
-    num_classes = 3
-    classes = Halves.classes
-    refines = True
-
     def __init__(self):
-        super().__init__()
+        super().__init__(Halves.classes)
         self.calls = 0
 
     def forward(self, images: Tensor) -> UNEPTOutput:

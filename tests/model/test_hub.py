@@ -92,8 +92,9 @@ def test_what_a_model_says_about_itself_comes_back(saved):
         "refine_steps": 1,
     }  # fmt: skip
     assert model.evaluation == {
-        "dataset": "camvid", "split": "val", "step": 4000, "mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5,
-        "boundary_iou": 0.25, "boundary_tolerance": 3, "images": 101, "iou": [0.7, None, 0.5],
+        "dataset": "camvid", "dataset_title": "CamVid", "split": "val", "step": 4000,
+        "mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5, "boundary_iou": 0.25, "boundary_tolerance": 3,
+        "images": 101, "iou": [0.7, None, 0.5],
     }  # fmt: skip
 
 
@@ -204,6 +205,7 @@ def test_folders_of_older_versions(saved, tmp_path):
     edit_config(run / "model", lambda stored: [stored.pop(key) for key in ("preprocessing", "evaluation")])
     config = TrainConfig(model=ModelConfig(**TINY), data=DataConfig(short_side=40), amp="off", refine_scale=3)
     (run / "config.json").write_text(config.to_json())
+    edit_config(run, lambda stored: stored.update(loss_weights=list(stored["loss_weights"].values())))
     alone, of_run = (resolve(InferenceOptions(), load(path, CPU)) for path in (run / "model", run))
     assert alone == InferenceConfig()
     assert (of_run.short_side, of_run.amp, of_run.refine_scale) == (40, "off", 3)

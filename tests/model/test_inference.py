@@ -418,6 +418,7 @@ def test_maps_of_any_resolution_cover_the_padded_image():
         ({"scales": ()}, "at least one"),
         ({"scales": (1.0, 0.0)}, "positive"),
         ({"scales": (float("nan"),)}, "positive"),
+        ({"window": None}, "window is None; give a value"),
         ({"window": 100}, "window is 100; it must be a positive multiple of 8"),
         ({"window": -8}, "window is -8"),
         ({"window": 32, "window_stride": 12}, "window_stride is 12"),

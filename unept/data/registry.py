@@ -55,11 +55,6 @@ def find_dataset(name: str) -> DatasetEntry:
     return DATASETS[name]
 
 
-def dataset_title(name: str) -> str:
-    """The name of a dataset in model cards; that of a dataset without a row is `name` itself."""
-    return DATASETS[name].title if name in DATASETS else name
-
-
 def build_dataset(
     name: str, root: str | Path | None = None, split: str = "train", **options: Any
 ) -> SegmentationDataset:

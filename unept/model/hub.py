@@ -42,7 +42,8 @@ class HubMixin(
     preprocessing: dict[str, Any]
     """How images are to be given and seen; `mean` and `std` of RGB in [0, 1] are among its keys."""
     evaluation: dict[str, Any]
-    """What the model reached; empty if nobody has measured it."""
+    """What the model reached: `dataset` and `dataset_title`, `split`, `step`, `images`, and scores; empty if nobody has
+    measured it."""
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise uint8 images with this mean and deviation of RGB in [0, 1]; called when a model is loaded."""
@@ -123,14 +124,6 @@ class HubMixin(
         return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
 
 
-def _dataset_title(name: str) -> str:
-    """The title of a dataset in the table of datasets."""
-    # Not at the top of the file: a card needs the table, but the network needs no dataset.
-    from ..data.registry import dataset_title
-
-    return dataset_title(name)
-
-
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
     """Scores for the model index of the hub, which needs to know the data set."""
     if "dataset" not in evaluation:
@@ -139,7 +132,7 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="image-segmentation",
             dataset_type=evaluation["dataset"],
-            dataset_name=_dataset_title(evaluation["dataset"]),
+            dataset_name=_title(evaluation),
             dataset_split=evaluation.get("split"),
             metric_type=kind,
             metric_name=key,
@@ -148,6 +141,11 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
         for key, kind, _ in METRICS
         if evaluation.get(key) is not None
     ]
+
+
+def _title(evaluation: Mapping[str, Any]) -> str:
+    """Name of the data set in a sentence."""
+    return evaluation.get("dataset_title", evaluation["dataset"])
 
 
 def _usage(repo_id: str | None) -> str:
@@ -173,7 +171,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
         return []
     where = [f"{evaluation['images']} images" if "images" in evaluation else ""]
     if "dataset" in evaluation:
-        where.append(f"of {_dataset_title(evaluation['dataset'])}")
+        where.append(f"of {_title(evaluation)}")
     if "split" in evaluation:
         where.append(f"(split `{evaluation['split']}`)")
     sentences = [" ".join(["On", *filter(None, where)]) + ": " if any(where) else "", ", ".join(scores)]

@@ -54,8 +54,9 @@ class UNEPT(nn.Module, HubMixin):
         preprocessing: how images are to be given and seen, kept in config.json: `input`, and `mean` and `std` of RGB in
             [0, 1], which `normalized` uses; of a trained model also the inference options that its run fixed
             (`unept.inference.PROTOCOL`).
-        evaluation: what the model reached, kept in config.json and shown in the model card: `dataset`, `split`, `step`,
-            and scores as `unept.evaluate.evaluate_model` names them; empty if nobody has measured it.
+        evaluation: what the model reached, kept in config.json and shown in the model card: `dataset`, its
+            `dataset_title` in a sentence, `split`, `step`, and scores as `unept.evaluate.evaluate_model` names them;
+            empty if nobody has measured it.
 
     Raises:
         ValueError: options that do not fit together; the message says which.

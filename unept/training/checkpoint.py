@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import TrainConfig
+from ..data.registry import find_dataset
 from ..files import json_ready, write_atomically
 from ..model.output import TrainableModel
 
@@ -141,7 +142,9 @@ def save_model(
     if config is not None:
         model.preprocessing.update(config.inference().protocol())
     if scores is not None:
-        known = {"dataset": config and config.data.dataset, "split": "val", "step": step}
+        known: dict[str, Any] = {"split": "val", "step": step}
+        if config is not None:
+            known |= {"dataset": config.data.dataset, "dataset_title": find_dataset(config.data.dataset).title}
         known |= {name: scores.get(name) for name in KEPT_SCORES}
         model.evaluation = {name: value for name, value in json_ready(known).items() if value is not None}
     new = folder.with_name(folder.name + ".new")

@@ -1,6 +1,7 @@
 """Choose the folder of a training run, decide whether the run in it is continued, and prepare the folder."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from .. import distributed
 from ..config import TrainConfig
 from ..files import write_atomically
-from .checkpoint import load_latest
+from .checkpoint import TrainingState, load_latest
 
 # Options that may differ between a run and its continuation, since they do not change the result.
 FREE_TO_CHANGE = {"out", "resume", "device", "log_every", "eval_every", "checkpoint_every", "num_samples", "workers"}
@@ -46,20 +47,28 @@ def should_resume(config: TrainConfig, folder: Path) -> bool:
     return config.resume == "auto" or restarted
 
 
-def open_run_folder(config: TrainConfig, folder: Path, resume: bool) -> dict[str, Any] | None:
+def open_run_folder(config: TrainConfig, folder: Path, classes: Sequence[str], resume: bool) -> TrainingState | None:
     """Create the folder of a run, or read the state from which the run in it continues. Only rank 0 calls it.
 
+    Args:
+        config: options of the run.
+        folder: its folder.
+        classes: class names of the data set.
+        resume: whether to continue a run that is in the folder.
+
     Returns:
-        The newest checkpoint (`TrainingState.to_dict`), on the CPU; None if the run starts from its first step.
+        The newest checkpoint, on the CPU; None if the run starts from its first step.
 
     Raises:
-        ValueError: the run in the folder has other options, or none of its checkpoints can be read.
+        ValueError: the run in the folder has other options or classes, or none of its checkpoints can be read.
         OSError: the disk is full or not writable.
     """
     state = None
     if resume and (folder / "config.json").exists():
         check_same_run(config, folder)
-        state = load_latest(folder / "checkpoints", torch.device("cpu"))
+        if (stored := load_latest(folder / "checkpoints", torch.device("cpu"))) is not None:
+            state = TrainingState.from_dict(stored)
+            check_same_classes(state, classes, folder)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     if (launch := distributed.launch_id()) is not None:
         (folder / "launch").write_text(launch)
@@ -81,4 +90,14 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
         raise ValueError(
             f"the run in {folder} cannot be continued with other options: {listed}. Give the options that it was "
             "started with, or another folder with --out"
+        )
+
+
+def check_same_classes(state: TrainingState, classes: Sequence[str], folder: Path) -> None:
+    """Raise ValueError if a checkpoint is of a model with other classes than those of the data set."""
+    if state.classes != list(classes):
+        raise ValueError(
+            f"the checkpoint in {folder} has {len(state.classes)} classes, the data set has {len(classes)}: "
+            f"{state.classes} against {list(classes)}. Train in another folder, or give the data set that the run "
+            "started with"
         )

@@ -27,12 +27,10 @@ from . import run_folder
 from .checkpoint import TrainingState, checkpoints, save_checkpoint, save_model
 from .class_weights import class_weights
 from .depthwise import prepare_for_cpu_bfloat16
+from .losses import Losses, average_over_ranks, reduce_losses
 from .optimizer import average_weights, build_optimizer, build_scheduler
 from .recorder import Recorder
 from .throughput import Throughput, peak_memory
-
-Losses = dict[str, Tensor]
-"""Scalar losses by name, without a graph; `loss` is their weighted sum (Eq. 7)."""
 
 
 class Trainer:
@@ -151,24 +149,16 @@ class Trainer:
 
     def setup_run_folder(self) -> None:
         """Create the run folder, or continue the run in it; on rank 0, start its records."""
-        state = distributed.run_on_main(lambda: run_folder.open_run_folder(self.config, self.out, self.resumes))
+        state = distributed.run_on_main(
+            lambda: run_folder.open_run_folder(self.config, self.out, self.model.classes, self.resumes)
+        )
         if state is not None:
-            self.restore(TrainingState.from_dict(state))
+            self.restore(state)
         if distributed.is_main():
             self.recorder = Recorder(self.out, self.step)
 
     def restore(self, state: TrainingState) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            ValueError: the checkpoint is of a model with other classes than the data set has.
-        """
-        if state.classes != self.model.classes:
-            raise ValueError(
-                f"the checkpoint in {self.out} has {len(state.classes)} classes, the data set has "
-                f"{self.model.num_classes}: {state.classes} against {self.model.classes}. Train in another folder, "
-                "or give the data set that the run started with"
-            )
+        """Continue from a checkpoint."""
         self.model.load_state_dict(state.model)
         if self.averaged is not None and state.averaged is not None:
             self.averaged.load_state_dict(state.averaged)
@@ -305,31 +295,16 @@ class Trainer:
     def reduce_losses(self) -> dict[str, float]:
         """Average each loss over the ranks and the steps since the last record.
 
-        This is the one place where losses come to the host.
-
         Raises:
-            FloatingPointError: a loss of one of the steps is NaN or infinite; the message names step and loss.
+            FloatingPointError: a loss of one of the steps is NaN or infinite (`losses.reduce_losses`).
         """
-        names = list(self.loss_history[0])
-        history = torch.stack([torch.stack(list(losses.values())) for losses in self.loss_history])  # (steps, losses)
-        history = distributed.mean_over_ranks(history).cpu()
-        finite = history.isfinite()
-        if not finite.all():
-            self._stop_not_finite(names, finite)
-        return dict(zip(names, history.mean(dim=0).tolist(), strict=True))
-
-    def _stop_not_finite(self, names: list[str], finite: Tensor) -> None:
-        """Raise on rank 0, and end the other ranks silently; `finite` is a bool mask (steps, losses)."""
-        if not distributed.is_main():
-            raise SystemExit(2)
-        first = int((~finite.all(dim=1)).nonzero()[0])
-        bad = [name for name, ok in zip(names, finite[first], strict=True) if not ok]
-        causes = [name for name in bad if name != "loss"] or bad
-        raise FloatingPointError(
-            f"the loss is not finite at step {self.step - len(finite) + first + 1}: {', '.join(causes)}. "
-            f"The last checkpoint and the best model so far are kept in {self.out}; lower the learning rate "
-            "(--lr), add --warmup, or try --amp off"
-        )
+        try:
+            return reduce_losses(self.loss_history, self.step)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error}. The last checkpoint and the best model so far are kept in {self.out}; lower the learning "
+                "rate (--lr), add --warmup, or try --amp off"
+            ) from None
 
     def _record(self, line: dict[str, Any]) -> None:
         if self.recorder is not None:
@@ -387,9 +362,7 @@ class Trainer:
         """Save a checkpoint on rank 0; all ranks have to call it."""
         if self.loss_history:
             self.reduce_losses()  # a diverged model must not replace a good checkpoint
-        self.loss_history = [
-            {name: distributed.mean_over_ranks(loss) for name, loss in losses.items()} for losses in self.loss_history
-        ]
+        self.loss_history = average_over_ranks(self.loss_history)
         skipped = self.count_skipped()
         if not distributed.is_main():
             return
