@@ -75,7 +75,7 @@ class Baseline(nn.Module):
         padded = F.pad(images, (0, full[1] - images.shape[3], 0, full[0] - images.shape[2]))
         logits = self.network(padded)
         stride = full[0] // logits.shape[2]
-        return UNEPTOutput(logits[:, :, : height // stride, : width // stride], None, None)
+        return UNEPTOutput(logits[:, :, : height // stride, : width // stride], None, None, stride)
 
     def save_pretrained(self, folder: Path) -> None:
         """Save the weights alone."""

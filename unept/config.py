@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,14 @@ class ModelConfig:
     """Dropout rate in the transformer."""
     context_queries: Literal["spatial", "learned"] = "spatial"
     """Input of the decoder: the spatial branch, or the learned table of the paper's baseline (no refinement)."""
+    boundary_upsampling: Literal["bilinear", "subpixel"] = "bilinear"
+    """How boundaries and directions come from 1/8 to full resolution. bilinear: as in the paper. subpixel: the last
+    convolution of each head predicts every pixel."""
+    boundary_features: Literal["spatial", "spatial+decoder"] = "spatial"
+    """What the boundary and direction heads see: the spatial branch, as in the paper, or the decoder's output too."""
+    logits_stride: Literal[1, 2, 4, 8] = 8
+    """Image pixels per pixel of the class logits, along each axis: 8, as in the paper, or finer, where the classifier
+    predicts every pixel of a block."""
 
     def __post_init__(self) -> None:
         _require(
@@ -151,6 +160,12 @@ class TrainConfig:
     """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero."""
     loss_weights: LossWeights = PAPER_WEIGHTS
     """lambda_1..4 of Eq. 7: segmentation, refined segmentation, boundary, direction."""
+    class_weights: Literal["none", "auto"] | tuple[float, ...] = "none"
+    """Weights of the classes in the two segmentation losses. none: all 1, as in the paper. auto: the inverse square
+    root of each class's share of the training pixels. Otherwise one number per class."""
+    ema: float = 0.0
+    """Decay, such as 0.999, of an exponential moving average of the weights, which is then what is evaluated and saved
+    as the model. 0: no average, as in the paper."""
     seed: int = 0
     """Seed of initialisation, data order and augmentation."""
     device: Device = "auto"
@@ -175,7 +190,9 @@ class TrainConfig:
     refine: bool = True
     """Refine the prediction at the boundaries; at validation, and by default in evaluate and predict."""
     refine_scale: int = 1
-    """Length in pixels of the step into its segment by which the prediction of a boundary pixel is refined."""
+    """Length in pixels of a step into its segment by which the prediction of a boundary pixel is refined."""
+    refine_steps: int = 1
+    """Number of these steps, each from where the one before ended; the paper takes one."""
     num_samples: int = 4
     """Number of validation images drawn into samples/ at each evaluation."""
 
@@ -185,10 +202,16 @@ class TrainConfig:
             self.accumulate > 0 and self.batch_size % self.accumulate == 0,
             f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}: change one of them",
         )
-        for name in ("batch_size", "log_every", "eval_every", "checkpoint_every", "refine_scale"):
+        for name in ("batch_size", "log_every", "eval_every", "checkpoint_every", "refine_scale", "refine_steps"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("warmup", "boundary_tolerance", "num_samples"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        _require(0 <= self.ema < 1, f"ema is {self.ema}; it must be 0 (no average) or a decay below 1, such as 0.999")
+        if not isinstance(self.class_weights, str):
+            _require(
+                all(0 <= weight < math.inf for weight in self.class_weights),
+                f"class_weights are {self.class_weights}; give 'none', 'auto' or numbers that are 0 or more",
+            )
         self.loss_weights = LossWeights.read(self.loss_weights)  # config.json has a dict, that of old runs a list
         self.inference()  # which checks its options
 
@@ -199,6 +222,7 @@ class TrainConfig:
             window_stride=self.window_stride or 0,
             refine=self.refine and self.model.context_queries == "spatial",
             refine_scale=self.refine_scale,
+            refine_steps=self.refine_steps,
             short_side=self.data.short_side or 0,
             amp=self.amp,
         )

@@ -48,7 +48,9 @@ class ExportConfig:
     refine: tyro.conf.DisallowNone[bool | None] = None
     """Refine at boundaries (Sec. 3.2). None: as the run was validated, else yes."""
     refine_scale: int | None = None
-    """By how many pixels. None: as the run was validated, else 1."""
+    """Length of a step in pixels. None: as the run was validated, else 1."""
+    refine_steps: int | None = None
+    """Number of steps, each from where the one before ended. None: as the run was validated, else 1."""
     size: tuple[int, int] | None = None
     """Height and width, if all images have the same: for a backbone that can't be exported for any size, or a runtime
     that wants one. None: any."""
@@ -162,7 +164,8 @@ def export(options: ExportConfig) -> None:
     """
     device = cli.choose_device(options.device)
     model = cli.load(options.run, device)
-    config = resolve(InferenceOptions(refine=options.refine, refine_scale=options.refine_scale), model)
+    chosen = {name: getattr(options, name) for name in ("refine", "refine_scale", "refine_steps")}
+    config = resolve(InferenceOptions(**chosen), model)
     network = WholeImage(model, options.output, config.refinement).eval()
     folder = options.run if options.run.is_dir() else Path()
     path = options.out or folder / f"model{SUFFIX[options.format]}"
@@ -200,7 +203,10 @@ def time_limit(minutes: int) -> Iterator[None]:
 
 
 def _described(network: WholeImage) -> str:
-    refined = "not refined" if network.refinement is None else f"refined by {network.refinement.scale} px"
+    refined = "not refined"
+    if (refinement := network.refinement) is not None:
+        steps = f"{refinement.steps} times " if refinement.steps > 1 else ""
+        refined = f"refined {steps}by {refinement.scale} px"
     classes = network.model.num_classes
     kind = "class ids, int64 (B, H, W)" if network.output == "ids" else f"logits, float32 (B, {classes}, H, W)"
     return f"{kind}, {refined}"

@@ -1,14 +1,16 @@
 """Inference: one view of an image, or many averaged at low resolution (Sec. 4.2, Inference).
 
-Letters: B images, H, W their height and width, K classes, C channels of a view's probabilities: K of the classes, 1 of
-the boundary, 8 of the directions (only the K for a model without a spatial branch); h, w height and width of its maps.
+Letters: B images, H, W their height and width, K classes, C channels of a map; h, w its height and width.
 
 An image is padded right and below to multiples of 8, as the network does. Every view is the padded image resized to
-multiples of 8, so that the network's maps at 1/8 cover the padded image exactly, whatever the scale. Averages are
-summed on one canvas at 1/8 of the largest view; class scores are never held at full resolution.
+multiples of 8, so that the network's maps cover the padded image exactly, whatever the scale. Averages are summed on
+one canvas for each kind of map. That of the class probabilities has the network's stride on the largest view, so they
+are not held at full resolution unless the network predicts them there; that of boundaries and directions likewise, but
+where the network predicts them finer than at 1/8 it has at most the resolution of the padded image.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -55,7 +57,9 @@ class InferenceConfig:
     refine: bool = True
     """Read the prediction of boundary pixels inside their segment (Sec. 3.2)."""
     refine_scale: int = 1
-    """Length of the step into the segment in pixels, from 1 to 127."""
+    """Length of a step into the segment in pixels, from 1 to 127."""
+    refine_steps: int = 1
+    """Number of steps, each from where the one before ended, from 1 to 127."""
     short_side: int = 0
     """Pixels of the image's short side at scale 1. 0: as many as it has."""
     amp: Amp = "auto"
@@ -80,6 +84,8 @@ class InferenceConfig:
             raise ValueError(f"window_batch is {self.window_batch}; it must be at least 1")
         if not 1 <= self.refine_scale <= 127:
             raise ValueError(f"refine_scale is {self.refine_scale}; it must be between 1 and 127 pixels")
+        if not 1 <= self.refine_steps <= 127:
+            raise ValueError(f"refine_steps is {self.refine_steps}; it must be between 1 and 127")
         if self.short_side < 0:
             raise ValueError(f"short_side is {self.short_side}; it must be at least 1, or 0 for the image's own")
         object.__setattr__(self, "scales", tuple(self.scales))
@@ -89,7 +95,7 @@ class InferenceConfig:
     @property
     def refinement(self) -> Refinement | None:
         """How boundary pixels are refined; None if they are not."""
-        return Refinement(scale=self.refine_scale) if self.refine else None
+        return Refinement(self.refine_scale, self.refine_steps) if self.refine else None
 
     def protocol(self) -> dict[str, Any]:
         """The fields that a run fixes for its model (`PROTOCOL`), as `UNEPT.preprocessing` and config.json keep them.
@@ -102,12 +108,13 @@ class InferenceConfig:
     def describe(self) -> str:
         """The protocol in one line: all that two results must share to be compared."""
         scales = " ".join(f"{scale:g}" for scale in self.scales)
+        steps = f"{self.refine_steps} times " if self.refine_steps > 1 else ""
         return "; ".join(
             [
                 f"scale{'s' * (len(self.scales) > 1)} {scales} {'with' if self.flip else 'without'} flip",
                 f"short side {self.short_side}" if self.short_side else "images at their own size",
                 f"windows of {self.window} with stride {self.window_stride}" if self.window else "whole images",
-                f"refined by {self.refine_scale} px" if self.refine else "not refined",
+                f"refined {steps}by {self.refine_scale} px" if self.refine else "not refined",
             ]
         )
 
@@ -133,7 +140,9 @@ class InferenceOptions:
     """Read the prediction of boundary pixels inside their segment (Sec. 3.2). None: as the run was validated, else
     yes."""
     refine_scale: int | None = None
-    """Length of the step into the segment in pixels. None: as the run was validated, else 1."""
+    """Length of a step into the segment in pixels. None: as the run was validated, else 1."""
+    refine_steps: int | None = None
+    """Number of steps, each from where the one before ended. None: as the run was validated, else 1."""
     short_side: int | None = None
     """Pixels of the image's short side at scale 1. 0: as many as it has. None: as the run was trained, else 0."""
     amp: Amp | None = None
@@ -183,8 +192,8 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
         config: the views.
 
     Returns:
-        What the model gives where the image itself is the only view. Otherwise averaged probabilities, at 1/8 of the
-        largest view. B is 1 for a single image.
+        What the model gives where the image itself is the only view. Otherwise averaged probabilities, at the strides
+        of the network on the largest view. B is 1 for a single image.
     """
     if images.dim() == 3:
         images = images[None]
@@ -193,12 +202,13 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
             return model(images)
         padded = _pad(model.normalized(images))
         sizes = _view_sizes(padded, min(images.shape[2:]), config)
-        canvas = max(sizes)
-        total = padded.new_zeros(())
+        total: Maps = []
         for size in sizes:
             maps = _view_probabilities(model, _resize(padded, size), config)
-            total = total + _resize(maps, (canvas[0] // STRIDE, canvas[1] // STRIDE))
-        return _split(total / len(sizes), model.num_classes)
+            canvases = _canvases(maps, size, max(sizes), padded.shape[2:])
+            resized = [_resize(m, canvas) for m, canvas in zip(maps, canvases, strict=True)]
+            total = [a.add_(m) for a, m in zip(total, resized, strict=True)] if total else resized
+        return _as_output([m.div_(len(sizes)) for m in total])
 
 
 def predict_ids(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Tensor:
@@ -267,25 +277,44 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=True)
 
 
-def _probabilities(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Tensor:
-    """(B, C, h, w) float32 of images (B, 3, 8 h, 8 w), averaged with those of their mirror images if `config` flips."""
-    maps = _concatenate(model(images))
+Maps = list[Tensor]
+"""Probabilities of one or several views, float32: of the classes (B, K, h, w); and, if they are predicted, of the
+boundary and the directions in one tensor (B, 1 + 8, h', w')."""
+
+
+def _canvases(
+    maps: Maps, size: tuple[int, int], largest: tuple[int, int], image: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(h, w) on which the maps of a view of `size` are summed: the size that the `largest` view's maps have.
+
+    Boundaries and directions finer than 1/8 have at most the size of the padded `image`, at which they will be read.
+    """
+    strides = [size[0] // m.shape[2] for m in maps]
+    canvases = [(largest[0] // stride, largest[1] // stride) for stride in strides]
+    if strides[-1] < STRIDE and len(maps) == 2:
+        canvases[1] = (min(canvases[1][0], image[0]), min(canvases[1][1], image[1]))
+    return canvases
+
+
+def _probabilities(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Maps:
+    """Maps of images (B, 3, 8 h, 8 w), averaged with those of their mirror images if `config` flips."""
+    maps = _as_maps(model(images))
     if config.flip:
-        maps = (maps + _unmirror(_concatenate(model(images.flip(-1))), model.num_classes)) / 2
+        mirrored = _unmirror(_as_maps(model(images.flip(-1))))
+        maps = [(a + b) / 2 for a, b in zip(maps, mirrored, strict=True)]
     return maps
 
 
-def _unmirror(maps: Tensor, num_classes: int) -> Tensor:
-    """Mirror the maps (B, C, h, w) of a mirrored view back: places and directions."""
-    maps = maps.flip(-1)
-    direction = maps[:, num_classes + 1 :]
-    if direction.shape[1]:
-        direction.copy_(direction[:, MIRRORED])
+def _unmirror(maps: Maps) -> Maps:
+    """Mirror the maps of a mirrored view back: places and directions."""
+    maps = [m.flip(-1) for m in maps]
+    for edges in maps[1:]:
+        edges[:, 1:] = edges[:, 1:][:, MIRRORED]
     return maps
 
 
-def _view_probabilities(model: SegmentationModel, view: Tensor, config: InferenceConfig) -> Tensor:
-    """(B, C, h, w) float32 of a view (B, 3, 8 h, 8 w), seen whole or through windows.
+def _view_probabilities(model: SegmentationModel, view: Tensor, config: InferenceConfig) -> Maps:
+    """Maps of a view (B, 3, 8 h, 8 w), seen whole or through windows.
 
     The windows are mirrored one by one: a mirrored view would take the memory of a second one.
     """
@@ -299,19 +328,27 @@ def _view_probabilities(model: SegmentationModel, view: Tensor, config: Inferenc
         for y in window_starts(height, rows, config.window_stride)
         for x in window_starts(width, columns, config.window_stride)
     ]
-    channels = model.num_classes + (1 + len(DIRECTIONS) if model.refines else 0)
-    total = torch.zeros(len(view), channels, height // STRIDE, width // STRIDE, device=view.device)
-    count = torch.zeros_like(total[:, :1])
+    total: Maps = []
+    count = torch.zeros(len(view), 1, height // STRIDE, width // STRIDE, device=view.device)
     for start in range(0, len(corners), config.window_batch):
         batch = corners[start : start + config.window_batch]
         crops = torch.stack([view[b, :, y : y + rows, x : x + columns] for b, y, x in batch])
-        for (b, y, x), maps in zip(batch, _probabilities(model, crops, config), strict=True):
-            map_rows, map_columns = (
-                slice(first // STRIDE, (first + length) // STRIDE) for first, length in ((y, rows), (x, columns))
-            )
-            total[b, :, map_rows, map_columns] += maps
-            count[b, :, map_rows, map_columns] += 1
-    return total / count
+        maps = _probabilities(model, crops, config)
+        if not total:
+            total = [_zeros_of_view(m, view, rows) for m in maps]
+        ones = count.new_ones(len(batch), 1, rows // STRIDE, columns // STRIDE)
+        for canvas, m in zip([*total, count], [*maps, ones], strict=True):
+            stride = rows // m.shape[2]
+            for (b, y, x), window in zip(batch, m, strict=True):
+                top, left = y // stride, x // stride
+                canvas[b, :, top : top + m.shape[2], left : left + m.shape[3]] += window
+    return [m / F.interpolate(count, m.shape[2:]) for m in total]
+
+
+def _zeros_of_view(maps: Tensor, view: Tensor, rows: int) -> Tensor:
+    """A canvas for a whole view (B, 3, 8 h, 8 w), at the stride that `maps` have of windows with so many rows."""
+    stride = rows // maps.shape[2]
+    return maps.new_zeros(len(view), maps.shape[1], view.shape[2] // stride, view.shape[3] // stride)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -319,16 +356,16 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
-def _concatenate(output: UNEPTOutput) -> Tensor:
-    """All probabilities of a view as one tensor (B, C, h, w) float32."""
+def _as_maps(output: UNEPTOutput) -> Maps:
+    """The probabilities of a view."""
     maps = [output.logits.float().softmax(dim=1)]
     if output.boundary is not None and output.direction is not None:
-        maps += [output.boundary.float().sigmoid(), output.direction.float().softmax(dim=1)]
-    return torch.cat(maps, dim=1)
+        maps.append(torch.cat([output.boundary.float().sigmoid(), output.direction.float().softmax(dim=1)], dim=1))
+    return maps
 
 
-def _split(maps: Tensor, num_classes: int) -> AveragedOutput:
-    """The inverse of `_concatenate`, of the averages (B, C, h, w)."""
-    if maps.shape[1] == num_classes:
-        return AveragedOutput(maps, None, None)
-    return AveragedOutput(*maps.split([num_classes, 1, len(DIRECTIONS)], dim=1))
+def _as_output(maps: Maps) -> AveragedOutput:
+    """The averages as an output."""
+    if len(maps) == 1:
+        return AveragedOutput(maps[0], None, None)
+    return AveragedOutput(maps[0], *maps[1].split([1, len(DIRECTIONS)], dim=1))

@@ -72,6 +72,18 @@ def test_whole_image_predicts_as_the_model_does(model, size):
     assert (plain != wanted).float().mean() > 0.02, "nothing to refine in this test"
 
 
+def test_whole_image_crops_maps_of_every_resolution():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "num_heads": 4, "num_points": 2, "ffn_dim": 32, "boundary_upsampling": "subpixel"}
+    model = UNEPT(5, "resnet10t", output_stride=8, logits_stride=2, **sizes).eval()
+    images = noise(1, 3, 35, 46)
+    with torch.no_grad():
+        ids, logits = (WholeImage(model, output, Refinement(2, 2))(images) for output in ("ids", "logits"))
+        wanted = model.predict(images, refine_scale=2, refine_steps=2)
+    assert torch.equal(ids, wanted)
+    assert torch.equal(logits.argmax(1), wanted)
+
+
 @pytest.mark.parametrize("size", [(64, 96), (70, 90)])
 def test_same_padding_is_that_of_all_sizes(size):
     torch.manual_seed(0)

@@ -34,6 +34,10 @@ def test_scores_of_a_known_prediction():
     assert scores["boundary_f_unrefined"] == 0
     near = evaluate_model(Shifted(), Halves(), InferenceConfig(), torch.device("cpu"), boundary_tolerance=4)
     assert (near["boundary_f_unrefined"], near["boundary_f"]) == (1, 0)
+    # The bands are 1 pixel wide. Top and bottom row and a column at the edge: 44 pixels of the true left, 52 of the
+    # predicted, 30 in both; the right has another column at the edge of the image: 60, 52, 38.
+    assert scores["boundary_iou_unrefined"] == pytest.approx((30 / (44 + 52 - 30) + 38 / (60 + 52 - 38)) / 2)
+    assert scores["class_boundary_iou"][:2] == pytest.approx([30 / (44 + 54 - 30), 36 / (60 + 50 - 36)])
 
 
 def test_options_reach_the_prediction():
@@ -51,11 +55,19 @@ def test_one_forward_pass_an_image():
 def test_table():
     scores = scores_of_shifted() | {"images_per_s": 12.34}
     table = format_table(scores, Halves.classes).splitlines()
-    assert table[2].split() == ["left", "75.00", "100.00", "0.00", "48.39"]
-    assert table[4].split() == ["nowhere", "-", "-", "-", "0.00"]
+    assert table[2].split() == [
+        "left",
+        "75.00",
+        "100.00",
+        "0.00",
+        f"{100 * scores['class_boundary_iou'][0]:.2f}",
+        "48.39",
+    ]
+    assert table[4].split() == ["nowhere", "-", "-", "-", "-", "0.00"]
     assert len({len(line) for line in table[:6]}) == 1
     assert table[7].split() == ["mIoU", "71.88", "76.97"]
-    assert table[-2].startswith("Halves, 3 classes. All in percent; boundary F within 3 px; 3 images, 12.3 images/s")
+    note = "boundary F within 3 px, boundary IoU within 2 % of the diagonal"
+    assert table[-2].startswith(f"Halves, 3 classes. All in percent; {note}; 3 images, 12.3 images/s")
     assert table[-1].startswith("mIoU leaves out 1 of 3 classes, found neither in the labels nor in the predictions")
     complete = format_table(scores | {"left_out": []}, Halves.classes).splitlines()
     assert complete == table[:-1]

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from unept.evaluation.metrics import BoundaryFScore, ConfusionMatrix
+from unept.evaluation.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -124,6 +124,67 @@ def test_boundary_counts_equal_plain_loops(device, tolerance):
     assert scores.f[:5] == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-6)
     assert scores.mean_f == pytest.approx(np.mean(scores.f[:5]), abs=1e-6)
     assert math.isnan(scores.f[5])
+
+
+def loop_band_counts(prediction: np.ndarray, target: np.ndarray, num_classes: int, ratio: float) -> np.ndarray:
+    """(K, 3) pixels in the predicted band, in the true one and in both, by loops over pixels and their squares."""
+    counts = np.zeros((num_classes, 3), np.int64)
+    for p_map, t_map in zip(prediction, target, strict=True):
+        height, width = t_map.shape
+        distance = max(1, round(float(np.float64(ratio) * np.sqrt(np.float64(height**2 + width**2)))))
+        p_map = np.where(t_map == 255, 255, p_map)
+        bands = []
+        for labels in (p_map, t_map):
+            band = set()
+            for y, x in np.ndindex(labels.shape):
+                if labels[y, x] == 255:
+                    continue
+                for v in range(y - distance, y + distance + 1):
+                    for u in range(x - distance, x + distance + 1):
+                        outside = not (0 <= v < height and 0 <= u < width)
+                        if outside or labels[v, u] not in (255, labels[y, x]):
+                            band.add((y, x, int(labels[y, x])))
+            bands.append(band)
+        for column, band in enumerate((*bands, bands[0] & bands[1])):
+            for _, _, k in band:
+                counts[k, column] += 1
+    return counts
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ratio", [0.02, 0.08, 0.15])
+def test_boundary_iou_equals_plain_loops(device, ratio):
+    generator = torch.Generator().manual_seed(2)
+    metric = BoundaryIoU(6, ratio, device=device)
+    expected = np.zeros((6, 3), np.int64)
+    for shape in ((2, 24, 31), (1, 1, 14), (1, 9, 2)):
+        prediction, target = random_maps(generator, 6, shape, present=5)
+        prediction, target = (m.repeat_interleave(2, 1).repeat_interleave(2, 2) for m in (prediction, target))
+        metric.update(prediction.to(device), target.to(device))
+        expected += loop_band_counts(prediction.numpy(), target.numpy(), 6, ratio)
+    assert metric.counts.tolist() == expected.tolist()
+    predicted, true, both = expected[:5].astype(np.float64).T
+    scores = metric.scores()
+    assert scores.iou[:5] == pytest.approx(both / (predicted + true - both), abs=1e-12)
+    assert scores.mean_iou == pytest.approx(np.mean(scores.iou[:5]), abs=1e-12)
+    assert math.isnan(scores.iou[5])
+
+
+def test_boundary_iou_by_hand():
+    """100x100 pixels: bands of 3. The edge is predicted 1 pixel to the right."""
+    target = torch.zeros(1, 100, 100, dtype=torch.int64)
+    target[..., 50:] = 1
+    prediction = torch.zeros_like(target)
+    prediction[..., 51:] = 1
+    metric = BoundaryIoU(2)
+    metric.update(prediction, target)
+    true = 100 * 50 - 94 * 44  # a frame of 3 pixels of each half
+    predicted = 100 * 51 - 94 * 45
+    both = true - 94  # the column at distance 3 left of the true edge is not in the predicted band
+    assert metric.counts[0].tolist() == [predicted, true, both]
+    assert metric.scores().iou[0] == pytest.approx(both / (predicted + true - both))
+    with pytest.raises(ValueError, match="dilation_ratio is 0"):
+        BoundaryIoU(2, 0)
 
 
 @pytest.mark.parametrize(("shift", "tolerance", "f"), [(0, 0, 1.0), (1, 0, 0.0), (1, 1, 1.0), (3, 2, 0.0), (3, 3, 1.0)])

@@ -160,13 +160,13 @@ def test_loss_of_parts_and_of_ignored_pixels(case, cut):
     output, labels = case
     loss = UNEPTLoss()
     whole = loss(output, labels)
-    gradients = torch.autograd.grad(whole["loss"], output)
+    gradients = torch.autograd.grad(whole["loss"], output[:3])
     assert all(torch.isfinite(term) and term >= 0 for term in whole.values())
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     targets = loss.targets(labels)
     cut = min(cut, len(labels))
     parts = [
-        loss.losses(UNEPTOutput(*(m[start:stop] for m in output)), targets.part(start, stop))
+        loss.losses(UNEPTOutput(*(m[start:stop] for m in output[:3])), targets.part(start, stop))
         for start, stop in ((0, cut), (cut, len(labels)))
         if stop > start
     ]

@@ -24,7 +24,14 @@ from unept.training.checkpoint import save_model
 
 TINY = {"backbone": "resnet10t", "d_model": 32, "num_heads": 2, "num_points": 2, "ffn_dim": 32, "dropout": 0.0}
 CLASSES, PALETTE = ["sky", "sea | lake", "sand"], [[90, 160, 230], [10, 40, 120], [220, 200, 120]]
-SCORES = {"mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5, "iou": [0.7, float("nan"), 0.5], "images_per_s": 3.0}
+SCORES = {
+    "mIoU": 0.61234,
+    "pixAcc": 0.9,
+    "boundary_f": 0.5,
+    "boundary_iou": 0.25,
+    "iou": [0.7, float("nan"), 0.5],
+    "images_per_s": 3.0,
+}
 SCORES |= {"boundary_tolerance": 3, "images": 101}
 CPU = torch.device("cpu")
 
@@ -82,10 +89,11 @@ def test_what_a_model_says_about_itself_comes_back(saved):
     mean, std = list(model.backbone.mean), list(model.backbone.std)
     assert model.preprocessing == {
         "input": "uint8 RGB", "mean": mean, "std": std, "short_side": 24, "refine": True, "refine_scale": 2,
+        "refine_steps": 1,
     }  # fmt: skip
     assert model.evaluation == {
         "dataset": "camvid", "dataset_title": "CamVid", "split": "val", "step": 4000,
-        "mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5, "boundary_tolerance": 3,
+        "mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5, "boundary_iou": 0.25, "boundary_tolerance": 3,
         "images": 101, "iou": [0.7, None, 0.5],
     }  # fmt: skip
 
@@ -109,12 +117,12 @@ def test_model_card(saved):
     assert "license" not in card.data.to_dict()
     results = {r.metric_type: r for r in card.data.eval_results}
     assert {kind: r.metric_value for kind, r in results.items()} == {
-        "mean_iou": 0.6123, "pixel_accuracy": 0.9, "boundary_f": 0.5,
+        "mean_iou": 0.6123, "pixel_accuracy": 0.9, "boundary_f": 0.5, "boundary_iou": 0.25,
     }  # fmt: skip
     first = results["mean_iou"]
     assert (first.dataset_type, first.dataset_name, first.dataset_split) == ("camvid", "CamVid", "val")
     assert "On 101 images of CamVid (split `val`): mIoU 61.23 %" in card.text
-    assert "boundary F 50.00 % (within 3 px)" in card.text
+    assert "boundary F 50.00 % (within 3 px), Boundary IoU 25.00 %." in card.text
     assert "after 4000 steps" in card.text
     assert "| 0 | sky | 70.00 % |\n| 1 | sea \\| lake | - |" in card.text
     assert "- `short_side`: 24" in card.text
@@ -281,10 +289,25 @@ def test_training_writes_the_card(tmp_path):
 
 
 def test_names():
-    assert unept.list_models() == ["unept_deit_base", "unept_dinov3_base", "unept_lite0", "unept_resnet50"]
+    assert unept.list_models() == [
+        "unept_deit_base",
+        "unept_dinov3_base",
+        "unept_lite0",
+        "unept_resnet50",
+        "unept_small",
+        "unept_tiny",
+    ]
     assert unept.list_models("*_base") == ["unept_deit_base", "unept_dinov3_base"]
     assert "unept_convnext_tiny" in unept.list_models("unept_convnext*", all_backbones=True)
     assert all(timm.is_model(backbone) for backbone in registry.BACKBONES.values())
+
+
+def test_a_named_size_is_small_and_its_options_can_be_replaced():
+    tiny = unept.create_model("unept_tiny", num_classes=11)
+    assert sum(p.numel() for p in tiny.parameters()) < 8e6
+    assert (tiny.boundary_stride, tiny.boundaries_see_decoder, tiny.logits_stride) == (1, True, 8)
+    finer = unept.create_model("unept_tiny", num_classes=11, logits_stride=2, boundary_features="spatial")
+    assert (finer.logits_stride, finer.boundaries_see_decoder) == (2, False)
 
 
 def test_models_by_name():

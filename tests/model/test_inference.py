@@ -25,7 +25,7 @@ from unept.inference import (
     resolve,
     window_starts,
 )
-from unept.model.boundary import DIRECTIONS
+from unept.model.boundary import DIRECTIONS, Refinement
 from unept.model.network import UNEPT
 from unept.model.output import AveragedOutput, UNEPTOutput, class_ids
 
@@ -87,10 +87,14 @@ def random_images(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(33, 47), (40, 48), (8, 5)])
-@pytest.mark.parametrize("options", [{}, {"refine": False}, {"refine_scale": 2}, {"window": 64}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"refine": False}, {"refine_scale": 2}, {"refine_scale": 2, "refine_steps": 3}, {"window": 64}],
+    ids=str,
+)
 def test_a_single_view_is_the_model_to_the_bit(unept, size, options):
     images = random_images(2, *size)
-    expected = unept.predict(images, refine=options.get("refine", True), refine_scale=options.get("refine_scale", 1))
+    expected = unept.predict(images, **{name: value for name, value in options.items() if name != "window"})
     assert torch.equal(predict_ids(unept, images, InferenceConfig(**options)), expected)
     output = infer(unept, images, InferenceConfig(**options))
     assert isinstance(output, UNEPTOutput)
@@ -163,10 +167,19 @@ def test_mirrored_directions():
         assert (ANGLES[k].cos().round().item(), ANGLES[k].sin().round().item()) == (dx, dy)
 
 
+class FineModel(FakeModel):
+    """It predicts boundaries and directions of every pixel, the same within a block."""
+
+    def maps(self, images: Tensor) -> UNEPTOutput:
+        logits, boundary, direction, _ = super().maps(images)
+        edges = (m.repeat_interleave(8, -1).repeat_interleave(8, -2) for m in (boundary, direction))
+        return UNEPTOutput(logits, *edges)
+
+
+@pytest.mark.parametrize("model", [FakeModel(), FineModel()], ids=["coarse", "fine"])
 @pytest.mark.parametrize("options", [{}, {"window": 24}], ids=str)
-def test_flips_of_a_mirror_equivariant_model_change_nothing(options):
+def test_flips_of_a_mirror_equivariant_model_change_nothing(options, model):
     images = random_images(2, 40, 56)
-    model = FakeModel()
     flipped = infer(model, images, InferenceConfig(flip=True, **options))
     plain = model.maps(images)
     torch.testing.assert_close(flipped.probabilities, plain.logits.softmax(1), atol=1e-5, rtol=0)
@@ -174,6 +187,31 @@ def test_flips_of_a_mirror_equivariant_model_change_nothing(options):
     torch.testing.assert_close(flipped.boundary_logits, plain.boundary, atol=1e-4, rtol=0)
     torch.testing.assert_close(flipped.direction, plain.direction.softmax(1), atol=1e-5, rtol=0)
     assert plain.direction.argmax(1).unique().numel() == 8
+
+
+def test_fine_boundaries_are_averaged_at_no_more_than_the_images_resolution():
+    images = random_images(1, 33, 47)
+    for scales, size in (((0.5,), (24, 24)), ((1.0, 2.0), (40, 48)), ((0.5, 1.5), (40, 48))):
+        output = infer(FineModel(), images, InferenceConfig(scales=scales, flip=True))
+        assert output.boundary.shape == (1, 1, *size)
+        assert output.direction.shape == (1, 8, *size)
+        assert class_ids(output, (33, 47), Refinement(2, 2)).shape == (1, 33, 47)
+
+
+@pytest.mark.parametrize("options", [{"flip": True}, {"window": 32, "window_stride": 16, "flip": True}], ids=str)
+def test_fine_logits_of_one_scale_average_to_what_the_network_predicts_there(options):
+    """Class scores at 1/2 and boundaries at full resolution have canvases of their own."""
+
+    class Finer(FineModel):
+        def maps(self, images: Tensor) -> UNEPTOutput:
+            logits, boundary, direction, _ = super().maps(images)
+            return UNEPTOutput(logits.repeat_interleave(4, -1).repeat_interleave(4, -2), boundary, direction, 2)
+
+    images, model = random_images(2, 40, 56), Finer()
+    output, plain = infer(model, images, InferenceConfig(**options)), model.maps(images)
+    torch.testing.assert_close(output.probabilities, plain.logits.softmax(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.boundary, plain.boundary.sigmoid(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.direction, plain.direction.softmax(1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +428,8 @@ def test_maps_of_any_resolution_cover_the_padded_image():
         ({"window_batch": 0}, "window_batch is 0"),
         ({"refine_scale": 0}, "refine_scale is 0"),
         ({"refine_scale": 128}, "refine_scale is 128"),
+        ({"refine_steps": 0}, "refine_steps is 0"),
+        ({"refine_steps": 128}, "refine_steps is 128"),
         ({"short_side": -1}, "short_side is -1"),
     ],
     ids=str,
@@ -437,6 +477,7 @@ RUN = {"short_side": 512, "window": 480, "window_stride": 240, "refine": False, 
         ({"flip": True, "scales": (0.5, 1.0)}, {"flip": True, "scales": (0.5, 1.0)}),
         ({"refine": True}, {"refine": True}),
         ({"refine_scale": 3}, {"refine_scale": 3}),
+        ({"refine_steps": 2}, {"refine_steps": 2}),
         ({"window": 96}, {"window": 96, "window_stride": 64}),
         ({"window": 480, "window_stride": 320}, {"window_stride": 320}),
         ({"window_stride": 320}, {"window_stride": 320}),
@@ -463,7 +504,9 @@ def test_a_model_without_boundaries_is_not_refined():
 def test_what_a_run_fixes_comes_back():
     config = InferenceConfig(scales=(0.5, 2.0), flip=True, window=480, refine=False, refine_scale=2, amp="bf16")
     kept = config.protocol()
-    assert kept == {"window": 480, "window_stride": 320, "refine": False, "refine_scale": 2, "amp": "bf16"}
+    assert kept == {
+        "window": 480, "window_stride": 320, "refine": False, "refine_scale": 2, "refine_steps": 1, "amp": "bf16",
+    }  # fmt: skip
     assert set(kept) < set(PROTOCOL)
     assert resolve(InferenceOptions(scales=(0.5, 2.0), flip=True), trained_model(**kept)) == config
 

@@ -10,12 +10,11 @@ from unept.model.loss import LossWeights, UNEPTLoss
 from unept.model.output import UNEPTOutput
 
 
-def random_output(batch=2, classes=5, h=4, w=6, dtype=torch.float64):
-    return UNEPTOutput(
-        torch.randn(batch, classes, h, w, dtype=dtype, requires_grad=True),
-        torch.randn(batch, 1, h, w, dtype=dtype, requires_grad=True),
-        torch.randn(batch, 8, h, w, dtype=dtype, requires_grad=True),
-    )
+def random_output(batch=2, classes=5, dtype=torch.float64, logits_stride=8, boundary_stride=8):
+    """Maps of images of 32x48 pixels."""
+    maps = ((classes, logits_stride), (1, boundary_stride), (8, boundary_stride))
+    tensors = [torch.randn(batch, c, 32 // s, 48 // s, dtype=dtype, requires_grad=True) for c, s in maps]
+    return UNEPTOutput(*tensors, logits_stride)
 
 
 def blocks(height, width, classes=5):
@@ -29,7 +28,7 @@ def blocks(height, width, classes=5):
 def equation_7(output, labels, weights):
     """The same, written with full-resolution maps."""
     size = labels.shape[1:]
-    up = [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in output]
+    up = [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in output[:3]]
     offsets = torch.tensor(DIRECTIONS)[up[2].argmax(1)] * (up[1][:, 0].sigmoid() > 0.5)[..., None]
     y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     xs = (x + offsets[..., 0]).clamp(0, size[1] - 1)
@@ -47,9 +46,10 @@ def equation_7(output, labels, weights):
     return losses, sum(w * t for w, t in zip(weights, losses, strict=True))
 
 
+@pytest.mark.parametrize(("logits_stride", "boundary_stride"), [(8, 8), (8, 1), (2, 1), (1, 1)])
 @pytest.mark.parametrize("size", [(32, 48), (27, 43)])
-def test_equation_7(size):
-    output, labels = random_output(), blocks(*size)
+def test_equation_7(size, logits_stride, boundary_stride):
+    output, labels = random_output(logits_stride=logits_stride, boundary_stride=boundary_stride), blocks(*size)
     losses = UNEPTLoss()(output, labels)
     padded = F.pad(labels, (0, 48 - size[1], 0, 32 - size[0]), value=255)
     expected_losses, expected = equation_7(output, padded, (1, 1.5, 3, 0.7))
@@ -57,8 +57,8 @@ def test_equation_7(size):
     for name, value in zip(names, expected_losses, strict=True):
         torch.testing.assert_close(losses[name].double(), value, rtol=1e-5, atol=1e-6, msg=name)
     torch.testing.assert_close(losses["loss"].double(), expected, rtol=1e-5, atol=1e-6)
-    gradients = torch.autograd.grad(losses["loss"], output)
-    for actual, wanted in zip(gradients, torch.autograd.grad(expected, output), strict=True):
+    gradients = torch.autograd.grad(losses["loss"], output[:3])
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected, output[:3]), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -67,7 +67,7 @@ def test_nothing_counted_is_zero_not_nan():
     losses = UNEPTLoss()(output, torch.full((2, 32, 48), 255))
     assert all(loss == 0 for loss in losses.values())
     losses["loss"].backward()
-    assert all((m.grad == 0).all() for m in output)
+    assert all((m.grad == 0).all() for m in output[:3])
 
 
 def test_class_weights_change_the_segmentation_losses_only():
@@ -85,6 +85,12 @@ def test_labels_of_another_size_are_refused():
         UNEPTLoss()(random_output(), torch.zeros(2, 64, 64, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"give labels \(B, H, W\)"):
         UNEPTLoss()(random_output(), torch.zeros(32, 48, dtype=torch.int64))
+    for stride in (4, 2, 1):  # labels of the size of finer logits, and of the size that logits at 1/8 would have
+        output = random_output(logits_stride=stride, boundary_stride=1)
+        for size in ((32 // stride, 48 // stride), (8 * 32 // stride, 8 * 48 // stride)):
+            if size != (32, 48):
+                with pytest.raises(ValueError, match=r"the model saw images of about 32x48: give labels"):
+                    UNEPTLoss()(output, torch.zeros(2, *size, dtype=torch.int64))
 
 
 def test_four_weights():
@@ -114,8 +120,8 @@ def test_weights_by_name_and_in_the_order_of_equation_7():
 def test_learns_boundaries_and_directions():
     """Gradient descent on the maps alone drives every loss down: targets and predictions agree in meaning."""
     labels = blocks(32, 48)
-    output = UNEPTOutput(*(m.detach().float().requires_grad_() for m in random_output()))
-    optimizer = torch.optim.Adam(output, lr=0.3)
+    output = UNEPTOutput(*(m.detach().float().requires_grad_() for m in random_output()[:3]))
+    optimizer = torch.optim.Adam(output[:3], lr=0.3)
     first = None
     for _ in range(60):
         losses = UNEPTLoss()(output, labels)
@@ -135,11 +141,11 @@ def test_losses_of_parts_add_up_to_those_of_the_batch(class_weights):
     loss = UNEPTLoss(class_weights=class_weights)
     whole = loss(output, labels)
     targets = loss.targets(labels)
-    parts = [loss.losses(UNEPTOutput(*(m[i : i + 1] for m in output)), targets.part(i, i + 1)) for i in range(2)]
+    parts = [loss.losses(UNEPTOutput(*(m[i : i + 1] for m in output[:3])), targets.part(i, i + 1)) for i in range(2)]
     for name, value in whole.items():
         torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-6, atol=1e-7, msg=name)
-    gradients = torch.autograd.grad(sum(part["loss"] for part in parts), output)
-    for actual, wanted in zip(gradients, torch.autograd.grad(whole["loss"], output), strict=True):
+    gradients = torch.autograd.grad(sum(part["loss"] for part in parts), output[:3])
+    for actual, wanted in zip(gradients, torch.autograd.grad(whole["loss"], output[:3]), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-9)
 
 

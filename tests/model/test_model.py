@@ -1,5 +1,6 @@
 """The network: sizes that the paper reports, any image size, any backbone, Eq. 3-4, saving and loading."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unept.model.attention import SparseSamplingAttention, ring_offsets
 from unept.model.backbone import Backbone
-from unept.model.boundary import DIRECTIONS, Refinement, refinement_offset
+from unept.model.boundary import DIRECTIONS, Refinement, SubpixelConv, refinement_offset
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
 from unept.model.transformer import DecoderLayer, EncoderLayer, LayerSize, reference_grid, sine_position_encoding
@@ -67,7 +68,7 @@ def test_any_timm_backbone_and_any_image_size(backbone, strides):
         assert output.logits.shape == (1, 3, h, w)
         assert output.boundary.shape == (1, 1, h, w)
         assert output.direction.shape == (1, 8, h, w)
-        assert all(torch.isfinite(m).all() for m in output)
+        assert all(torch.isfinite(m).all() for m in output[:3])
     losses = UNEPTLoss()(output, torch.randint(0, 3, (1, 64, 96)))
     losses["loss"].backward()
     # Some backbones keep layers that the feature maps don't need; all of ours must learn.
@@ -189,6 +190,20 @@ def test_refinement_moves_boundary_pixels_one_step_inward():
         assert math.isclose((angle + 180) % 360, 45 * k % 360, abs_tol=1e-6)
 
 
+def test_refinement_goes_on_from_where_a_step_ended():
+    """Against a walk of every pixel by itself; steps that end outside the image are clamped to its edge."""
+    boundary, direction = torch.randn(2, 1, 9, 11) + 0.5, torch.randn(2, 8, 9, 11)
+    offset = refinement_offset(boundary, direction, (9, 11), Refinement(scale=2, steps=3))
+    for b, y, x in itertools.product(range(2), range(9), range(11)):
+        total = [0, 0]
+        for _ in range(3):
+            here_x, here_y = min(max(x + total[0], 0), 10), min(max(y + total[1], 0), 8)
+            if boundary[b, 0, here_y, here_x] > 0:
+                dx, dy = DIRECTIONS[direction[b, :, here_y, here_x].argmax()]
+                total = [total[0] + 2 * dx, total[1] + 2 * dy]
+        assert offset[b, :, y, x].tolist() == total
+
+
 def test_refinement_threshold_is_a_probability():
     """A logit of 0.1 is a probability of 0.52: boundary. Thresholding the logit itself at 0.5 would miss it."""
     direction = torch.zeros(1, 8, 2, 2)
@@ -203,6 +218,52 @@ def test_refinement_is_part_of_prediction():
     image = torch.randn(1, 3, 64, 64)
     plain, refined = model.predict(image, refine=False), model.predict(image)
     assert not torch.equal(plain, refined)
+
+
+def test_subpixel_convolution_fills_blocks_row_by_row():
+    conv = SubpixelConv(4, 3, 2)
+    features = torch.randn(1, 4, 3, 5)
+    first = conv(features)
+    assert first.shape == (1, 3, 6, 10)
+    for y, x in itertools.product(range(2), range(2)):  # at first, a block is constant
+        torch.testing.assert_close(first[..., y::2, x::2], first[..., ::2, ::2])
+    torch.nn.init.normal_(conv[0].weight)
+    values = conv[0](features).view(3, 2, 2, 3, 5)
+    for y, x in itertools.product(range(2), range(2)):
+        assert torch.equal(conv(features)[0, :, y::2, x::2], values[:, y, x])
+
+
+@pytest.mark.parametrize("features", ["spatial", "spatial+decoder"])
+@pytest.mark.parametrize("logits_stride", [8, 2, 1])
+def test_subpixel_maps_cover_the_image_and_learn(features, logits_stride):
+    options = {"boundary_upsampling": "subpixel", "boundary_features": features, "logits_stride": logits_stride}
+    model = tiny_model(**options)
+    images = torch.randn(2, 3, 50, 70)
+    output = model(images)
+    assert output.logits_stride == logits_stride
+    assert output.logits.shape == (2, 3, 56 // logits_stride, 72 // logits_stride)
+    assert output.boundary.shape == (2, 1, 56, 72)
+    assert output.direction.shape == (2, 8, 56, 72)
+    UNEPTLoss()(output, torch.randint(0, 3, (2, 50, 70)))["loss"].backward()
+    for module in (model.classifier, model.boundary_head, model.direction_head):
+        assert all(parameter.grad.any() for parameter in module.parameters())
+    assert model.predict(images, refine_scale=2, refine_steps=2).shape == (2, 50, 70)
+
+
+def test_boundaries_see_the_decoder_only_if_asked_to():
+    for features, expected in (("spatial", False), ("spatial+decoder", True)):
+        model = tiny_model(boundary_features=features)
+        output = model(torch.randn(1, 3, 64, 64))
+        (output.boundary.sum() + output.direction.sum()).backward()
+        assert any(p.grad is not None for p in model.decoder.parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{"boundary_upsampling": "nearest"}, {"boundary_features": "decoder"}, {"logits_stride": 3}], ids=str
+)
+def test_unknown_forms_of_the_heads_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is .*; it must be"):
+        tiny_model(**options)
 
 
 def test_baseline_without_spatial_branch():

@@ -1,10 +1,10 @@
-"""The learning rates of the paper's recipe."""
+"""The learning rates of the paper's recipe, and the average of the weights."""
 
 import pytest
 import torch
 
 from unept.config import TrainConfig
-from unept.training.optimizer import build_optimizer, learning_rate_factor
+from unept.training.optimizer import average_weights, build_optimizer, learning_rate_factor
 
 
 def test_learning_rates_follow_the_paper():
@@ -23,3 +23,21 @@ def test_learning_rates_follow_the_paper():
     assert warm == pytest.approx([i / 10 for i in range(1, 11)] + [1.0])
     cosine = TrainConfig(iterations=90, schedule="cosine")
     assert learning_rate_factor(cosine, 45) == pytest.approx(0.5)
+
+
+def test_average_follows_the_weights():
+    """The first updates forget the random start; later ones decay as asked for; counters are copied."""
+    model = torch.nn.BatchNorm1d(2)
+    averaged = average_weights(model, 0.5)
+    history = []
+    for n, value in enumerate([1.0, 2.0, 5.0, -3.0]):
+        torch.nn.init.constant_(model.weight, value)
+        model.num_batches_tracked.fill_(n)
+        averaged.update_parameters(model)
+        history.append(averaged.module.weight[0].item())
+    expected = [1.0]
+    for n, value in enumerate([2.0, 5.0, -3.0], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected.append(decay * expected[-1] + (1 - decay) * value)
+    assert history == pytest.approx(expected)
+    assert averaged.module.num_batches_tracked == 3

@@ -19,6 +19,7 @@ from unept.config import TrainConfig
 from unept.data import DatasetError
 from unept.model.network import UNEPT
 from unept.training import checkpoint
+from unept.training.class_weights import balanced_class_weights
 from unept.training.trainer import Trainer
 
 # One process of pytest-xdist trains the run that most of these tests read.
@@ -99,6 +100,41 @@ def test_resume_after_sigkill_is_exact(finished, data, tmp_path, capsys):
     assert str(out / "samples") in stdout
 
 
+def test_averaged_weights_resume_exactly_and_are_the_model_that_is_kept(data, tmp_path):
+    """In bfloat16 on the CPU, with class weights, as a recipe for small data sets has them."""
+    recipe = {"ema": 0.9, "class_weights": "auto", "amp": "bf16", "device": "cpu", "iterations": 6, "eval_every": 6}
+    config = config_of(data, checkpoint_every=3, num_samples=0, **recipe)
+    whole = Trainer(config, tmp_path / "whole")
+    whole.train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    (tmp_path / "part" / "checkpoints" / "step_00000006.pt").unlink()
+    again = Trainer(dataclasses.replace(config, resume="auto"), tmp_path / "part")
+    again.train()
+    expected, found = whole.averaged.state_dict(), again.averaged.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    kept = UNEPT.from_pretrained(tmp_path / "whole" / "model").state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in whole.evaluated_model.state_dict().items())
+    weight = whole.model.classifier.weight
+    assert not torch.equal(whole.evaluated_model.classifier.weight, weight)
+    assert (whole.evaluated_model.classifier.weight - weight).abs().max() < 0.1
+
+
+def test_class_weights(data):
+    dataset = config_of(data).data.build("train")
+    weights = balanced_class_weights(dataset)
+    labels = torch.cat([dataset[i][1].flatten() for i in range(len(dataset))])
+    share = labels[labels != 255].bincount(minlength=8) / (labels != 255).sum()
+    assert (weights * share).sum() == pytest.approx(1, abs=1e-5)
+    present = share > 0
+    assert (weights[present] * share[present].sqrt()).std() < 1e-5
+    assert (weights[~present] == weights.max()).all()
+
+
+def test_class_weights_of_another_number_are_refused(data, tmp_path):
+    with pytest.raises(ValueError, match=r"class_weights has 2 numbers, but the data set has 8 classes"):
+        Trainer(config_of(data, class_weights=(1.0, 2.0)), tmp_path / "run")
+
+
 def test_checkpoint_of_an_older_version_is_continued_exactly(finished, data, tmp_path):
     """It holds the losses since the last record without their names, under "pending"."""
     out = tmp_path / "run"
@@ -107,6 +143,7 @@ def test_checkpoint_of_an_older_version_is_continued_exactly(finished, data, tmp
     path = out / "checkpoints" / "step_00000008.pt"
     state = torch.load(path)
     assert len(state["loss_history"]) == 2
+    del state["averaged"]
     state["pending"] = [torch.stack(list(losses.values())) for losses in state.pop("loss_history")]
     torch.save(state, path)
     Trainer(config_of(data, resume="auto", num_samples=0), out).train()

@@ -14,7 +14,7 @@ from ..data import DatasetError, SegmentationDataset, evaluation_loader
 from ..data.loader import OnBadSample
 from ..inference import InferenceConfig, infer
 from ..model.output import SegmentationModel, class_ids
-from .metrics import BoundaryFScore, ConfusionMatrix
+from .metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
 
 
 class _Metrics:
@@ -24,14 +24,15 @@ class _Metrics:
         num_classes, ignore_index = len(dataset.classes), dataset.ignore_index
         self.regions = ConfusionMatrix(num_classes, ignore_index, device)
         self.boundaries = BoundaryFScore(num_classes, tolerance, ignore_index, device)
+        self.bands = BoundaryIoU(num_classes, ignore_index=ignore_index, device=device)
 
     def update(self, ids: Tensor, labels: Tensor) -> None:
-        self.regions.update(ids, labels)
-        self.boundaries.update(ids, labels)
+        for metric in (self.regions, self.boundaries, self.bands):
+            metric.update(ids, labels)
 
     def all_reduce(self) -> None:
-        self.regions.all_reduce()
-        self.boundaries.all_reduce()
+        for metric in (self.regions, self.boundaries, self.bands):
+            metric.all_reduce()
 
 
 def evaluate_model(
@@ -59,12 +60,12 @@ def evaluate_model(
         on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` leaves its image out.
 
     Returns:
-        A dictionary. Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`, the
-        same three ending in `_unrefined`, and `mean_accuracy`. One value per class: `iou`, `accuracy`,
-        `class_boundary_f` and `share` (of the pixels that are not ignored). The rest: `dataset`, its description;
-        `left_out`, the names of the classes that have no IoU (`ConfusionMatrix.scores`); `boundary_tolerance`;
-        `images`, the number of images; `skipped`, how many more were left out; `images_per_s`, reading and scoring
-        included.
+        A dictionary. Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`,
+        `boundary_iou` (`BoundaryIoU`), the same four ending in `_unrefined`, and `mean_accuracy`. One value per class:
+        `iou`, `accuracy`, `class_boundary_f`, `class_boundary_iou` and `share` (of the pixels that are not ignored).
+        The rest: `dataset`, its description; `left_out`, the names of the classes that have no IoU
+        (`ConfusionMatrix.scores`); `boundary_tolerance`; `images`, the number of images; `skipped`, how many more were
+        left out; `images_per_s`, reading and scoring included.
 
     Raises:
         ValueError: the model and the data set have different classes, or the data set is empty.
@@ -103,18 +104,22 @@ def _summarize(refined: _Metrics, unrefined: _Metrics, classes: Sequence[str]) -
     """Return the scores by the names that `evaluate_model` documents."""
     regions, boundaries = refined.regions.scores(), refined.boundaries.scores()
     unrefined_regions, unrefined_boundaries = unrefined.regions.scores(), unrefined.boundaries.scores()
+    bands, unrefined_bands = refined.bands.scores(), unrefined.bands.scores()
     true_pixels = refined.regions.matrix.sum(1)
     return {
         "mIoU": regions.mean_iou,
         "pixAcc": regions.pixel_accuracy,
         "boundary_f": boundaries.mean_f,
+        "boundary_iou": bands.mean_iou,
         "mIoU_unrefined": unrefined_regions.mean_iou,
         "pixAcc_unrefined": unrefined_regions.pixel_accuracy,
         "boundary_f_unrefined": unrefined_boundaries.mean_f,
+        "boundary_iou_unrefined": unrefined_bands.mean_iou,
         "mean_accuracy": regions.mean_accuracy,
         "iou": list(regions.iou),
         "accuracy": list(regions.accuracy),
         "class_boundary_f": list(boundaries.f),
+        "class_boundary_iou": list(bands.iou),
         "share": (true_pixels / true_pixels.sum()).tolist(),
         "left_out": [name for name, iou in zip(classes, regions.iou, strict=True) if math.isnan(iou)],
     }
@@ -143,20 +148,23 @@ def check_classes(model: SegmentationModel, dataset: SegmentationDataset) -> Non
 def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
     """Format the scores of `evaluate_model` as an aligned table with one line per class, in percent, and a summary."""
     width = max(len("class"), *(len(name) for name in classes))
-    header = f"{'class':{width}}  {'IoU':>6}  {'accuracy':>8}  {'boundary F':>10}  {'pixels':>6}"
-    columns = (scores["iou"], scores["accuracy"], scores["class_boundary_f"], scores["share"])
+    header = f"{'class':{width}}  {'IoU':>6}  {'accuracy':>8}  {'boundary F':>10}  {'boundary IoU':>12}  {'pixels':>6}"
+    columns = ("iou", "accuracy", "class_boundary_f", "class_boundary_iou", "share")
     lines = [header, "-" * len(header)]
-    for name, iou, accuracy, boundary_f, share in zip(classes, *columns, strict=True):
-        numbers = f"{_percent(iou):>6}  {_percent(accuracy):>8}  {_percent(boundary_f):>10}  {_percent(share):>6}"
-        lines.append(f"{name:{width}}  {numbers}")
+    for name, *values in zip(classes, *(scores[column] for column in columns), strict=True):
+        numbers = [f"{_percent(value):>{n}}" for value, n in zip(values, (6, 8, 10, 12, 6), strict=True)]
+        lines.append("  ".join([f"{name:{width}}", *numbers]))
     lines.append("-" * len(header))
-    lines.append(f"{'':{len('boundary F')}}  {'refined':>10}  {'unrefined':>10}")
-    for label, key in (("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f")):
+    means = (("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f"), ("boundary IoU", "boundary_iou"))
+    width = len("boundary IoU")
+    lines.append(f"{'':{width}}  {'refined':>10}  {'unrefined':>10}")
+    for label, key in means:
         values = f"{_percent(scores[key]):>10}  {_percent(scores[key + '_unrefined']):>10}"
-        lines.append(f"{label:{len('boundary F')}}  {values}")
+        lines.append(f"{label:{width}}  {values}")
     skipped = f" ({scores['skipped']} more left out because they cannot be read)" if scores["skipped"] else ""
     lines.append(
-        f"{scores['dataset']}. All in percent; boundary F within {scores['boundary_tolerance']} px; "
+        f"{scores['dataset']}. All in percent; boundary F within {scores['boundary_tolerance']} px, "
+        f"boundary IoU within 2 % of the diagonal; "
         f"{scores['images']} images{skipped}, {scores['images_per_s']:.1f} images/s."
     )
     if left_out := scores["left_out"]:

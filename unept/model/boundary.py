@@ -16,10 +16,13 @@ DIRECTIONS = ((-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1), (-1, 
 
 @dataclass(frozen=True)
 class Refinement:
-    """How the prediction of boundary pixels is refined (Sec. 3.2): it is read one step inside their segment."""
+    """How the prediction of boundary pixels is refined (Sec. 3.2): it is read some steps inside their segment."""
 
     scale: int = 1
-    """Length of the step, in pixels along each axis. Training uses 1; SegFix uses 2 at inference."""
+    """Length of a step, in pixels along each axis. Training uses 1; SegFix uses 2 at inference."""
+    steps: int = 1
+    """Number of steps, each from where the one before ended, in the direction predicted there. A pixel stops where no
+    boundary is predicted. The paper takes one step."""
     threshold: float = 0.5
     """A pixel lies on a boundary if its boundary probability is above this."""
 
@@ -27,8 +30,27 @@ class Refinement:
 ONE_STEP = Refinement()  # what training refines by
 
 
+class SubpixelConv(nn.Sequential):
+    """1x1 convolution that predicts every pixel of a block: (B, C, h, w) to (B, out_channels, s h, s w).
+
+    All pixels of a block start with equal weights, so that the first outputs are constant on each block rather than
+    noise from pixel to pixel.
+
+    Args:
+        in_channels: C.
+        out_channels: channels of the result.
+        upscale: s, rows and columns of a block.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, upscale: int):
+        super().__init__(nn.Conv2d(in_channels, out_channels * upscale**2, 1), nn.PixelShuffle(upscale))
+        with torch.no_grad():
+            for parameter in self[0].parameters():
+                parameter.copy_(parameter[:: upscale**2].repeat_interleave(upscale**2, dim=0))
+
+
 class PixelHead(nn.Sequential):
-    """1x1 convolution, batch normalisation, ReLU, 1x1 convolution: (B, C, h, w) to (B, out_channels, h, w).
+    """1x1 convolution, batch normalisation, ReLU, 1x1 convolution: (B, C, h, w) to (B, out_channels, s h, s w).
 
     The boundary head has one output channel, the logit of "boundary"; the direction head has one for each direction.
 
@@ -36,31 +58,63 @@ class PixelHead(nn.Sequential):
         in_channels: C.
         out_channels: channels of the result.
         hidden: channels between the two convolutions.
+        upscale: s. With 1 the last convolution gives one value per channel; otherwise it is a `SubpixelConv`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int = 256):
-        super().__init__(conv_bn_relu(in_channels, hidden, 1), nn.Conv2d(hidden, out_channels, 1))
+    def __init__(self, in_channels: int, out_channels: int, hidden: int = 256, upscale: int = 1):
+        last = nn.Conv2d(hidden, out_channels, 1) if upscale == 1 else SubpixelConv(hidden, out_channels, upscale)
+        super().__init__(conv_bn_relu(in_channels, hidden, 1), last)
 
 
 def upsample_boundary(boundary: Tensor, size: tuple[int, int]) -> Tensor:
-    """Up-sample boundary logits (B, 1, h, w) bilinearly to (B, H, W), float32, where `size` is (H, W)."""
-    return F.interpolate(boundary.float(), size, mode="bilinear", align_corners=False)[:, 0]
+    """Up-sample boundary logits (B, 1, h, w) bilinearly to (B, H, W), float32, where `size` is (H, W).
+
+    Logits that have this size already stay as they are; the result may then share their memory.
+    """
+    boundary = boundary.float()
+    if boundary.shape[2:] != size:
+        boundary = F.interpolate(boundary, size, mode="bilinear", align_corners=False)
+    return boundary[:, 0]
 
 
 @torch.no_grad()
 def refinement_offset(boundary: Tensor, direction: Tensor, size: tuple[int, int], refinement: Refinement) -> Tensor:
-    """Where each pixel reads its refined prediction: one step inside its segment on a boundary, at itself elsewhere.
+    """Where each pixel reads its refined prediction: further inside its segment on a boundary, at itself elsewhere.
 
     Args:
         boundary: logits (B, 1, h, w).
         direction: logits or probabilities (B, 8, h, w) of `DIRECTIONS`.
         size: (H, W) of the result.
-        refinement: length of the step, and what counts as boundary.
+        refinement: length and number of the steps, and what counts as boundary.
 
     Returns:
         (B, 2, H, W) int16, (dx, dy) in pixels; (0, 0) off the boundary.
     """
+    best = direction.argmax(1) if direction.shape[2:] == size else upsample_argmax(direction, size)
     # The angle is computed: a table of DIRECTIONS would have to be copied to the device, and the copy waited for.
-    angle = upsample_argmax(direction, size) * (math.pi / 4) - math.pi
-    steps = torch.stack([angle.cos(), angle.sin()], dim=1).round().to(torch.int16) * refinement.scale
-    return steps * (upsample_boundary(boundary, size).sigmoid() > refinement.threshold)[:, None]
+    angle = best * (math.pi / 4) - math.pi
+    step = torch.stack([angle.cos(), angle.sin()], dim=1).round().to(torch.int16) * refinement.scale
+    step = step * (upsample_boundary(boundary, size).sigmoid() > refinement.threshold)[:, None]
+    offset = step
+    for _ in range(refinement.steps - 1):
+        offset = offset + read_at_offset(step, offset)
+    return offset
+
+
+def read_at_offset(maps: Tensor, offset: Tensor) -> Tensor:
+    """Read maps (B, C, H, W) at p + offset(p), clamped to the image.
+
+    Args:
+        maps: of any dtype.
+        offset: (B, 2, H, W) integer, (dx, dy) in pixels.
+
+    Returns:
+        (B, C, H, W), of the dtype of `maps`.
+    """
+    height, width = maps.shape[2:]
+    rows = torch.arange(height, device=maps.device)[:, None]
+    columns = torch.arange(width, device=maps.device)
+    y = (rows + offset[:, 1].long()).clamp(0, height - 1)
+    x = (columns + offset[:, 0].long()).clamp(0, width - 1)
+    index = (y * width + x).flatten(1)[:, None].expand(-1, maps.shape[1], -1)
+    return maps.flatten(2).gather(2, index).unflatten(2, (height, width))

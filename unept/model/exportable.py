@@ -44,8 +44,14 @@ class WholeImage(nn.Module):
         padded = pad(padded, 2, (height + divisor - 1) // divisor * divisor)
         padded = pad(padded, 3, (width + divisor - 1) // divisor * divisor)
         h, w = ((size + STRIDE - 1) // STRIDE for size in (height, width))
-        output = UNEPTOutput(*(None if m is None else crop(m, h, w) for m in self.model(padded)))
         size = (STRIDE * h, STRIDE * w)
+        logits, boundary, direction, logits_stride = self.model(padded)
+        finer = STRIDE // logits_stride
+        logits = crop(logits, finer * h, finer * w)
+        if boundary is not None and direction is not None:
+            finer = STRIDE // self.model.boundary_stride
+            boundary, direction = (crop(m, finer * h, finer * w) for m in (boundary, direction))
+        output = UNEPTOutput(logits, boundary, direction, logits_stride)
         if self.output == "ids":
             return crop(class_ids(output, size, self.refinement), height, width)
         z = reference.upsampled(output.logits.float(), size, read_offset(output, size, self.refinement))

@@ -17,6 +17,7 @@ METRICS = (
     ("mIoU", "mean_iou", "mIoU"),
     ("pixAcc", "pixel_accuracy", "pixel accuracy"),
     ("boundary_f", "boundary_f", "boundary F"),
+    ("boundary_iou", "boundary_iou", "Boundary IoU"),
 )
 # Constructor's options that say where weights come from. A saved model carries its weights, and loads without them.
 UNSAVED_OPTIONS = ("pretrained_backbone", "backbone_weights")
@@ -163,6 +164,9 @@ def _usage(repo_id: str | None) -> str:
 def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
     """A heading and a sentence or two; nothing without scores."""
     scores = [f"{name} {100 * evaluation[key]:.2f} %" for key, _, name in METRICS if evaluation.get(key) is not None]
+    if "boundary_tolerance" in evaluation:
+        within = f" (within {evaluation['boundary_tolerance']} px)"
+        scores = [score + within if score.startswith("boundary F ") else score for score in scores]
     if not scores:
         return []
     where = [f"{evaluation['images']} images" if "images" in evaluation else ""]
@@ -171,8 +175,6 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
     if "split" in evaluation:
         where.append(f"(split `{evaluation['split']}`)")
     sentences = [" ".join(["On", *filter(None, where)]) + ": " if any(where) else "", ", ".join(scores)]
-    if "boundary_f" in evaluation and "boundary_tolerance" in evaluation:
-        sentences.append(f" (within {evaluation['boundary_tolerance']} px)")
     sentences.append(".")
     if "step" in evaluation:
         sentences.append(

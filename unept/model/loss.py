@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import boundary_targets, upsample_cross_entropy
 from .boundary import ONE_STEP, refinement_offset, upsample_boundary
-from .output import STRIDE, UNEPTOutput, padded_size
+from .output import UNEPTOutput, padded_size
 
 IGNORED_DIRECTION = 255  # what boundary_targets gives off the boundary and on ignored pixels
 
@@ -135,7 +135,7 @@ class UNEPTLoss(nn.Module):
         Raises:
             ValueError: the labels have another size than the images.
         """
-        height, width = (STRIDE * n for n in output.logits.shape[2:])
+        height, width = (output.logits_stride * n for n in output.logits.shape[2:])
         if labels.dim() != 3 or padded_size(labels.shape[1:]) != (height, width):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, but the model saw images of about {height}x{width}: "
@@ -186,4 +186,7 @@ class UNEPTLoss(nn.Module):
 def _direction_sum(direction: Tensor, targets: Targets) -> Tensor:
     """Summed cross-entropy of direction logits (B, 8, h, w) on the true boundary pixels."""
     assert targets.direction is not None
+    if direction.shape[2:] == targets.direction.shape[1:]:
+        target = targets.direction.long()
+        return F.cross_entropy(direction.float(), target, ignore_index=IGNORED_DIRECTION, reduction="sum")
     return upsample_cross_entropy(direction, targets.direction, ignore_index=IGNORED_DIRECTION, reduction="sum")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..colors import default_palette
 from .backbone import Backbone, PyramidProjection
-from .boundary import DIRECTIONS, PixelHead, Refinement
+from .boundary import DIRECTIONS, PixelHead, Refinement, SubpixelConv
 from .hub import HubMixin
 from .output import STRIDE, UNEPTOutput, class_ids, evaluation_mode, padded_size
 from .spatial import LearnedQueries, SpatialBranch
@@ -40,6 +40,12 @@ class UNEPT(nn.Module, HubMixin):
         dropout: dropout probability in the transformer.
         context_queries: `"spatial"`, or `"learned"` for the paper's baseline without a spatial branch (Table 5), which
             predicts no boundary and does not refine.
+        boundary_upsampling: how boundaries and directions come from 1/8 to the resolution of the image: `"bilinear"`,
+            as in the paper, or `"subpixel"`, where the last convolution of each head predicts all 64 pixels of a block.
+        boundary_features: what the boundary and direction heads see: `"spatial"`, the spatial branch alone, as in the
+            paper, or `"spatial+decoder"`, the output of the decoder too.
+        logits_stride: image pixels per pixel of the class logits along each axis: 8, as in the paper, or 4, 2 or 1,
+            where the classifier predicts every pixel of a block.
         classes: names of the K classes, kept in config.json.
         palette: an (r, g, b) for each class, kept there too.
 
@@ -73,11 +79,20 @@ class UNEPT(nn.Module, HubMixin):
         ffn_dim: int = 2048,
         dropout: float = 0.1,
         context_queries: str = "spatial",
+        boundary_upsampling: str = "bilinear",
+        boundary_features: str = "spatial",
+        logits_stride: int = STRIDE,
         classes: Sequence[str] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
     ):
         super().__init__()
-        _check_options(num_classes, d_model, context_queries, classes=classes, palette=palette)
+        _check_classes(num_classes, classes=classes, palette=palette)
+        if d_model % 8:
+            raise ValueError(f"d_model is {d_model}: it must be a multiple of 8")
+        _check_choice("context_queries", context_queries, "spatial", "learned")
+        _check_choice("boundary_upsampling", boundary_upsampling, "bilinear", "subpixel")
+        _check_choice("boundary_features", boundary_features, "spatial", "spatial+decoder")
+        _check_choice("logits_stride", logits_stride, 1, 2, 4, 8)
         self.num_classes = num_classes
         self.classes = list(classes) if classes is not None else [f"class {k}" for k in range(num_classes)]
         self.palette = [list(color) for color in palette or default_palette(num_classes)]
@@ -101,10 +116,16 @@ class UNEPT(nn.Module, HubMixin):
         )
         self.encoder = Encoder(num_encoder_layers, size)
         self.decoder = Decoder(num_decoder_layers, size)
-        self.classifier = nn.Conv2d(d_model, num_classes, 1)
+        self.logits_stride = logits_stride
+        self.classifier: nn.Module = nn.Conv2d(d_model, num_classes, 1)
+        if logits_stride != STRIDE:
+            self.classifier = SubpixelConv(d_model, num_classes, STRIDE // logits_stride)
         self.queries = SpatialBranch(d_model) if self.refines else LearnedQueries(d_model)
-        self.boundary_head = PixelHead(d_model, 1) if self.refines else None
-        self.direction_head = PixelHead(d_model, len(DIRECTIONS)) if self.refines else None
+        self.boundary_stride = 1 if boundary_upsampling == "subpixel" else STRIDE
+        self.boundaries_see_decoder = boundary_features == "spatial+decoder"
+        channels, upscale = d_model * (1 + self.boundaries_see_decoder), STRIDE // self.boundary_stride
+        self.boundary_head = PixelHead(channels, 1, upscale=upscale) if self.refines else None
+        self.direction_head = PixelHead(channels, len(DIRECTIONS), upscale=upscale) if self.refines else None
 
         self.divisor = math.lcm(STRIDE, *self.backbone.strides)
         self.preprocessing: dict[str, Any] = {"input": "uint8 RGB"}
@@ -135,13 +156,14 @@ class UNEPT(nn.Module, HubMixin):
         return images
 
     def forward(self, images: Tensor) -> UNEPTOutput:
-        """Predict at 1/8 of the image (Fig. 2).
+        """Predict at 1/8 of the image (Fig. 2), or finer where the options of the model say so.
 
         Args:
             images: (B, 3, H, W), RGB, any H and W; uint8, or floating-point and normalised (`normalized`).
 
         Returns:
-            Maps (B, K, h, w), (B, 1, h, w) and (B, 8, h, w) with h = ceil(H / 8) and w = ceil(W / 8).
+            Maps (B, K, h, w), (B, 1, h', w') and (B, 8, h', w'). By default h = h' = ceil(H / 8) and w = w' =
+            ceil(W / 8); see `UNEPTOutput`.
 
         Raises:
             ValueError: the images have another shape.
@@ -157,35 +179,47 @@ class UNEPT(nn.Module, HubMixin):
         details = self.queries(padded)
         tokens, shapes = self.pyramid(self.backbone(padded))
         memory = self.encoder(tokens, shapes)
-        logits = self.classifier(self.decoder(details, memory, shapes))
-        boundary = self.boundary_head(details) if self.boundary_head is not None else None
-        direction = self.direction_head(details) if self.direction_head is not None else None
+        decoded = self.decoder(details, memory, shapes)
+        covered = padded_size((height, width))
+        logits = _crop(self.classifier(decoded), covered, self.logits_stride)
+        if self.boundary_head is None or self.direction_head is None:
+            return UNEPTOutput(logits, None, None, self.logits_stride)
+        seen = torch.cat([details, decoded], dim=1) if self.boundaries_see_decoder else details
+        boundary = _crop(self.boundary_head(seen), covered, self.boundary_stride)
+        direction = _crop(self.direction_head(seen), covered, self.boundary_stride)
+        return UNEPTOutput(logits, boundary, direction, self.logits_stride)
 
-        h, w = (n // STRIDE for n in padded_size((height, width)))
-        return UNEPTOutput(*(None if m is None else m[:, :, :h, :w] for m in (logits, boundary, direction)))
-
-    def predict(self, images: Tensor, *, refine: bool = True, refine_scale: int = 1) -> Tensor:
+    def predict(self, images: Tensor, *, refine: bool = True, refine_scale: int = 1, refine_steps: int = 1) -> Tensor:
         """Class ids of every pixel, in evaluation mode and without gradients; the mode is restored.
 
         Args:
             images: as `forward` takes them.
-            refine: read the prediction of boundary pixels one step inside their segment (Sec. 3.2).
-            refine_scale: length of the step in pixels.
+            refine: read the prediction of boundary pixels inside their segment (Sec. 3.2).
+            refine_scale: length of a step in pixels.
+            refine_steps: number of steps, each from where the one before ended.
 
         Returns:
             (B, H, W) int64.
         """
-        refinement = Refinement(scale=refine_scale) if refine else None
+        refinement = Refinement(refine_scale, refine_steps) if refine else None
         with evaluation_mode(self):
             return class_ids(self(images), images.shape[2:], refinement)
 
 
-def _check_options(num_classes: int, d_model: int, context_queries: str, **listed: Sequence[Any] | None) -> None:
-    """Raise ValueError for options of `UNEPT` that do not fit together."""
+def _crop(maps: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """Crop maps (B, C, h, w) of a stride to those of the first pixels, `size` (H, W), a multiple of the stride."""
+    return maps[:, :, : size[0] // stride, : size[1] // stride]
+
+
+def _check_classes(num_classes: int, **listed: Sequence[Any] | None) -> None:
+    """Raise ValueError for a list with another number of entries than there are classes."""
     for name, entries in listed.items():
         if entries is not None and len(entries) != num_classes:
             raise ValueError(f"num_classes is {num_classes}, but {name} has {len(entries)} entries; give one per class")
-    if d_model % 8:
-        raise ValueError(f"d_model is {d_model}: it must be a multiple of 8")
-    if context_queries not in ("spatial", "learned"):
-        raise ValueError(f"context_queries is {context_queries!r}; it must be 'spatial' or 'learned'")
+
+
+def _check_choice(name: str, value: Any, *choices: Any) -> None:
+    """Raise ValueError for an option of `UNEPT` that is none of its choices."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices[:-1])
+        raise ValueError(f"{name} is {value!r}; it must be {listed} or {choices[-1]!r}")

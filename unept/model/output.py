@@ -3,8 +3,9 @@
 Letters: B images, H, W their height and width, K classes; h, w height and width of the predicted maps.
 
 The maps cover the image padded right and below to multiples of 8 (`padded_size`). The network predicts them at 1/8 of
-that (`STRIDE`); averaged over several views they may have any resolution. Class scores are never held at full
-resolution: ids and confidence come from kernels that up-sample and read them in one pass.
+that (`STRIDE`), or finer by a whole factor if its options say so; averaged over several views they may have any
+resolution, and boundaries and directions another one than the class scores. Class scores are not up-sampled to full
+resolution in memory: ids and confidence come from kernels that up-sample and read them in one pass.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..kernels import upsample_argmax, upsample_cross_entropy
 from .boundary import Refinement, refinement_offset, upsample_boundary
 
-STRIDE = 8  # image pixels per pixel of the prediction, along each axis
+STRIDE = 8  # image pixels per pixel of the features, and by default of the prediction, along each axis
 
 
 class DenseOutput(Protocol):
@@ -31,25 +32,31 @@ class DenseOutput(Protocol):
 
     @property
     def boundary_logits(self) -> Tensor | None:
-        """(B, 1, h, w), positive where a boundary is more likely than not; None without a spatial branch."""
+        """(B, 1, h', w'), positive where a boundary is more likely than not; None without a spatial branch."""
 
     @property
     def direction(self) -> Tensor | None:
-        """(B, 8, h, w); the direction with the largest score points into the segment; None likewise."""
+        """(B, 8, h', w'); the direction with the largest score points into the segment; None likewise."""
 
     def confidence(self, ids: Tensor, offset: Tensor | None) -> Tensor:
         """Probability (B, H, W) float32 of the classes `ids` (B, H, W), read at p + offset(p) (`read_offset`)."""
 
 
 class UNEPTOutput(NamedTuple):
-    """What the network predicts, at 1/8 of the padded image: h = ceil(H / 8), w = ceil(W / 8)."""
+    """What the network predicts for the padded image, whose size is (8 ceil(H / 8), 8 ceil(W / 8)).
+
+    The class logits have 1/`logits_stride` of its height and width (h, w), boundaries and directions 1/8 of them, or
+    with sub-pixel heads all of them (h', w').
+    """
 
     logits: Tensor
     """(B, K, h, w): class logits, before refinement."""
     boundary: Tensor | None
-    """(B, 1, h, w): logit of "closer to another class than 5 pixels"; None without a spatial branch."""
+    """(B, 1, h', w'): logit of "closer to another class than 5 pixels"; None without a spatial branch."""
     direction: Tensor | None
-    """(B, 8, h, w): logits of the directions into the segment (`unept.model.boundary.DIRECTIONS`); None likewise."""
+    """(B, 8, h', w'): logits of the directions into the segment (`unept.model.boundary.DIRECTIONS`); None likewise."""
+    logits_stride: int = STRIDE
+    """Image pixels per pixel of `logits`, along each axis: 8, 4, 2 or 1."""
 
     @property
     def scores(self) -> Tensor:
@@ -73,9 +80,9 @@ class AveragedOutput(NamedTuple):
     probabilities: Tensor
     """(B, K, h, w): of the classes, before refinement; they sum to 1 over the classes."""
     boundary: Tensor | None
-    """(B, 1, h, w): probability of "closer to another class than 5 pixels"; None without a spatial branch."""
+    """(B, 1, h', w'): probability of "closer to another class than 5 pixels"; None without a spatial branch."""
     direction: Tensor | None
-    """(B, 8, h, w): probabilities of the directions into the segment; None likewise."""
+    """(B, 8, h', w'): probabilities of the directions into the segment; None likewise."""
 
     @property
     def scores(self) -> Tensor:
@@ -195,7 +202,7 @@ def boundary_probability(output: DenseOutput, size: Sequence[int]) -> Tensor | N
     logits = output.boundary_logits
     if logits is None:
         return None
-    return upsample_boundary(logits, padded_size(size)).sigmoid_()[:, : size[0], : size[1]]
+    return upsample_boundary(logits, padded_size(size)).sigmoid()[:, : size[0], : size[1]]
 
 
 @contextlib.contextmanager

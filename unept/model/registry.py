@@ -18,6 +18,27 @@ BACKBONES = {
     "unept_lite0": "tf_efficientnet_lite0",
     "unept_dinov3_base": "vit_base_patch16_dinov3",  # its weights come under the licence of DINOv3
 }
+# Names of whole sizes, smaller than the paper's: options of `UNEPT`.
+SIZES: dict[str, dict[str, Any]] = {
+    "unept_tiny": {
+        "backbone": "tf_efficientnet_lite0",
+        "d_model": 128,
+        "num_heads": 4,
+        "num_points": 8,
+        "ffn_dim": 512,
+        "boundary_upsampling": "subpixel",
+        "boundary_features": "spatial+decoder",
+    },
+    "unept_small": {
+        "backbone": "tf_efficientnet_lite0",
+        "d_model": 256,
+        "num_heads": 8,
+        "num_points": 8,
+        "ffn_dim": 1024,
+        "boundary_upsampling": "subpixel",
+        "boundary_features": "spatial+decoder",
+    },
+}
 
 
 def list_models(filter: str = "", *, all_backbones: bool = False) -> list[str]:
@@ -28,7 +49,7 @@ def list_models(filter: str = "", *, all_backbones: bool = False) -> list[str]:
         all_backbones: list `unept_NAME` for every model of timm too; `create_model` refuses those that give no feature
             maps.
     """
-    names = set(BACKBONES)
+    names = {*BACKBONES, *SIZES}
     if all_backbones:
         names |= {PREFIX + name for name in timm.list_models()}
     return sorted(fnmatch.filter(names, filter) if filter else names)
@@ -50,7 +71,7 @@ def create_model(
         pretrained_backbone: start from timm's ImageNet weights, downloaded from its hub.
         checkpoint_path: start from the weights of the whole network in this file (.safetensors, or a .pth or .pt of
             tensors, such as a run's checkpoints); nothing is downloaded.
-        options: further arguments of `UNEPT`.
+        options: further arguments of `UNEPT`, which replace those of a named size.
 
     Raises:
         ValueError: the name is unknown, the file holds another network, or the options do not fit together.
@@ -60,9 +81,9 @@ def create_model(
     Example:
         >>> create_model("unept_lite0", num_classes=11, pretrained_backbone=True)
     """
-    backbone = _backbone(name)
+    options = {**SIZES[name], **options} if name in SIZES else {"backbone": _backbone(name), **options}
     state = None if checkpoint_path is None else read_weights(Path(checkpoint_path), "checkpoint_path")
-    model = UNEPT(num_classes, backbone, pretrained_backbone=pretrained_backbone and state is None, **options)
+    model = UNEPT(num_classes, pretrained_backbone=pretrained_backbone and state is None, **options)
     if state is not None:
         _load(model, state, f"{checkpoint_path} does not fit {name} with {num_classes} classes")
     return model
@@ -76,8 +97,8 @@ def _backbone(name: str) -> str:
         return backbone
     hint = close_names(PREFIX + backbone, list_models(all_backbones=True))
     raise ValueError(
-        f"there is no model {name!r}{hint}. unept.list_models() lists {', '.join(BACKBONES)}; {PREFIX} followed by any "
-        "name of timm.list_models() works too"
+        f"there is no model {name!r}{hint}. unept.list_models() lists {', '.join([*BACKBONES, *SIZES])}; {PREFIX} "
+        "followed by any name of timm.list_models() works too"
     )
 
 

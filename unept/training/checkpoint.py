@@ -20,7 +20,7 @@ from ..files import json_ready, write_atomically
 from ..model.output import TrainableModel
 
 # The scores of an evaluation that a saved model keeps.
-KEPT_SCORES = ("mIoU", "pixAcc", "boundary_f", "boundary_tolerance", "images", "iou")
+KEPT_SCORES = ("mIoU", "pixAcc", "boundary_f", "boundary_iou", "boundary_tolerance", "images", "iou")
 # Checkpoints of older versions hold a step's losses as one tensor in this order, under the key "pending".
 OLD_LOSS_NAMES = ("loss", "segmentation", "refined", "boundary", "direction")
 
@@ -45,6 +45,8 @@ class TrainingState:
     """Highest validation mIoU so far, -1 before the first evaluation."""
     skipped: int
     """How often another sample has replaced one that cannot be read, over all ranks."""
+    averaged: dict[str, Tensor] | None = None
+    """State dict of the average of the weights; None if the run keeps none."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name; tensors are not copied."""
@@ -56,6 +58,7 @@ class TrainingState:
         fields = dict(stored)
         if (pending := fields.pop("pending", None)) is not None:
             fields["loss_history"] = [dict(zip(OLD_LOSS_NAMES, losses.unbind(), strict=False)) for losses in pending]
+        fields.setdefault("averaged", None)
         return TrainingState(**{field.name: fields[field.name] for field in dataclasses.fields(TrainingState)})
 
 

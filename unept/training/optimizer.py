@@ -1,10 +1,12 @@
-"""The optimiser and its learning rates (Sec. 4.2, Training)."""
+"""The optimiser, its learning rates (Sec. 4.2, Training) and the average of the weights."""
 
 import math
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from ..config import TrainConfig
 from ..model.output import TrainableModel
@@ -32,3 +34,18 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
     if config.schedule == "step":
         return warmup * (0.1 if step >= config.iterations * 2 / 3 else 1.0)
     return warmup * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """Return an exponential moving average of a model's weights and of its batch-normalisation statistics.
+
+    The first update copies the weights; then the decay rises to `decay`, so that the random weights of the start are
+    soon forgotten. Integers, such as the number of batches seen, are copied.
+    """
+
+    def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+        if not averaged.is_floating_point():
+            return current
+        return torch.lerp(averaged, current, 1 - min(decay, (1 + int(updates)) / (10 + int(updates))))
+
+    return AveragedModel(model, avg_fn=average, use_buffers=True)

@@ -25,8 +25,10 @@ from ..model.output import TrainableModel
 from ..pictures.figures import draw_samples
 from . import run_folder
 from .checkpoint import TrainingState, checkpoints, save_checkpoint, save_model
+from .class_weights import class_weights
+from .depthwise import prepare_for_cpu_bfloat16
 from .losses import Losses, average_over_ranks, reduce_losses
-from .optimizer import build_optimizer, build_scheduler
+from .optimizer import average_weights, build_optimizer, build_scheduler
 from .recorder import Recorder
 from .throughput import Throughput, peak_memory
 
@@ -47,6 +49,7 @@ class Trainer:
 
     Attributes:
         model: the network that is trained.
+        averaged: the average of its weights (`TrainConfig.ema`), or None.
         step: optimiser steps completed.
         best: highest validation mIoU so far, -1 before the first evaluation.
         scores: result of the last evaluation (`evaluate_model`); empty before the first.
@@ -65,17 +68,21 @@ class Trainer:
         self.train_set, self.validation_set = distributed.run_on_main(self.build_datasets)
         self.resumes = distributed.run_on_main(lambda: run_folder.should_resume(config, out))
         self.model = self.build_model().to(self.device)
-        self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index).to(self.device)
-        self.network = distributed.parallel(self.model, self.device)
-        self.forward, self.compute_losses, self.distort = self.network, self.loss.losses, distort
+        weights = distributed.run_on_main(lambda: class_weights(config, self.train_set))
+        self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index, weights).to(self.device)
         cuda = self.device.type == "cuda"
         self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
+        if self.amp and not cuda:
+            prepare_for_cpu_bfloat16(self.model)
+        self.network = distributed.parallel(self.model, self.device)
+        self.forward, self.compute_losses, self.distort = self.network, self.loss.losses, distort
         if config.compile == "on" or (config.compile == "auto" and cuda):
             self.forward = torch.compile(self.forward)
             self.compute_losses = torch.compile(self.compute_losses)
             self.distort = torch.compile(self.distort)
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config)
+        self.averaged = average_weights(self.model, config.ema) if config.ema else None
         self.inference = config.inference()
         self.step = 0
         self.best = -1.0
@@ -153,6 +160,8 @@ class Trainer:
     def restore(self, state: TrainingState) -> None:
         """Continue from a checkpoint."""
         self.model.load_state_dict(state.model)
+        if self.averaged is not None and state.averaged is not None:
+            self.averaged.load_state_dict(state.averaged)
         self.optimizer.load_state_dict(state.optimizer)
         self.scheduler.last_epoch = state.scheduler["last_epoch"]
         self.step, self.best, self.skipped_before = state.step, state.best, state.skipped
@@ -233,6 +242,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         return {name: torch.stack([losses[name] for losses in parts]).sum() for name in parts[0]}
 
     def _seed_step(self) -> None:
@@ -299,6 +310,11 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.write(line)
 
+    @property
+    def evaluated_model(self) -> TrainableModel:
+        """The model that is evaluated and saved: the average of the weights if the run keeps one, else `model`."""
+        return self.model if self.averaged is None else self.averaged.module
+
     def validate(self) -> None:
         """Evaluate the model, record its scores, draw samples and curves, and save the model if it is the best."""
         self.throughput.stop()
@@ -314,14 +330,14 @@ class Trainer:
             self._draw_samples()
             self.recorder.draw_curves()
             if better:
-                save_model(self.model, self.out / "model", self.config, self.step, self.scores)
+                save_model(self.evaluated_model, self.out / "model", self.config, self.step, self.scores)
         self.model.train()
         self.throughput.start()
 
     def evaluate(self) -> dict[str, Any]:
         """Return the scores of the model on the validation set (`evaluate_model`)."""
         return evaluate_model(
-            self.model,
+            self.evaluated_model,
             self.validation_set,
             self.inference,
             self.device,
@@ -333,7 +349,7 @@ class Trainer:
     def _draw_samples(self) -> None:
         if self.config.num_samples:
             draw_samples(
-                self.model,
+                self.evaluated_model,
                 self.validation_set,
                 self.config.num_samples,
                 self.inference,
@@ -359,6 +375,7 @@ class Trainer:
             loss_history=self.loss_history,
             best=self.best,
             skipped=skipped,
+            averaged=None if self.averaged is None else self.averaged.state_dict(),
         )
         save_checkpoint(self.out / "checkpoints", self.step, state.to_dict())
 
