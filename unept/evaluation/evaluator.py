@@ -159,12 +159,12 @@ def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
     width = len("boundary IoU")
     lines.append(f"{'':{width}}  {'refined':>10}  {'unrefined':>10}")
     for label, key in means:
-        values = f"{_percent(scores[key]):>10}  {_percent(scores[key + '_unrefined']):>10}"
-        lines.append(f"{label:{width}}  {values}")
+        pair = f"{_percent(scores[key]):>10}  {_percent(scores[key + '_unrefined']):>10}"
+        lines.append(f"{label:{width}}  {pair}")
     skipped = f" ({scores['skipped']} more left out because they cannot be read)" if scores["skipped"] else ""
     lines.append(
         f"{scores['dataset']}. All in percent; boundary F within {scores['boundary_tolerance']} px, "
-        f"boundary IoU within 2 % of the diagonal; "
+        "boundary IoU within 2 % of the diagonal; "
         f"{scores['images']} images{skipped}, {scores['images_per_s']:.1f} images/s."
     )
     if left_out := scores["left_out"]:

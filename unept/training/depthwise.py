@@ -65,7 +65,7 @@ def prepare_for_cpu_bfloat16(model: nn.Module) -> None:
     The names and values of its parameters stay as they are. Only training on a CPU under bfloat16 autocast becomes
     faster by it.
     """
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     for parent in list(model.modules()):
         for name, conv in parent.named_children():
             if isinstance(conv, nn.Conv2d) and _is_plain_depthwise(conv):
