@@ -46,9 +46,8 @@ def check_maps(logits: Tensor, offset: Tensor | None, size: tuple[int, int]) -> 
         check_shape("offset", offset, (logits.shape[0], 2, *size), "one (dx, dy) for each pixel of the output")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PyTorch: tiles of pixels, whose z is read from a table and whose gradient is added into one, both by embedding_bag
-# ---------------------------------------------------------------------------------------------------------------------
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+# Tiles of pixels, whose z is read from a table and whose gradient is added into one, both by embedding_bag.
 
 # Where a tile lies in (B, H, W): image, rows, columns.
 Where = tuple[int, slice, slice]

@@ -6,6 +6,7 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from tests.helpers import reference
+from tests.helpers.marks import slow
 from unept.data.shapes import Shapes
 from unept.kernels import boundary_targets, upsample_cross_entropy, use_backend
 
@@ -47,7 +48,7 @@ def assert_matches_reference(labels, radius, num_directions=8, function=boundary
 
 
 @pytest.mark.parametrize("kind", ["blobs", "noise"])
-@pytest.mark.parametrize("radius", [1, 2.5])
+@pytest.mark.parametrize("radius", [slow(1), 2.5])
 def test_matches_loops(backend, kind, radius):
     assert assert_matches_reference(make_labels(backend[1], kind=kind), radius) > 50
 
@@ -56,7 +57,7 @@ def test_default_radius(backend):
     assert assert_matches_reference(make_labels(backend[1], (1, 19, 23)), 5) > 200
 
 
-@pytest.mark.parametrize("num_directions", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize("num_directions", [1, 3, slow(2), slow(4), slow(5), slow(16)])
 def test_any_number_of_directions(backend, num_directions):
     assert_matches_reference(make_labels(backend[1], (1, 9, 11)), 1, num_directions)
 
@@ -66,7 +67,11 @@ def test_odd_sizes_into_poisoned_buffers(backend, deterministic, shape):
     assert_matches_reference(make_labels(backend[1], shape, kind="noise"), 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, slow(torch.int16), slow(torch.int32), slow(torch.uint16)],
+    ids=str,
+)
 def test_any_integer_dtype_and_stride(backend, dtype):
     labels = make_labels(backend[1])
     want = boundary_targets(labels, radius=1)
@@ -97,7 +102,7 @@ def scipy_distance(image):
     return distance
 
 
-@pytest.mark.parametrize("radius", [0.1, 1, 3, 5, 8, 9, 16, 32, 57.5, 100])
+@pytest.mark.parametrize("radius", [0.1, 5, *map(slow, [1, 3, 8, 9, 16, 32, 57.5, 100])])
 def test_distance_equals_scipy(backend, radius):
     labels = make_labels(backend[1], (1, 16, 128))
     labels[..., 16:] = 1  # far from most edges
@@ -119,8 +124,22 @@ def test_radius_is_compared_as_a_distance(backend):
     assert direction[0, 0, 4] == 255  # 4 off
 
 
-@pytest.mark.parametrize("labels", ["shapes", "noise", "lines", "every pixel a class", "one row", "one column"])
-@pytest.mark.parametrize("radius", [2, 5, 12])
+MAPS = ["shapes", "noise", "lines", "every pixel a class", "one row", "one column"]
+QUICK = [("noise", 5), ("lines", 2), ("every pixel a class", 2), ("one row", 12)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "radius"),
+    [
+        *QUICK,
+        *[
+            pytest.param(labels, radius, marks=pytest.mark.slow)
+            for labels in MAPS
+            for radius in (2, 5, 12)
+            if (labels, radius) not in QUICK
+        ],
+    ],
+)
 def test_backends_agree_to_the_bit(labels, radius):
     """Ties between two bins too, which rounding decides: these maps have many."""
     if labels == "shapes":
@@ -144,7 +163,7 @@ def test_backends_agree_to_the_bit(labels, radius):
         assert torch.equal(actual.cpu(), expected)
 
 
-@pytest.mark.parametrize("radius", [0.1, 1, 9])
+@pytest.mark.parametrize("radius", [slow(0.1), 1, slow(9)])
 def test_images_do_not_see_each_other(backend, radius):
     labels = torch.arange(12, device=backend[1]).view(3, 2, 2).repeat_interleave(3, 1).repeat_interleave(3, 2)
     together = boundary_targets(labels, radius=radius)
@@ -153,7 +172,7 @@ def test_images_do_not_see_each_other(backend, radius):
             assert torch.equal(actual[i], alone[0])
 
 
-@pytest.mark.parametrize("shift", [-3, 250, 300, 40_000])
+@pytest.mark.parametrize("shift", [slow(-3), slow(250), slow(300), 40_000])
 def test_ids_beyond_a_byte(backend, shift):
     """The torch backend keeps labels in the smallest integers that hold them."""
     labels = make_labels(backend[1], kind="noise")
@@ -163,7 +182,7 @@ def test_ids_beyond_a_byte(backend, shift):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("k", range(8))
+@pytest.mark.parametrize("k", [1, 6, *map(slow, [0, 2, 3, 4, 5, 7])])
 def test_direction_points_into_the_segment(backend, k):
     """On a straight edge of each orientation, as the refinement will follow it."""
     dx, dy = DIRECTIONS[k]
@@ -216,6 +235,7 @@ def test_no_images(backend):
         assert distance.shape == direction.shape == shape
 
 
+@pytest.mark.slow_interpreted
 def test_custom_op_is_well_formed_and_compiles(backend):
     labels = make_labels(backend[1], (1, 7, 9))
     torch.library.opcheck(torch.ops.unept.boundary_targets.default, (labels, 1.0, 8, 255))

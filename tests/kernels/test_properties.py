@@ -1,6 +1,6 @@
 """What holds for every size, class count and pattern of ignored pixels, on examples that Hypothesis chooses.
 
-The same ones each time; `pytest tests/test_properties.py --hypothesis-profile search` looks for new ones.
+The same ones each time; `pytest tests/kernels/test_properties.py -m "" --hypothesis-profile search` looks for new ones.
 """
 
 import math
@@ -27,8 +27,8 @@ from unept.model.loss import UNEPTLoss
 from unept.model.output import UNEPTOutput
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter takes tens of milliseconds a program.
-EXAMPLES = {"torch": settings(), "triton": settings(max_examples=3)}
+# Triton's interpreter takes tens of milliseconds per program.
+FEW, MANY = {"torch": 8, "triton": 2}, {"torch": None, "triton": 3}
 SEEDS = st.integers(0, 2**31 - 1)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -55,13 +55,15 @@ def label_maps(draw, num_classes, most_images=2, longest_side=13):
 
 
 def on_both_backends(**strategies):
-    """Parametrise a test by backend, with as many examples as it has time for."""
+    """Parametrise a test by backend, with few examples and, slow, with as many as it has time for."""
 
     def decorate(test):
-        @pytest.mark.parametrize("backend", EXAMPLES)
-        def run(backend):
-            with use_backend(backend):
-                EXAMPLES[backend](given(**strategies)(test))()
+        @pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+        @pytest.mark.parametrize("name", FEW)
+        def run(name, examples):
+            chosen = settings() if examples[name] is None else settings(max_examples=examples[name])
+            with use_backend(name):
+                chosen(given(**strategies)(test))()
 
         return run
 
