@@ -57,7 +57,7 @@ def test_default_radius(backend):
     assert assert_matches_reference(make_labels(backend[1], (1, 19, 23)), 5) > 200
 
 
-@pytest.mark.parametrize("num_directions", [1, 3, slow(2), slow(4), slow(5), slow(16)])
+@pytest.mark.parametrize("num_directions", [1, 3, slow(2), slow(4), slow(5), slow(16), 255])
 def test_any_number_of_directions(backend, num_directions):
     assert_matches_reference(make_labels(backend[1], (1, 9, 11)), 1, num_directions)
 
