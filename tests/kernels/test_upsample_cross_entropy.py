@@ -109,7 +109,7 @@ def test_any_sizes_into_poisoned_buffers(backend, deterministic, shape, size, of
 
 
 # Ratios at which a kernel's tile of 8 x 8 pixels fits the lattice of low-size pixels, lies askew or spans too many.
-@pytest.mark.parametrize("offset", [None, "integer"])
+@pytest.mark.parametrize("offset", [slow(None), "integer"])
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
@@ -268,7 +268,7 @@ def test_a_logit_that_is_not_finite_reaches_only_the_pixels_that_read_it(backend
         assert not losses[reads].isfinite().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, slow(torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float16), slow(torch.bfloat16)], ids=str)
 def test_a_pixel_without_a_possible_class(backend, dtype):
     # What pads the classes in a kernel must not become the most likely one.
     arguments = make_inputs(backend[1], dtype, shape=(1, 5, 2, 2), size=(8, 8), ignored=0)
@@ -334,8 +334,8 @@ def test_an_id_that_is_no_class(backend, wrong):
 
 @pytest.mark.parametrize("count", [6, slow(38)])
 def test_deterministic_gradient_does_not_depend_on_the_order_of_adds(backend, deterministic, count):
-    # One low-size pixel takes all contributions; shuffling the tiles of a kernel shuffles their order. An even number of
-    # tiles starts at the first pixel.
+    # One low-size pixel takes all contributions; shuffling the tiles of a kernel shuffles their order. If their number is
+    # even, they start at the first pixel.
     arguments = make_inputs(backend[1], shape=(1, 5, 1, 1), size=(1, 8 * count))
     grad = torch.randn(1, 1, 8 * count, device=backend[1])
     tiles = torch.randperm(count) if backend[0] == "triton" else torch.arange(count)
