@@ -14,20 +14,28 @@ import torch
 
 from ._triton import INTERPRETED, triton
 
-# UNEPT_AUTOTUNE=0 takes the first of each pool of configurations, without looking which is fastest.
+# UNEPT_AUTOTUNE=0 takes the first configuration of each pool and the first of several ways, without measuring.
 TUNES = os.environ.get("UNEPT_AUTOTUNE", "1") != "0"
 
 _choices: dict[tuple[Any, ...], str] = {}
 
 
+def forget_choices() -> None:
+    """Forget what `fastest` chose in this process; what is kept on disk is read again."""
+    _choices.clear()
+
+
 def autotune_pool(*configs: "triton.Config") -> list["triton.Config"]:
-    """The configurations to try, the best guess first. The interpreter has no clock to choose by: it gets the first."""
+    """The configurations to try, the best guess first; only that one in the interpreter, which cannot be timed."""
     return list(configs if TUNES and not INTERPRETED else configs[:1])
 
 
 def _brief_bench(run: Callable[[], Any], quantiles: Sequence[float] | None = None) -> Any:
-    """Milliseconds of `run`: at these quantiles, the median without. A fifth of Triton's own time, several times a run
-    of the largest kernel: users wait for it."""
+    """The time of `run` in milliseconds at the given quantiles, or its median.
+
+    Measured for a fifth of the time that Triton takes by default, since users wait for it; that is still several runs
+    of the largest kernel.
+    """
     how = {"quantiles": quantiles} if quantiles else {"return_mode": "median"}
     return triton.testing.do_bench(run, warmup=5, rep=20, **how)
 
@@ -36,6 +44,11 @@ def fastest(name: str, candidates: Mapping[str, Callable[[], Any]], key: tuple[A
     """The candidate that runs fastest, timed once for each `key` and device and kept in Triton's cache on disk.
 
     Where nothing can be timed (in the interpreter, without tuning, while a CUDA graph is captured) it is the first.
+
+    Args:
+        name: what is chosen; part of the key, and the name of the file in the cache.
+        candidates: functions without arguments that compute the same thing, by name.
+        key: what the choice depends on. Its `repr` must be the same in every process.
     """
     if not INTERPRETED:
         key = (torch.cuda.get_device_properties(torch.cuda.current_device()).name, *key)
@@ -56,9 +69,13 @@ def fastest(name: str, candidates: Mapping[str, Callable[[], Any]], key: tuple[A
 
 
 def size_bucket(lanes: int) -> int:
-    """Part of every autotune key, for `lanes`, the elements that run side by side: 0 what leaves a GPU mostly idle,
-    1 an image, 2 a batch of them. The choice is kept on disk: a tiny problem's must not decide for the real ones, nor
-    each size of image tune anew."""
+    """The size of a problem as a part of every autotune key: 0 leaves a GPU mostly idle, 1 is an image, 2 a batch.
+
+    Choices are kept on disk: a tiny problem must not decide for the real ones, nor may each image size tune anew.
+
+    Args:
+        lanes: the number of elements that run side by side, such as pixels or queries of all heads.
+    """
     return (lanes >= 1 << 14) + (lanes >= 1 << 18)
 
 

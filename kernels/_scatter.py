@@ -38,8 +38,8 @@ class ScatterBuffer:
     Args:
         shape: of the gradient.
         device: of the gradient.
-        bound: computes, () on the device, at least the largest magnitude of one contribution. Called only when results
-            must repeat: it takes a pass over the incoming gradient.
+        bound: computes a number, () on the device, that is at least the largest magnitude of one contribution. Called
+            only when results must repeat: it takes a pass over the incoming gradient.
     """
 
     def __init__(self, shape: torch.Size | tuple[int, ...], device: torch.device, bound: Callable[[], Tensor]):
@@ -51,11 +51,11 @@ class ScatterBuffer:
         if self.deterministic:
             # A NaN or infinite bound makes scale and result NaN, as a floating-point sum would be.
             self.bound = bound().to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny * FIXED_POINT_ONE)
-            # And 1, until a contribution makes it NaN.
+            # The second number is 1 until a contribution that is not finite makes it NaN.
             self.scale = torch.stack([FIXED_POINT_ONE / self.bound, torch.ones_like(self.bound)])
 
     def result(self, dtype: torch.dtype) -> Tensor:
-        """The accumulated gradient."""
+        """The sum in a dtype."""
         if self.bound is None or self.scale is None:
             return self.data.to(dtype)
         unit = self.bound.to(torch.float64) * self.scale[1] / FIXED_POINT_ONE

@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError:
 
     class _Absent:
-        """Stands for `triton` and `tl` at import; the backend choice never lets a kernel of it run."""
+        """Stands for `triton` and `tl` while modules are imported; the choice of backend lets no kernel of it run."""
 
         def __getattr__(self, name: str) -> "_Absent":
             return self
@@ -27,10 +27,11 @@ except ModuleNotFoundError:
     HAS_TRITON = INTERPRETED = False
 
 
-# Of float32, and finite: logits that take no part are often set to it.
+# The lowest finite float32: logits that take no part are often set to it.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
-# Three products of TensorFloat-32 are as exact as one of float32, which tensor cores don't have.
+# For products of float32 matrices: three products in TensorFloat-32 are as exact as one in float32, which tensor cores
+# do not have.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 
@@ -40,7 +41,7 @@ def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def operand(dtype: torch.dtype) -> "tl.dtype":
-    """What matrix products of a dtype are made of. The interpreter's products of bfloat16 are wrong."""
+    """The dtype in which matrices of a dtype are multiplied; the interpreter's products of bfloat16 are wrong."""
     if dtype == torch.bfloat16 and not INTERPRETED:
         return tl.bfloat16
     return tl.float16 if dtype == torch.float16 else tl.float32

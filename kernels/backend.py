@@ -1,7 +1,7 @@
 """Which implementation the ops run on: `UNEPT_BACKEND` and `use_backend`.
 
 `auto` (the default) runs CUDA tensors through Triton and everything else through PyTorch. `triton` and `torch` are
-requests, not hints: where they can't be met, the op raises and says what to do.
+requests, not hints: where one cannot be met, the op raises an error that says what to do.
 """
 
 import os
@@ -53,12 +53,17 @@ class use_backend:
 
 
 def requested_backend() -> str:
-    """The backend asked for: `auto`, `triton` or `torch`."""
+    """The backend that was requested: `auto`, `triton` or `torch`."""
     return _requested
 
 
 def runs_on_triton(tensor: Tensor) -> bool:
-    """Whether an op on `tensor` runs through Triton under the current choice; raises if that choice can't be met."""
+    """Whether an op on `tensor` runs through Triton under the current choice.
+
+    Raises:
+        RuntimeError: if the choice is `triton`, and Triton is not installed or cannot run on the tensor's device.
+        TypeError: if the choice is `triton` and the tensor is float64.
+    """
     if _requested == "torch":
         return False
     if _requested == "auto":

@@ -8,12 +8,12 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Kernels count the pixels of one image in 32 bits; the last tile, and a row cut into equal steps, go past the end.
 MAX_PIXELS = 1 << 30
 
-# Positions are float32.
+# Positions are float32, which tells pixels apart up to here.
 MAX_SIDE = 1 << 24
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What coordinates and sums have: float64 for float64, float32 for the others."""
+    """The dtype of coordinates and sums: float64 for float64 tensors, float32 for the others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

@@ -1,19 +1,32 @@
-"""The pages under docs/ and README: what is marked as tested runs, one page after another; every command parses."""
+"""README and the pages of docs/: tested blocks run, commands parse, links and paths exist, the drawing is up to date.
+
+README runs by default. The pages of docs/ train networks, so that they are slow; what can be known of them without
+running is tested by default too.
+"""
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import torch
 import tyro
+from torchvision.transforms.v2.functional import to_pil_image
 
-from unept import evaluate, export, predict, submission, train, visualize
+import unept.kernels
+from unept import UNEPT, evaluate, export, predict, submission, train, visualize
+from unept.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS]
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"(<!-- tested -->\n)?```(\w*)\n(.*?)```", re.S)
 PARSERS = {
     "unept.train": train.parse,
@@ -25,12 +38,17 @@ PARSERS = {
 }
 
 
+def name_of(page: Path) -> str:
+    return page.stem
+
+
 def blocks(page: Path) -> list[tuple[bool, str, str]]:
     """(is tested, language, text) of each."""
     return [(bool(mark), language, text) for mark, language, text in BLOCK.findall(page.read_text())]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", DOCS, ids=name_of)
 def test_page(page, tmp_path):
     """Each tested block in turn, in one folder, as a reader would in a clone; python blocks share their names."""
     (tmp_path / "bench").symlink_to(ROOT / "bench")
@@ -53,6 +71,30 @@ def test_page(page, tmp_path):
     assert tested, "a page without a tested block"
 
 
+def test_lines_of_python_in_readme(tmp_path, monkeypatch):
+    """They find a trained model and an image where they say that these are."""
+    size = {"d_model": 16, "num_heads": 2, "num_points": 2, "ffn_dim": 16}
+    UNEPT(3, "resnet10t", **size).save_pretrained(tmp_path / "runs" / "shapes")
+    to_pil_image(torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8)).save(tmp_path / "street.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for _, language, text in blocks(README):
+        if language == "python":
+            exec(compile(text, "README.md", "exec"), names)
+    assert (tmp_path / "overlay.png").exists()
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name_of)
+def test_a_page_has_tested_blocks_and_its_python_compiles(page):
+    assert any(is_tested for is_tested, _, _ in blocks(page))
+    for _, language, text in blocks(page):
+        if language == "python":
+            compile(text, page.name, "exec")
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
 def commands(page: Path) -> list[list[str]]:
     """The words of every command line that runs a module of this project, from the module's name on."""
     found = []
@@ -66,20 +108,81 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_parses(page):
     for module, *args in commands(page):
         PARSERS[module](args)
 
 
 def test_there_are_commands_to_parse():
-    assert len([command for page in [ROOT / "README.md", *PAGES] for command in commands(page)]) > 15
+    assert len([command for page in PAGES for command in commands(page)]) > 15
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CHANGELOG.md", *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
+def test_files_that_pytest_is_given_exist(page):
+    for path in re.findall(r"pytest ((?:bench|tests)/[\w/.]+)", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_ci_finds_the_test_command():
+    line = "command="
+    (assignment,) = [text for text in (ROOT / ".ci" / "run").read_text().splitlines() if text.startswith(line)]
+    script = f'{assignment}\nprintf %s "$command"'
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    (marked,) = re.findall(r"<!-- test command -->\n```sh\n(.*)\n```", README.read_text())
+    assert done.stdout == marked
+    assert marked.endswith("-m pytest -n auto --dist loadgroup")
+
+
+# --- links, paths and names -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
 def test_links_and_files_exist(page):
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+    for target in re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
-    for path in re.findall(r"`((?:unept|kernels|bench|tests|docs)/[\w./]+\.\w+)`", text):
+    for path in re.findall(r"`((?:unept|kernels|bench|tests|docs)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_every_page_is_linked_from_readme():
+    linked = set(re.findall(r"\]\(([^)#]+)\)", README.read_text()))
+    assert {str(page.relative_to(ROOT)) for page in LINKED[1:]} <= linked
+
+
+def test_files_of_the_equations_have_their_names():
+    rows = [line.strip("|").split("|") for line in (ROOT / "docs" / "paper.md").read_text().splitlines()]
+    found = 0
+    for number, _, names, files in (row for row in rows if len(row) == 4 and row[0].strip().isdigit()):
+        text = "".join((ROOT / path).read_text() for path in re.findall(r"`([^`]+)`", files))
+        for name in re.findall(r"`([^`]+)`", names):
+            found += 1
+            assert re.search(rf"(def|class) {name.split('.')[-1]}\b", text), f"Eq. {number}: {name}"
+    assert found >= 6
+
+
+def test_readme_lists_every_preset_and_operator():
+    text = README.read_text()
+    quoted = set(re.findall(r"`(\w+)`", text))
+    assert set(PRESETS) <= quoted
+    assert {name for name in quoted if name.startswith(("ade20k", "cityscapes", "pascal_context"))} <= set(PRESETS)
+    operators = {name for name in unept.kernels.__all__ if callable(getattr(unept.kernels, name))}
+    assert operators - {"use_backend", "requested_backend"} <= quoted
+
+
+# --- the drawing ------------------------------------------------------------------------------------------------------
+
+
+def test_drawing_is_what_the_script_draws():
+    script = runpy.run_path(str(ROOT / "docs" / "draw_network.py"))
+    assert script["TARGET"] == ROOT / "docs" / "network.svg"
+    assert script["TARGET"].read_text(encoding="utf-8") == script["draw"](), "run python docs/draw_network.py"
+
+
+def test_drawing_names_files_that_exist():
+    drawing = ElementTree.parse(ROOT / "docs" / "network.svg")
+    files = {element.text for element in drawing.iter() if element.get("class") == "file"}
+    assert {"loss.py", "kernels/sparse_attention/"} < files
+    for name in files:
+        assert (ROOT / "unept" / "model" / name).exists() or ("/" in name and (ROOT / name).exists()), name

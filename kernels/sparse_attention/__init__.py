@@ -1,5 +1,6 @@
 """Sparse sampling attention (Eq. 2-4, 6), also under Deformable DETR's signature."""
 
+from .forms import force_form
 from .op import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
 
-__all__ = ["MSDeformAttnFunction", "ms_deform_attn", "sparse_sampling_attention"]
+__all__ = ["MSDeformAttnFunction", "force_form", "ms_deform_attn", "sparse_sampling_attention"]

@@ -2,7 +2,7 @@
 
     out[b, q, m] = sum over l, n of  softmax(logits[b, q, m])[l, n] * value_l[b, :, m] at (c_q + offset[b, q, m, l, n])
 
-Letters: B batch, S = sum of H_l * W_l, M heads, D channels a head, Q queries, L levels, N points a level.
+Letters: B batch, S = sum of H_l * W_l, M heads, D channels per head, Q queries, L levels, N points per level.
 
     value      (B, S, M, D)        the levels one after another, each in row-major order
     points     (B, Q, M, L, N, 2)  (x, y): offsets in pixels of level l, or locations in [0, 1]
@@ -11,8 +11,11 @@ Letters: B batch, S = sum of H_l * W_l, M heads, D channels a head, Q queries, L
     out        (B, Q, M * D)
 
 Pixel centres lie at (i + 0.5) / size, so a sample is at x = reference_x * W_l - 0.5 + offset_x pixels, counted from the
-centre of pixel 0. Between centres values are bilinear; what lies outside the map counts as zero, so a sample reads
-something only where -1 < x < W_l and -1 < y < H_l. Comparisons with NaN are false: NaN is outside, and so is infinity.
+centre of pixel 0. Between centres values are interpolated bilinearly; what lies outside the map counts as zero, so a
+sample reads something only where -1 < x < W_l and -1 < y < H_l. Comparisons with NaN are false: NaN is outside, and so
+is infinity.
+
+On a GPU the op runs `triton_forward` and `triton_backward`, elsewhere `torch_backend`.
 """
 
 from collections.abc import Sequence
@@ -24,8 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from ..backend import runs_on_triton
 from ..checks import check_count, check_floating, check_integer, check_same_device, check_shape, check_sides
-from . import torch_backend, triton_backward, triton_common
-from .torch_backend import levels
+from . import torch_backend, triton_backward, triton_forward
+from .levels import levels
 
 # --- custom ops -------------------------------------------------------------------------------------------------------
 
@@ -37,7 +40,7 @@ def _sparse_sampling(
 ) -> Tensor:
     if value.numel() == 0 or points.numel() == 0:
         return value.new_empty((value.shape[0], points.shape[1], value.shape[2] * value.shape[3]))
-    run = (triton_common if runs_on_triton(value) else torch_backend).forward
+    run = (triton_forward if runs_on_triton(value) else torch_backend).forward
     return run(value, shapes, points, scores, reference)
 
 
@@ -54,24 +57,24 @@ def _sparse_sampling_backward(
     points: Tensor,
     scores: Tensor,
     reference: Tensor | None,
-    value_grad: bool,
-    reference_grad: bool,
+    needs_value: bool,
+    needs_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of value, points, scores and reference; empty ones for value and reference where not wanted."""
+    """The gradients of value, points, scores and reference; empty tensors for value and reference if not needed."""
     if grad_out.numel() == 0:
         grad_value, grad_points, grad_scores = (t.new_zeros(t.shape) for t in (value, points, scores))
         grad_reference = None if reference is None else reference.new_zeros(reference.shape)
     else:
         run = (triton_backward if runs_on_triton(value) else torch_backend).backward
         grad_value, grad_points, grad_scores, grad_reference = run(
-            grad_out, value, shapes, points, scores, reference, value_grad, reference_grad
+            grad_out, value, shapes, points, scores, reference, needs_value, needs_reference
         )
         if reference is not None and grad_reference is not None:
             shared = reference.shape[0] != value.shape[0]
             grad_reference = (grad_reference.sum(0, keepdim=True) if shared else grad_reference).to(reference.dtype)
     # A custom op returns no None.
-    grad_value = grad_value if value_grad else value.new_empty(0)
-    grad_reference = grad_reference if reference_grad else value.new_empty(0)
+    grad_value = grad_value if needs_value else value.new_empty(0)
+    grad_reference = grad_reference if needs_reference else value.new_empty(0)
     return grad_value, grad_points, grad_scores, grad_reference
 
 
@@ -83,19 +86,19 @@ def _(
     points: Tensor,
     scores: Tensor,
     reference: Tensor | None,
-    value_grad: bool,
-    reference_grad: bool,
+    needs_value: bool,
+    needs_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        value.new_empty(value.shape if value_grad else (0,)),
+        value.new_empty(value.shape if needs_value else (0,)),
         points.new_empty(points.shape),
         scores.new_empty(scores.shape),
-        reference.new_empty(reference.shape) if reference is not None and reference_grad else value.new_empty(0),
+        reference.new_empty(reference.shape) if reference is not None and needs_reference else value.new_empty(0),
     )
 
 
 class _SparseSampling(torch.autograd.Function):
-    """Saves its inputs and nothing else."""
+    """The op with its gradient; it saves its inputs and nothing else."""
 
     @staticmethod
     def forward(
@@ -122,22 +125,22 @@ class _SparseSampling(torch.autograd.Function):
         )
 
 
-# --- public functions -------------------------------------------------------------------------------------------------
+# --- argument checks --------------------------------------------------------------------------------------------------
 
 
 def _flat_shapes(spatial_shapes: Sequence[Sequence[int]], value: Tensor) -> list[int]:
     """[(H_0, W_0), ...] -> [H_0, W_0, ...], checked against `value`."""
-    a_list = isinstance(spatial_shapes, Sequence)
-    pairs = a_list and all(isinstance(shape, Sequence) and len(shape) == 2 for shape in spatial_shapes)
+    is_sequence = isinstance(spatial_shapes, Sequence)
+    pairs = is_sequence and all(isinstance(shape, Sequence) and len(shape) == 2 for shape in spatial_shapes)
     shapes = [size for shape in spatial_shapes for size in shape] if pairs else []
-    if not (a_list and all(isinstance(size, (int, torch.SymInt)) for size in shapes)):
+    if not (is_sequence and all(isinstance(size, (int, torch.SymInt)) for size in shapes)):
         raise TypeError(
-            f"spatial_shapes is {spatial_shapes}; it must hold Python ints, so that no read of the device is needed: "
-            "convert it once, outside the training loop, with spatial_shapes.tolist()"
+            f"spatial_shapes is {spatial_shapes}; it must hold Python ints, so that the host need not wait for the "
+            "device: convert it once, outside the training loop, with spatial_shapes.tolist()"
         )
     if not shapes or any(size < 1 for size in shapes):
         raise ValueError(
-            f"spatial_shapes is {spatial_shapes}; it must hold one (height, width), each >= 1, per level: "
+            f"spatial_shapes is {spatial_shapes}; it must hold one (height, width), each >= 1, for every level: "
             "[(height, width)] for a single one"
         )
     check_shape("value", value, ("B", "S", "M", "D"))
@@ -152,17 +155,24 @@ def _flat_shapes(spatial_shapes: Sequence[Sequence[int]], value: Tensor) -> list
     return shapes
 
 
-def _check_samples(value: Tensor, num_levels: int, **named: Tensor) -> None:
-    """Raise unless the two tensors, points and scores in this order, fit `value`, `levels` and each other."""
+def _check_samples(value: Tensor, L: int, **named: Tensor) -> None:
+    """Raise ValueError unless two tensors, points and scores in this order, fit `value`, L and each other."""
     (points_name, points), (scores_name, scores) = named.items()
-    batch, _, heads, _ = value.shape
+    B, _, M, _ = value.shape
     check_shape(
-        points_name, points, (batch, "Q", heads, num_levels, "N", 2), "B, M and L as in value and spatial_shapes"
+        points_name, points, (B, "Q", M, L, "N", 2), "B and M must be those of value, L the length of spatial_shapes"
     )
-    check_shape(scores_name, scores, tuple(points.shape[:-1]), f"as {points_name} without its last dimension")
+    check_shape(
+        scores_name, scores, tuple(points.shape[:-1]), f"it has the shape of {points_name} without the last dimension"
+    )
     check_count("queries", points.shape[1])
     if points.shape[4] == 0:
-        raise ValueError(f"{points_name} has shape {tuple(points.shape)}; there must be at least one point a level")
+        raise ValueError(
+            f"{points_name} has shape {tuple(points.shape)}; there must be at least one point per level (N >= 1)"
+        )
+
+
+# --- public functions -------------------------------------------------------------------------------------------------
 
 
 def sparse_sampling_attention(
@@ -172,33 +182,34 @@ def sparse_sampling_attention(
     logits: Tensor,
     reference_points: Tensor,
 ) -> Tensor:
-    """Attend from each query to N sampled points on each of L feature maps (Eq. 2-4, 6).
+    """Attend from each query to N sampled points on each of L feature maps (Eq. 2-4 and 6 of the paper).
 
-    Coordinates and sums are float32 (float64 for float64 values), whatever the dtypes of the tensors, which may differ.
+    The tensors may differ in dtype; coordinates and sums are float32, or float64 if value is float64.
 
     Args:
-        value: (B, S, M, D) float, S = sum of H_l * W_l, the levels one after another.
-        spatial_shapes: [(H_0, W_0), ...], L pairs of Python ints.
-        offsets: (B, Q, M, L, N, 2) float, (x, y) in pixels of level l. Views with any strides are read in place.
-        logits: (B, Q, M, L, N) float; the softmax over L * N is taken inside.
-        reference_points: (B or 1, Q, 2) float, (x, y) in [0, 1], pixel centres at (i + 0.5) / size.
+        value: (B, S, M, D) floating point, S = sum of H_l * W_l, the levels one after another, each in row-major order.
+        spatial_shapes: [(H_0, W_0), ...], the height and width of each of the L levels as Python ints.
+        offsets: (B, Q, M, L, N, 2) floating point, (x, y) in pixels of level l, from the query's reference point. Views
+            with any strides are read in place.
+        logits: (B, Q, M, L, N) floating point; the softmax over L * N is taken inside.
+        reference_points: (B or 1, Q, 2) floating point, (x, y) in [0, 1], pixel centres at (i + 0.5) / size.
 
     Returns:
         (B, Q, M * D) in value's dtype. Samples outside a map, at NaN and at infinity count as zero.
 
     Raises:
-        TypeError: for tensors that hold no floats, and spatial_shapes that are no Python ints.
-        ValueError: for shapes that don't fit together, more than 2**30 pixels or queries an image, and tensors on
-            several devices.
+        TypeError: if a tensor is not floating point, or spatial_shapes holds anything but Python ints.
+        ValueError: if shapes do not fit together, an image has more than 2**30 pixels or queries, or the tensors are
+            on several devices.
     """
     shapes = _flat_shapes(spatial_shapes, value)
     check_floating(value=value, offsets=offsets, logits=logits, reference_points=reference_points)
     check_same_device(value=value, offsets=offsets, logits=logits, reference_points=reference_points)
     _check_samples(value, len(spatial_shapes), offsets=offsets, logits=logits)
-    batch, queries = offsets.shape[:2]
-    images = 1 if reference_points.dim() and reference_points.shape[0] == 1 else batch
+    B, Q = offsets.shape[:2]
+    images = 1 if reference_points.dim() and reference_points.shape[0] == 1 else B
     check_shape(
-        "reference_points", reference_points, (images, queries, 2), "one point a query, the first dimension may be 1"
+        "reference_points", reference_points, (images, Q, 2), "it has one point per query; the first dimension may be 1"
     )
     return _SparseSampling.apply(value, shapes, offsets, logits, reference_points)
 
@@ -211,24 +222,24 @@ def ms_deform_attn(
     attention_weights: Tensor,
     im2col_step: int = 64,
 ) -> Tensor:
-    """The same op under the signature of Deformable DETR's MSDeformAttn.
+    """Sparse sampling attention under the signature of Deformable DETR's MSDeformAttn: the same op, softmax outside.
 
     Args:
-        value: (B, S, M, D) float, S = sum of H_l * W_l, the levels one after another.
+        value: (B, S, M, D) floating point, S = sum of H_l * W_l, the levels one after another, each in row-major order.
         spatial_shapes: (L, 2), (height, width) of each level. A tensor on a GPU is read to the host, which waits for
             the GPU; a list of pairs of ints avoids that, and is required under `torch.compile`.
-        level_start_index: (L,), the first row of each level in value, which spatial_shapes already tell: checked where
-            that needs no read of a device, otherwise unused. None will do.
-        sampling_locations: (B, Q, M, L, N, 2) float, (x, y) in [0, 1], pixel centres at (i + 0.5) / size.
-        attention_weights: (B, Q, M, L, N) float, used as they are.
-        im2col_step: accepted for the signature's sake; batches are not cut.
+        level_start_index: (L,), the first row of each level in value. It follows from spatial_shapes, so it is checked
+            where that needs no read of a device and otherwise unused; it may be None.
+        sampling_locations: (B, Q, M, L, N, 2) floating point, (x, y) in [0, 1], pixel centres at (i + 0.5) / size.
+        attention_weights: (B, Q, M, L, N) floating point, used as they are.
+        im2col_step: unused, part of the signature only: batches are not split.
 
     Returns:
         (B, Q, M * D) in value's dtype. Samples outside a map, at NaN and at infinity count as zero.
 
     Raises:
-        TypeError: for tensors that hold no floats, or spatial_shapes without integers.
-        ValueError: as `sparse_sampling_attention`, and for levels that are not consecutive.
+        TypeError: if a tensor is not floating point, or spatial_shapes does not hold integers.
+        ValueError: as `sparse_sampling_attention`, and if level_start_index says that levels are not consecutive.
     """
     starts = None if isinstance(level_start_index, Tensor) else level_start_index
     if isinstance(spatial_shapes, Tensor):

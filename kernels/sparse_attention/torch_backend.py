@@ -1,4 +1,4 @@
-"""Sparse sampling attention in PyTorch: see `sparse_attention` for the equation, the letters and the conventions.
+"""Sparse sampling attention in PyTorch: `op` has the equation, the letters and the conventions.
 
 The maps lie in one table of rows of D channels, each map in a frame of zeros wide enough for samples outside it, so
 that nothing has to be masked. Samples are read by `embedding_bag`, whose bag is one query in one head: it gathers rows
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import compute_dtype
+from .levels import levels
 
 # Elements of the largest temporary apart from tables; images, heads and queries are taken in blocks to stay below it.
 # Steps with many temporaries take a part of it each, small enough for a CPU's cache and large enough for its threads.
@@ -30,14 +31,6 @@ FRAME = 2
 Block = tuple[slice, slice, slice]  # images, queries, heads: an index into tensors (B, Q, M, ...)
 
 
-def levels(shapes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (level, start in S, height, width) from the flat list H_0, W_0, H_1, ..."""
-    start = 0
-    for level, (height, width) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
-        yield level, start, height, width
-        start += height * width
-
-
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -47,46 +40,44 @@ class _Layout:
     A level has height + 2 * FRAME lines of width + FRAME pixels: the zeros right of a line are those left of the next.
     """
 
-    def __init__(self, value: Tensor, shapes: Sequence[int], num_points: int):
+    def __init__(self, value: Tensor, shapes: Sequence[int], N: int):
         heights, widths = shapes[::2], shapes[1::2]
         lines, pitches = [height + 2 * FRAME for height in heights], [width + FRAME for width in widths]
-        self.batch, _, self.heads, self.channels = value.shape
+        self.B, _, self.M, self.D = value.shape
         self.level_rows = [line * pitch for line, pitch in zip(lines, pitches, strict=True)]
         self.rows = sum(self.level_rows)
         self.shapes = shapes
         self.dtype = compute_dtype(value)
         self.device = value.device
-        self.index_dtype = torch.int32 if self.batch * self.heads * self.rows < 2**31 - 1 else torch.int64
+        self.index_dtype = torch.int32 if self.B * self.M * self.rows < 2**31 - 1 else torch.int64
         origins = [sum(self.level_rows[:level]) + FRAME * pitch + FRAME for level, pitch in enumerate(pitches)]
 
         def by_sample(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
             """(L * N,), filled rather than copied to the device: a copy would make the host wait for it."""
-            return torch.cat([torch.full((num_points,), n, dtype=dtype, device=self.device) for n in numbers])
+            return torch.cat([torch.full((N,), number, dtype=dtype, device=self.device) for number in numbers])
 
         self.pitch, self.origin = by_sample(pitches, self.index_dtype), by_sample(origins, self.index_dtype)
         self.width, self.height = by_sample(widths, self.dtype), by_sample(heights, self.dtype)
 
     def zeros(self) -> Tensor:
-        return torch.zeros(
-            self.batch * self.heads * self.rows + FRAME, self.channels, dtype=self.dtype, device=self.device
-        )
+        return torch.zeros(self.B * self.M * self.rows + FRAME, self.D, dtype=self.dtype, device=self.device)
 
     def lines(self, rows: Tensor) -> Iterator[Tensor]:
         """Views (maps, lines, pitch, D) of whole maps' `rows` (maps * rows, D), level by level."""
-        maps = rows.view(-1, self.rows, self.channels)
+        maps = rows.view(-1, self.rows, self.D)
         for (_, _, _, width), level in zip(levels(self.shapes), maps.split(self.level_rows, 1), strict=True):
             yield level.unflatten(1, (-1, width + FRAME))
 
     def pixels(self, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Level by level, its slice of S and the view (B, M, H_l, W_l, D) of its pixels in the table."""
         for (_, start, height, width), lines in zip(levels(self.shapes), self.lines(table[:-FRAME]), strict=True):
-            inner = lines[:, FRAME:-FRAME, FRAME:].unflatten(0, (self.batch, self.heads))
+            inner = lines[:, FRAME:-FRAME, FRAME:].unflatten(0, (self.B, self.M))
             yield slice(start, start + height * width), inner
 
     def first_row(self, block: Block) -> int:
         """The row of the table at which a block's maps begin; they lie one after another."""
         images, _, heads = block
-        return (images.start * self.heads + heads.start) * self.rows
+        return (images.start * self.M + heads.start) * self.rows
 
 
 def _value_table(value: Tensor, layout: _Layout) -> Tensor:
@@ -99,23 +90,22 @@ def _value_table(value: Tensor, layout: _Layout) -> Tensor:
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def _blocks(points: Tensor, limit: int, map_size: int = 0) -> Iterator[Block]:
+def blocks(points: Tensor, limit: int, map_size: int = 0) -> Iterator[Block]:
     """Blocks of at most `limit` samples: as many queries as fit, then heads, then images.
 
     A block takes several heads only with all queries, several images only with all heads, and only so many that
     `map_size` times the number of its maps stays below `limit`.
     """
-    batch, queries, heads, num_levels, num_points, _ = points.shape
-    samples = num_levels * num_points
-    block_queries = min(queries, max(1, limit // samples))
-    map_size = max(map_size, block_queries * samples)
-    block_heads = min(heads, max(1, limit // map_size))
-    block_images = min(batch, max(1, limit // (map_size * block_heads)))
+    B, Q, M, L, N, _ = points.shape
+    block_queries = min(Q, max(1, limit // (L * N)))
+    map_size = max(map_size, block_queries * L * N)
+    block_heads = min(M, max(1, limit // map_size))
+    block_images = min(B, max(1, limit // (map_size * block_heads)))
 
     def slices(size: int, step: int) -> list[slice]:
         return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
-    return product(slices(batch, block_images), slices(queries, block_queries), slices(heads, block_heads))
+    return product(slices(B, block_images), slices(Q, block_queries), slices(M, block_heads))
 
 
 def _num_maps(block: Block) -> int:
@@ -195,12 +185,13 @@ def _bag(rows: Tensor, table: Tensor, weights: Tensor, starts: Tensor | None = N
 
 
 def forward(value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference: Tensor | None) -> Tensor:
+    """The output (B, Q, M * D); see `op` for the arguments."""
     layout = _Layout(value, shapes, points.shape[4])
     table = _value_table(value, layout)
     if reference is not None:
-        reference = reference.expand(layout.batch, -1, -1)
-    out = value.new_empty((*points.shape[:3], layout.channels))
-    for block in _blocks(points, MAX_TEMPORARY // 8):
+        reference = reference.expand(layout.B, -1, -1)
+    out = value.new_empty((*points.shape[:3], layout.D))
+    for block in blocks(points, MAX_TEMPORARY // 8):
         samples = _samples(layout, points, scores, reference, block)
         weights = _corner_weights(samples.weights, samples.fx, samples.fy)
         left = table[layout.first_row(block) :]
@@ -222,16 +213,16 @@ def backward(
     points: Tensor,
     scores: Tensor,
     reference: Tensor | None,
-    value_grad: bool,
-    reference_grad: bool,
+    needs_value: bool,
+    needs_reference: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """The gradients of value, points, scores and, per image (B, Q, 2), reference."""
+    """The gradients of value, points, scores and, per image (B, Q, 2), reference; see `op` for the arguments."""
     layout = _Layout(value, shapes, points.shape[4])
-    grad_out = grad_out.unflatten(-1, (layout.heads, layout.channels))
+    grad_out = grad_out.unflatten(-1, (layout.M, layout.D))
     if reference is not None:
-        reference = reference.expand(layout.batch, -1, -1)
-    grad_samples = _sample_gradients(layout, grad_out, value, points, scores, reference, reference_grad)
-    grad_value = _value_gradient(layout, grad_out, value, points, scores, reference) if value_grad else None
+        reference = reference.expand(layout.B, -1, -1)
+    grad_samples = _sample_gradients(layout, grad_out, value, points, scores, reference, needs_reference)
+    grad_value = _value_gradient(layout, grad_out, value, points, scores, reference) if needs_value else None
     return grad_value, *grad_samples
 
 
@@ -264,17 +255,17 @@ def _sample_gradients(
     points: Tensor,
     scores: Tensor,
     reference: Tensor | None,
-    reference_grad: bool,
+    needs_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     table = _value_table(value, layout)
     # A pixel and its right neighbour, (rows, 2 * D): one gather reads both.
-    pairs = table.flatten().unfold(0, 2 * layout.channels, layout.channels)
+    pairs = table.flatten().unfold(0, 2 * layout.D, layout.D)
     grad_points, grad_scores = points.new_empty(points.shape), scores.new_empty(scores.shape)
-    grad_reference = table.new_zeros((layout.batch, points.shape[1], 2)) if reference_grad else None
-    for block in _blocks(points, MAX_TEMPORARY // 8):
+    grad_reference = table.new_zeros((layout.B, points.shape[1], 2)) if needs_reference else None
+    for block in blocks(points, MAX_TEMPORARY // 8):
         samples = _samples(layout, points, scores, reference, block)
         fx, fy, weights = samples.fx, samples.fy, samples.weights
-        grad = _by_map(grad_out, block, layout.dtype).view(-1, 1, layout.channels)
+        grad = _by_map(grad_out, block, layout.dtype).view(-1, 1, layout.D)
         first = pairs[layout.first_row(block) :]
         top, top_slope = _dots(first, samples.rows, grad)
         bottom, bottom_slope = _dots(first, samples.rows.add_(layout.pitch), grad)
@@ -304,9 +295,9 @@ def _value_gradient(
     grad_table = layout.zeros()
     # A block walks over all rows of its maps: with fewer samples than rows most of that would be for nothing.
     limit = max(layout.rows, MAX_TEMPORARY // 2)
-    for block in _blocks(points, limit, map_size=layout.rows * layout.channels // 2):
+    for block in blocks(points, limit, map_size=layout.rows * layout.D // 2):
         samples = _samples(layout, points, scores, reference, block)
-        grad = _by_map(grad_out, block, layout.dtype).view(-1, layout.channels)
+        grad = _by_map(grad_out, block, layout.dtype).view(-1, layout.D)
         rows, order = samples.rows.flatten().sort(stable=True)
         bags = order // samples.rows.shape[1]
         sorted_samples = (t.flatten().index_select(0, order) for t in (samples.weights, samples.fx, samples.fy))

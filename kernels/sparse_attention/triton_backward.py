@@ -1,7 +1,7 @@
 """Sparse sampling attention in Triton, backward: the gradients of points, scores and reference points.
 
-`triton_common` has the legend and what the kernels share, `triton_value` the gradient of
-the value. Nothing is saved by the forward: the softmax is computed again.
+`triton_common` has the legend and `triton_value` the gradient of the value. The forward saves nothing but its inputs:
+the softmax is computed again.
 """
 
 from collections.abc import Sequence
@@ -11,26 +11,26 @@ from torch import Tensor
 
 from .._autotune import autotune_pool, autotuned
 from .._triton import LOWEST, device_guard, tl, triton
+from .forms import should_pad
+from .triton_arguments import make_maps, make_samples, pad_value, query_grid, scale_block_q
 from .triton_common import (
     LOG2_E,
     channels,
     corner_pointers,
-    fewer_queries,
+    corner_step,
+    head_maps,
     load_corner,
+    load_level,
+    load_origin,
     load_positions,
     load_scores,
+    load_tile,
     load_weights,
-    map_arguments,
-    merged,
-    of_query,
-    origin,
-    program_work,
-    sample_arguments,
-    sample_offset,
+    pack_xy,
+    point_pointers,
     split_position,
-    tile_grid,
 )
-from .triton_value import grad_of_value
+from .triton_value import value_gradient
 
 POINTS_POOL = autotune_pool(
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 4}, num_warps=4),
@@ -39,18 +39,20 @@ POINTS_POOL = autotune_pool(
 )
 
 
+# --- device functions -------------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def softmax_statistics(scores_ptr, strides, num_levels, N: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr):
-    """Each query's largest logit and 1 / (sum of exponentials), [1, BLOCK_Q] each; scores_ptr [1, BLOCK_Q]."""
+def softmax_statistics(scores, L, N: tl.constexpr, BLOCK_Q: tl.constexpr, INT64_INDEX: tl.constexpr):
+    """The largest logit of each query and 1 / (sum of exponentials), [1, BLOCK_Q] each."""
     BLOCK_N: tl.constexpr = 4 if N >= 4 else 1
     # Finite from the start: points whose logits are all -inf must not turn the rest into NaN.
     largest = tl.full([BLOCK_N, BLOCK_Q], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
-    for level in tl.range(num_levels):
+    for index in tl.range(L):
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
-            pointers = scores_ptr + sample_offset(level, n, strides, WIDE)
-            logits = load_scores(pointers, n, float("-inf"), N, BLOCK_N)
+            logits = load_scores(point_pointers(scores, index, n, INT64_INDEX), n, float("-inf"), N, BLOCK_N)
             larger = tl.maximum(largest, logits)
             total = total * tl.exp2((largest - larger) * LOG2_E) + tl.exp2((logits - larger) * LOG2_E)
             largest = larger
@@ -60,22 +62,11 @@ def softmax_statistics(scores_ptr, strides, num_levels, N: tl.constexpr, BLOCK_Q
 
 
 @triton.jit
-def paired_gradient(x, y, POINT_TYPE: tl.constexpr):
-    """The inverse of `unpaired`."""
-    if tl.float32 == POINT_TYPE:
-        low = x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        return low | (y.to(tl.int32, bitcast=True).to(tl.int64) << 32)
-    else:
-        low = x.to(POINT_TYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        return low | (y.to(POINT_TYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def load_grad_out(grad_out_ptr, row, stride, D: tl.constexpr, WORDS: tl.constexpr, PACKED: tl.constexpr):
-    """float32 [1, BLOCK_Q, WORDS]: even and odd channels if PACKED, otherwise all, twice; row [BLOCK_Q, 1]."""
+def load_grad_out(grad_out_ptr, row, D: tl.constexpr, WORDS: tl.constexpr, PACKED: tl.constexpr):
+    """float32 [1, BLOCK_Q, WORDS]: even and odd channels if PACKED, otherwise all, twice; row [BLOCK_Q]."""
     STEP: tl.constexpr = 2 if PACKED else 1
     channel = tl.arange(0, WORDS)[None, :] * STEP
-    pointers = grad_out_ptr + row * stride + channel
+    pointers = grad_out_ptr + row[:, None] * D + channel
     even = tl.load(pointers, mask=channel < D, other=0.0).to(tl.float32)[None, :, :]
     if PACKED:
         return even, tl.load(pointers + 1, mask=channel + 1 < D, other=0.0).to(tl.float32)[None, :, :]
@@ -84,59 +75,69 @@ def load_grad_out(grad_out_ptr, row, stride, D: tl.constexpr, WORDS: tl.constexp
 
 
 @triton.jit
+def corner_dot(
+    pointers, x, y, level, grad, D: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr
+):
+    """The pixels (x, y) times grad_out, [BLOCK_N, BLOCK_Q]; grad is what `load_grad_out` gives."""
+    even, odd = channels(load_corner(pointers, x, y, level, D, WORDS, PADDED), PACKED)
+    return tl.sum(even * grad[0] + odd * grad[1] if PACKED else even * grad[0], 2)
+
+
+@triton.jit
 def softmax_backward(
     grad_scores_ptr,  # [1, BLOCK_Q], contiguous points
     grad_weights_ptr,  # the same
-    scores_ptr,
-    scores_strides,
-    largest,  # [1, BLOCK_Q]
-    inverse_total,  # [1, BLOCK_Q]
+    scores,  # QueryPoints
+    statistics,  # the largest logit and 1 / (sum of exponentials), [1, BLOCK_Q] each
     mean,  # [1, BLOCK_Q], of grad_weights, weighted
-    counts,  # [1, BLOCK_Q]
-    num_levels,
+    mask,  # [1, BLOCK_Q]
+    L,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
 ):
     """From the gradients of the weights, which this program has written, to those of the logits."""
-    for level in tl.range(num_levels):
+    largest, inverse_total = statistics
+    for index in tl.range(L):
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
-            usable = (n < N) & counts
-            weight = load_weights(
-                scores_ptr + sample_offset(level, n, scores_strides, WIDE), n, largest, N, BLOCK_N, False
-            )
-            grad_weight = tl.load(grad_weights_ptr + level * N + n, mask=usable, other=0.0).to(tl.float32)
+            valid = (n < N) & mask
+            # [BLOCK_N, BLOCK_Q]
+            weight = load_weights(point_pointers(scores, index, n, INT64_INDEX), n, largest, N, BLOCK_N, False)
+            grad_weight = tl.load(grad_weights_ptr + index * N + n, mask=valid, other=0.0).to(tl.float32)
             grad_score = weight * inverse_total * (grad_weight - mean)
-            tl.store(grad_scores_ptr + level * N + n, grad_score.to(grad_scores_ptr.dtype.element_ty), mask=usable)
+            tl.store(grad_scores_ptr + index * N + n, grad_score.to(grad_scores_ptr.dtype.element_ty), mask=valid)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @autotuned(
     POINTS_POOL,
-    key=["N", "D", "LOCATIONS", "PADDED", "REFERENCE_GRAD"],
-    unspecialised=["num_levels", "num_queries"],
-    fit=fewer_queries,
+    key=["N", "D", "LOCATIONS", "PADDED", "NEEDS_REFERENCE"],
+    unspecialised=["Q", "L"],
+    fit=scale_block_q,
 )
 def points_backward_kernel(
     grad_pairs_ptr,  # (B, Q, M, L, N), contiguous
     grad_weights_ptr,  # (B, Q, M, L, N), contiguous; float32 if scores are logits
     grad_scores_ptr,  # (B, Q, M, L, N), contiguous; may be grad_weights_ptr, and is if LOCATIONS
     grad_reference_ptr,  # (B, Q, M, 2) float32, contiguous, or None
-    normaliser_ptr,  # (B, Q, M, 2) float32, contiguous, written for grad_of_value; unused if LOCATIONS
+    normaliser_ptr,  # (B, Q, M, 2) float32, contiguous, written for `value_gradient`; unused if LOCATIONS
     grad_out_ptr,  # (B, Q, M, D), contiguous
     value_ptr,  # the rest as in the forward kernel
-    value_strides,
     pairs_ptr,
-    pairs_strides,
     scores_ptr,
-    scores_strides,
     reference_ptr,
-    reference_strides,
     order_ptr,
     geometry_ptr,
-    num_levels,
-    num_heads,
-    num_queries,
+    value_strides,
+    pairs_strides,
+    scores_strides,
+    reference_strides,
+    M,
+    Q,
+    L,
     size_bucket,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -145,93 +146,83 @@ def points_backward_kernel(
     LOCATIONS: tl.constexpr,
     PADDED: tl.constexpr,
     PACKED: tl.constexpr,
-    REFERENCE_GRAD: tl.constexpr,
-    WIDE: tl.constexpr,
+    NEEDS_REFERENCE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    batch, head, queries, counts = program_work(order_ptr, num_heads, num_queries, BLOCK_Q)
-    query, counts = queries[None, :], counts[None, :]  # [1, BLOCK_Q]
-    pairs_ptr = of_query(pairs_ptr, pairs_strides, batch, query, head)
-    scores_ptr = of_query(scores_ptr, scores_strides, batch, query, head)
-    value_ptr += batch * value_strides[0] + head * value_strides[1]
-    stride_s = WORDS if PADDED else value_strides[2]
-    stride_d = 1 if PADDED else value_strides[3]
-    row = (batch * num_queries + query) * num_heads + head
-    grad_pairs_ptr += row * (num_levels * N)
-    grad_weights_ptr += row * (num_levels * N)
-    grad_scores_ptr += row * (num_levels * N)
-    grad_even, grad_odd = load_grad_out(
-        grad_out_ptr, ((batch * num_queries + queries) * num_heads + head)[:, None], D, D, WORDS, PACKED
-    )
-    if not LOCATIONS:
-        reference_ptr += batch * reference_strides[0] + query * reference_strides[1]
-        largest, inverse_total = softmax_statistics(scores_ptr, scores_strides, num_levels, N, BLOCK_Q, WIDE)
-        tl.store(normaliser_ptr + row * 2, largest, mask=counts)
-        tl.store(normaliser_ptr + row * 2 + 1, inverse_total, mask=counts)
-    else:
+    """The gradients of points, scores and reference points for BLOCK_Q queries."""
+    tile = load_tile(order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, BLOCK_Q)
+    maps = head_maps(value_ptr, value_strides, tile.batch, tile.head, WORDS, PADDED)
+    row, mask = tile.row[None, :], tile.mask[None, :]  # [1, BLOCK_Q]
+    grad_pairs_ptr += row * (L * N)
+    grad_weights_ptr += row * (L * N)
+    grad_scores_ptr += row * (L * N)
+    grad = load_grad_out(grad_out_ptr, tile.row, D, WORDS, PACKED)
+    if LOCATIONS:
         largest = 0.0
         inverse_total = 1.0
+    else:
+        largest, inverse_total = softmax_statistics(tile.scores, L, N, BLOCK_Q, INT64_INDEX)
+        tl.store(normaliser_ptr + row * 2, largest, mask=mask)
+        tl.store(normaliser_ptr + row * 2 + 1, inverse_total, mask=mask)
 
     mean = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)  # of the gradients of the weights, weighted: parts of a sum
     grad_reference_x = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
     grad_reference_y = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
-    for level in tl.range(num_levels):
-        height = tl.load(geometry_ptr + 5 * level)
-        width = tl.load(geometry_ptr + 5 * level + 1)
-        pitch = tl.load(geometry_ptr + 5 * level + 2)
-        origin_x, origin_y = origin(reference_ptr, reference_strides, width, height, LOCATIONS)
+    for index in tl.range(L):
+        level = load_level(geometry_ptr, index)
+        origin = load_origin((reference_ptr, reference_strides), tile, level, LOCATIONS)
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
-            x, y = load_positions(
-                pairs_ptr, pairs_strides, level, n, origin_x, origin_y, width, height, N, BLOCK_N, POINT_TYPE,
-                LOCATIONS, WIDE,
-            )  # fmt: skip
-            x0, y0, fx, fy = split_position(x, y, width, height, PADDED)
-            score_ptrs = scores_ptr + sample_offset(level, n, scores_strides, WIDE)
-            weight = load_weights(score_ptrs, n, largest, N, BLOCK_N, LOCATIONS) * inverse_total
-            pointers = corner_pointers(value_ptr, stride_s, stride_d, geometry_ptr, level, x0, y0, pitch, WORDS, WIDE)
+            # [BLOCK_N, BLOCK_Q]
+            x, y = load_positions(tile.pairs, origin, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX)
+            x0, y0, fx, fy = split_position(x, y, level, PADDED)
+            score_pointers = point_pointers(tile.scores, level.index, n, INT64_INDEX)
+            weight = load_weights(score_pointers, n, largest, N, BLOCK_N, LOCATIONS) * inverse_total
+            # [BLOCK_N, BLOCK_Q, WORDS]
+            pointers = corner_pointers(maps, level, x0, y0, WORDS, INT64_INDEX)
             grad_weight = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
             slope_x = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
             slope_y = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
             for dy in tl.static_range(2):
                 along_y = fy if dy == 1 else 1 - fy
-                step = dy * pitch * stride_s
-                words = load_corner(pointers + step, x0, y0 + dy, width, height, D, WORDS, PADDED)
-                even, odd = channels(words, PACKED)
-                left = tl.sum(even * grad_even + odd * grad_odd if PACKED else even * grad_even, 2)
-                words = load_corner(pointers + step + stride_s, x0 + 1, y0 + dy, width, height, D, WORDS, PADDED)
-                even, odd = channels(words, PACKED)
-                right = tl.sum(even * grad_even + odd * grad_odd if PACKED else even * grad_even, 2)
+                corner = pointers + corner_step(maps, level, 0, dy, INT64_INDEX)
+                left = corner_dot(corner, x0, y0 + dy, level, grad, D, WORDS, PADDED, PACKED)
+                corner += maps.stride_s
+                right = corner_dot(corner, x0 + 1, y0 + dy, level, grad, D, WORDS, PADDED, PACKED)
                 between = left + fx * (right - left)
                 grad_weight += along_y * between
                 slope_x += along_y * (right - left)
                 slope_y += between if dy == 1 else -between
 
-            usable = (n < N) & counts
+            valid = (n < N) & mask
             grad_x = weight * slope_x
             grad_y = weight * slope_y
-            if REFERENCE_GRAD:
-                grad_reference_x += grad_x * width
-                grad_reference_y += grad_y * height
+            if NEEDS_REFERENCE:
+                grad_reference_x += grad_x * level.width
+                grad_reference_y += grad_y * level.height
             if LOCATIONS:
-                grad_x *= width
-                grad_y *= height
-            column = level * N + n
-            tl.store(grad_pairs_ptr + column, paired_gradient(grad_x, grad_y, POINT_TYPE), mask=usable)
-            tl.store(grad_weights_ptr + column, grad_weight.to(grad_weights_ptr.dtype.element_ty), mask=usable)
+                grad_x *= level.width
+                grad_y *= level.height
+            column = index * N + n
+            tl.store(grad_pairs_ptr + column, pack_xy(grad_x, grad_y, POINT_TYPE), mask=valid)
+            tl.store(grad_weights_ptr + column, grad_weight.to(grad_weights_ptr.dtype.element_ty), mask=valid)
             mean += weight * grad_weight
 
     if not LOCATIONS:
         # The mean is over all points: what was written before it was known is read back.
         tl.debug_barrier()
         softmax_backward(
-            grad_scores_ptr, grad_weights_ptr, scores_ptr, scores_strides, largest, inverse_total,
-            tl.sum(mean, 0)[None, :], counts, num_levels, N, BLOCK_N, WIDE,
+            grad_scores_ptr, grad_weights_ptr, tile.scores, (largest, inverse_total), tl.sum(mean, 0)[None, :], mask, L,
+            N, BLOCK_N, INT64_INDEX,
         )  # fmt: skip
-    if REFERENCE_GRAD:
-        tl.store(grad_reference_ptr + row * 2, tl.sum(grad_reference_x, 0)[None, :], mask=counts)
-        tl.store(grad_reference_ptr + row * 2 + 1, tl.sum(grad_reference_y, 0)[None, :], mask=counts)
+    if NEEDS_REFERENCE:
+        tl.store(grad_reference_ptr + row * 2, tl.sum(grad_reference_x, 0)[None, :], mask=mask)
+        tl.store(grad_reference_ptr + row * 2 + 1, tl.sum(grad_reference_y, 0)[None, :], mask=mask)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
 
 
 def backward(
@@ -241,31 +232,54 @@ def backward(
     points: Tensor,
     scores: Tensor,
     reference: Tensor | None,
-    value_grad: bool,
-    reference_grad: bool,
+    needs_value: bool,
+    needs_reference: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """The gradients of value, points, scores and, per image (B, Q, 2), reference."""
+    """The gradients of value, points, scores and, per image (B, Q, 2), reference; see `op` for the arguments."""
     grad_out = grad_out.contiguous()
-    samples = sample_arguments(shapes, points, scores, reference)
-    pairs = samples["pairs_ptr"]
-    grad_pairs = torch.empty(pairs.shape, dtype=pairs.dtype, device=pairs.device)
+    samples = make_samples(shapes, points, scores, reference)
+    maps = make_maps(value, pad_value(value, shapes) if should_pad(value, points) else None, shapes)
+    _, Q, M, L, N = samples.pairs.shape
+    grad_pairs = torch.empty(scores.shape, dtype=samples.pairs.dtype, device=scores.device)
     grad_scores = scores.new_empty(scores.shape)
     in_place = reference is None or scores.dtype == torch.float32
     grad_weights = grad_scores if in_place else grad_scores.new_empty(scores.shape, dtype=torch.float32)
-    grad_reference = value.new_empty((*scores.shape[:3], 2), dtype=torch.float32) if reference_grad else None
+    grad_reference = value.new_empty((*scores.shape[:3], 2), dtype=torch.float32) if needs_reference else None
     normaliser = None if reference is None else value.new_empty((*scores.shape[:3], 2), dtype=torch.float32)
     with device_guard(value):
-        points_backward_kernel[tile_grid(points)](
+        points_backward_kernel[query_grid(samples)](
             grad_pairs_ptr=grad_pairs,
             grad_weights_ptr=grad_weights,
             grad_scores_ptr=grad_scores,
             grad_reference_ptr=grad_reference,
             normaliser_ptr=normaliser,
             grad_out_ptr=grad_out,
-            REFERENCE_GRAD=reference_grad,
-            **merged(map_arguments(value, shapes, points), samples),
+            value_ptr=maps.value,
+            pairs_ptr=samples.pairs,
+            scores_ptr=samples.scores,
+            reference_ptr=samples.reference,
+            order_ptr=samples.order,
+            geometry_ptr=maps.geometry,
+            value_strides=maps.value.stride(),
+            pairs_strides=samples.pairs.stride(),
+            scores_strides=samples.scores.stride(),
+            reference_strides=samples.reference_strides,
+            M=M,
+            Q=Q,
+            L=L,
+            size_bucket=samples.size_bucket,
+            N=N,
+            D=maps.D,
+            WORDS=maps.words,
+            POINT_TYPE=samples.point_type,
+            LOCATIONS=reference is None,
+            PADDED=maps.padded,
+            PACKED=maps.packed,
+            NEEDS_REFERENCE=needs_reference,
+            INT64_INDEX=maps.int64_index or samples.int64_index,
+            enable_fp_fusion=True,
         )
-        grad_value = grad_of_value(grad_out, value, shapes, scores, samples, normaliser) if value_grad else None
+        grad_value = value_gradient(grad_out, value, shapes, samples, normaliser) if needs_value else None
     point_type = torch.float32 if points.dtype == torch.float64 else points.dtype
     grad_points = grad_pairs.unsqueeze(-1).view(point_type).to(points.dtype)
     return grad_value, grad_points, grad_scores, None if grad_reference is None else grad_reference.sum(2)

@@ -192,6 +192,12 @@ def test_no_two_groups_share_a_name(full):
 # --- the command for a GPU --------------------------------------------------------------------------------------------
 
 
+def test_files_of_the_steps_exist():
+    for part in run.steps().values():
+        for word in (word for step in part for word in step.command if word.startswith(("bench/", "tests"))):
+            assert (run.ROOT / word).exists(), word
+
+
 def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, monkeypatch, capsys):
     ran = tmp_path / "ran"
 

@@ -1,23 +1,26 @@
-"""Compile the Triton kernels for GPUs that are not there, at the paper's shapes: `python -m tests.helpers.offline [--all]`.
+"""Compile the Triton kernels for GPUs that are not there, at the paper's shapes.
 
-Each entry of OPS in tests/helpers/offline_ops.py calls an op's launchers on tensors without memory. The launches are recorded
-instead of run, and their kernels compiled for what they were called with: on sm_90 with every configuration of their
-autotune pool, on the other targets with the first and in one dtype; of ops that are not OF_THE_PAPER with the first on
-sm_90 too. `--all` leaves nothing out. Prints one JSON row a launch, about its autotuning, and one a compiled kernel:
-op, kernel, dtype, target, config, and on NVIDIA registers and stack (bytes a thread; a stack means that registers were
-spilled); on sm_90 also what the machine code does:
+    python -m tests.helpers.offline [--all] [--record]
 
-    instructions    of the hot loop, a warp, divided by the elements (samples, records, pixels) that the warp handles in
-                    a turn: what the kernel costs the GPU's schedulers
+Each entry of OPS in `offline_ops` calls the launchers of an op on tensors without memory. The launches are recorded
+instead of run, and the kernels of the ops OF_THE_PAPER are compiled for sm_90 in the first configuration of their
+autotune pool. `--all` compiles the kernels of all ops, in all configurations, for all TARGETS.
+
+Prints one JSON row per launch, which says how it is tuned, and one per compiled kernel: op, kernel, dtype, target,
+config, and on NVIDIA the registers and the stack in bytes per thread (a stack means that registers were spilled). On
+sm_90 it also says what the machine code does:
+
+    instructions    in the hot loop of a warp, divided by the elements (samples, records, pixels) that the warp handles
+                    in a turn: what the kernel costs the GPU's schedulers. Where the compiler unrolls a loop, all its
+                    turns count
     opcodes         how often the hot loop reads, writes and adds to memory, by instruction
-
     differences     how often the kernel subtracts a value from itself. That is zero, or NaN, only while the compiler
                     does not make one multiply-add of a product and the subtraction: no test may rest on it
 
-The hot loop is the innermost one with the most instructions, the whole kernel if it has no loop. `--all --record`
-writes the counts to tests/helpers/instructions.json, from which tests/test_compile_offline.py allows no more than 10 % up.
+The hot loop is the innermost one with the most instructions, or the whole kernel if it has no loop. `--all --record`
+writes the counts to instructions.json; `tests/kernels/test_compile_offline.py` allows at most 10 % more.
 
-Needs a process without TRITON_INTERPRET: the interpreter leaves nothing to compile.
+Kernels are compiled only in a process without TRITON_INTERPRET.
 """
 
 import collections
@@ -179,28 +182,40 @@ OF_THE_PAPER = ("sparse_sampling", "bilinear_gather", "upsample_cross_entropy", 
 
 
 def report(everything: bool) -> Iterator[dict[str, Any]]:
-    """The rows of all kernels."""
+    """The rows of all launches, and of the kernels that are compiled."""
     for op, (call, dtype_names) in OPS.items():
         for dtype_name in dtype_names:
             launches, buffers = recorded_launches(partial(call, DTYPES[dtype_name]))
             for launch, (launched, arguments) in enumerate(launches):
-                kernel = launched.fn if isinstance(launched, Autotuner) else launched
-                configs = launched.configs if isinstance(launched, Autotuner) else [fixed_config(arguments)]
-                if fit := getattr(launched, "early_config_prune", None):
-                    configs = fit(configs, {}, **arguments)
                 row = {"op": op, "kernel": qualified_name(launched), "dtype": dtype_name, "launch": launch}
                 yield {**row, **autotuning(launched, arguments, buffers)}
-                for config in configs if everything or op in OF_THE_PAPER else configs[:1]:
-                    assembly = compiled(kernel, arguments, config, TARGETS["sm_90"]).asm
-                    cubin, differences = assembly["cubin"], len(SELF_DIFFERENCE.findall(assembly["ttir"]))
-                    sizes = {**config.kwargs, "num_warps": config.num_warps}
-                    found = {**resources(cubin), **work(cubin, config), "differences": differences}
-                    yield {**row, "target": "sm_90", "config": sizes, **found}
-                others = list(TARGETS.items())[1:] if everything or dtype_name == dtype_names[0] else []
-                for name, target in others:
-                    binary = compiled(kernel, arguments, configs[0], target)
-                    used = resources(binary.asm["cubin"]) if target.backend == "cuda" else {}
-                    yield {**row, "target": name, "config": configs[0].kwargs, **used}
+                if everything or op in OF_THE_PAPER:
+                    for compiled_row in compiled_rows(launched, arguments, everything):
+                        yield {**row, **compiled_row}
+
+
+def compiled_rows(launched: Any, arguments: dict[str, Any], everything: bool) -> Iterator[dict[str, Any]]:
+    """What compiling one launch gives: in the first configuration for sm_90, or in all for all TARGETS."""
+    kernel = launched.fn if isinstance(launched, Autotuner) else launched
+    configs = configurations(launched, arguments)
+    for config in configs if everything else configs[:1]:
+        assembly = compiled(kernel, arguments, config, TARGETS["sm_90"]).asm
+        cubin, differences = assembly["cubin"], len(SELF_DIFFERENCE.findall(assembly["ttir"]))
+        sizes = {**config.kwargs, "num_warps": config.num_warps}
+        found = {**resources(cubin), **work(cubin, config), "differences": differences}
+        yield {"target": "sm_90", "config": sizes, **found}
+    for name, target in list(TARGETS.items())[1:] if everything else []:
+        binary = compiled(kernel, arguments, configs[0], target)
+        used = resources(binary.asm["cubin"]) if target.backend == "cuda" else {}
+        yield {"target": name, "config": configs[0].kwargs, **used}
+
+
+def configurations(launched: Any, arguments: dict[str, Any]) -> list[triton.Config]:
+    """The configurations of a launch, as they are tried."""
+    if not isinstance(launched, Autotuner):
+        return [fixed_config(arguments)]
+    fit = getattr(launched, "early_config_prune", None)
+    return fit(launched.configs, {}, **arguments) if fit else launched.configs
 
 
 def fixed_config(arguments: dict[str, Any]) -> triton.Config:

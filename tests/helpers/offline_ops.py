@@ -1,11 +1,15 @@
-"""What tests/helpers/offline.py compiles: each op's launches on tensors without memory, at the paper's shapes."""
+"""What `offline` compiles: the launches of each op on tensors without memory, at the paper's shapes."""
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
+
+from unept.kernels import bilinear_gather_triton, boundary_targets_triton
+from unept.kernels.boundary_targets import bin_centres, saturation_of
+from unept.kernels.sparse_attention import force_form, triton_backward, triton_forward
+from unept.kernels.upsample import argmax_triton, cross_entropy_triton
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -13,8 +17,10 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _encoder(dtype: torch.dtype, channels: int = 32) -> tuple[Any, ...]:
-    """grad_out, value, shapes, points and scores of the ResNet-50 variant's encoder at 480x480, as its layers call it:
-    B=2, L=3, N=16, M=8, D=32, 60x60 pixels a level, points and scores views of one projection."""
+    """grad_out, value, shapes, points and scores of the ResNet-50 variant's encoder at 480x480, as its layers call it.
+
+    B=2, L=3, N=16, M=8, D=32, 60x60 pixels per level, points and scores are views of one projection.
+    """
     shapes, length = [60, 60] * 3, 3 * 60 * 60
     projection = _meta(2, length, 8, 3 * 48, dtype=dtype)
     points, scores = projection[..., :96].view(2, length, 8, 3, 16, 2), projection[..., 96:].view(2, length, 8, 3, 16)
@@ -37,16 +43,11 @@ def _attention(
     channels: int = 32,
 ) -> None:
     """The encoder's attention, forward and backward, with maps and gradient of the value in a given form."""
-    from unept.kernels.sparse_attention import triton_common as shared
-    from unept.kernels.sparse_attention import triton_value as of_value
-    from unept.kernels.sparse_attention.triton_backward import backward
-
     grad_out, *inputs = _encoder(dtype, channels)
     centres = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32) if reference else None
-    with mock.patch.object(shared, "copy_pays", return_value=padded):
-        shared.forward(*inputs, centres)
-        with mock.patch.object(of_value, "fastest", lambda name, methods, key: methods[method]):
-            backward(grad_out, *inputs, centres, value_grad=True, reference_grad=gradient)
+    with force_form(padded=padded, value_gradient=method):
+        triton_forward.forward(*inputs, centres)
+        triton_backward.backward(grad_out, *inputs, centres, needs_value=True, needs_reference=gradient)
 
 
 def sparse_sampling(dtype: torch.dtype) -> None:
@@ -66,7 +67,7 @@ def sparse_sampling_wide(dtype: torch.dtype) -> None:
 
 
 def sparse_sampling_deterministic(dtype: torch.dtype) -> None:
-    """The backward that adds integers, with the gradient of the reference points."""
+    """The backward that adds integers, always by atomics, with the gradient of the reference points."""
     torch.use_deterministic_algorithms(True)
     try:
         _attention(dtype, gradient=True)
@@ -76,10 +77,6 @@ def sparse_sampling_deterministic(dtype: torch.dtype) -> None:
 
 def sparse_sampling_sizes_of_one(dtype: torch.dtype) -> None:
     """One image, pixel, head, channel, query, level and point: arguments that are 1 become constants."""
-    from unept.kernels.sparse_attention import triton_common as shared
-    from unept.kernels.sparse_attention import triton_value as of_value
-    from unept.kernels.sparse_attention.triton_backward import backward
-
     value, grad_out, reference = (
         _meta(1, 1, 1, 1, dtype=dtype),
         _meta(1, 1, 1, dtype=dtype),
@@ -87,12 +84,9 @@ def sparse_sampling_sizes_of_one(dtype: torch.dtype) -> None:
     )
     inputs = value, [1, 1], _meta(1, 1, 1, 1, 1, 2, dtype=dtype), _meta(1, 1, 1, 1, 1, dtype=dtype), reference
     for padded, method in ((True, "binned"), (False, "atomic")):
-        with (
-            mock.patch.object(shared, "copy_pays", return_value=padded),
-            mock.patch.object(of_value, "fastest", lambda name, methods, key, method=method: methods[method]),
-        ):
-            shared.forward(*inputs)
-            backward(grad_out, *inputs, value_grad=True, reference_grad=True)
+        with force_form(padded=padded, value_gradient=method):
+            triton_forward.forward(*inputs)
+            triton_backward.backward(grad_out, *inputs, needs_value=True, needs_reference=True)
 
 
 def ms_deform(dtype: torch.dtype) -> None:
@@ -101,14 +95,12 @@ def ms_deform(dtype: torch.dtype) -> None:
 
 
 def _gather(size: int, dtype: torch.dtype, paddings: tuple[str, ...]) -> None:
-    from unept.kernels.bilinear_gather_triton import backward, forward
-
     channels = 256 if size > 1 else 1
     features = _meta(2, channels, size, size, dtype=dtype)
     points = _meta(2, size * size, 2, dtype=torch.float32)
     for padding in paddings:
-        out = forward(features, points, padding)
-        backward(out, features, points, padding, needs_features=True, needs_points=True)
+        out = bilinear_gather_triton.forward(features, points, padding)
+        bilinear_gather_triton.backward(out, features, points, padding, needs_features=True, needs_points=True)
 
 
 def gather(dtype: torch.dtype) -> None:
@@ -117,16 +109,13 @@ def gather(dtype: torch.dtype) -> None:
 
 
 def _up_sampled(K: int, low_size: int, size: int, dtype: torch.dtype, with_options: bool) -> None:
-    from unept.kernels.upsample import argmax_triton
-    from unept.kernels.upsample.cross_entropy_triton import backward, forward
-
     logits, target = _meta(2, K, low_size, low_size, dtype=dtype), _meta(2, size, size, dtype=torch.int64)
     # A gradient that sum() expanded.
     grad_losses = _meta(1, dtype=torch.float32)[0].expand(2, size, size)
     offset = _meta(2, 2, size, size, dtype=torch.float32) if with_options else None
     class_weights = _meta(K, dtype=torch.float32) if with_options else None
-    forward(logits, target, offset, class_weights, 255)
-    backward(grad_losses, logits, target, offset, class_weights, 255)
+    cross_entropy_triton.forward(logits, target, offset, class_weights, 255)
+    cross_entropy_triton.backward(grad_losses, logits, target, offset, class_weights, 255)
     argmax_triton.forward(logits, (size, size), offset)
 
 
@@ -136,9 +125,6 @@ def up_sampled_loss(dtype: torch.dtype) -> None:
 
 
 def _boundary(labels: Tensor, radius: float, num_directions: int, ignore_index: int) -> None:
-    from unept.kernels import boundary_targets_triton
-    from unept.kernels.boundary_targets import bin_centres, saturation_of
-
     boundary_targets_triton.forward(
         labels,
         saturation=saturation_of(radius),

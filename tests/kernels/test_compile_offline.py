@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,12 +12,18 @@ import triton
 
 from tests.helpers import offline
 
-pytestmark = pytest.mark.xdist_group("compile_offline")  # the report takes minutes
+pytestmark = pytest.mark.xdist_group("compile_offline")  # a report takes a minute, that of everything several
+
+# What is compiled: the paper's kernels in their first configuration for one GPU, or everything.
+OF_THE_PAPER = [pytest.param("paper", op, id=op) for op in offline.OF_THE_PAPER]
+EVERYTHING = [pytest.param("everything", op, id=f"all-{op}", marks=pytest.mark.slow) for op in offline.OPS]
+every_op = pytest.mark.parametrize(("selection", "op"), [*OF_THE_PAPER, *EVERYTHING])
 
 
 @pytest.fixture(scope="session")
-def report():
-    return rows()
+def reports():
+    """The rows of a selection; they are made once."""
+    return cache(lambda selection: rows(*["--all"] if selection == "everything" else []))
 
 
 def rows(*options: str) -> list[dict[str, Any]]:
@@ -28,11 +35,10 @@ def rows(*options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("target", offline.TARGETS)
-@pytest.mark.parametrize("op", offline.OPS)
-def test_compiles(report, op, target):
-    dtypes = offline.OPS[op][1]
-    assert compiled(report, op, target) == set(dtypes if target == "sm_90" else dtypes[:1])
+@every_op
+def test_compiles(reports, selection, op):
+    for target in offline.TARGETS if selection == "everything" else ["sm_90"]:
+        assert compiled(reports(selection), op, target) == set(offline.OPS[op][1])
 
 
 def compiled(report, op: str, target: str) -> set[str]:
@@ -40,16 +46,8 @@ def compiled(report, op: str, target: str) -> set[str]:
     return {row["dtype"] for row in report if row.get("op") == op and row.get("target") == target}
 
 
-@pytest.mark.slow
-def test_every_configuration_on_every_target():
-    report = rows("--all")
-    for op, (_, dtypes) in offline.OPS.items():
-        check_hot_loops(report, op)
-        for target in offline.TARGETS:
-            assert compiled(report, op, target) == set(dtypes), (op, target)
-
-
 def on_sm_90(report, op: str) -> list[dict[str, Any]]:
+    """The rows of an op on sm_90, at least one; they are printed for the report of a failure."""
     rows = [row for row in report if row.get("op") == op and row.get("target") == "sm_90"]
     for row in rows:
         print(row)
@@ -57,14 +55,10 @@ def on_sm_90(report, op: str) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("op", offline.OPS)
-def test_hot_loops_keep_everything_in_registers(report, op):
-    check_hot_loops(report, op)
-
-
-def check_hot_loops(report, op: str) -> None:
+@every_op
+def test_hot_loops_keep_everything_in_registers(reports, selection, op):
     first: dict[tuple[str, str, int], int] = {}
-    for row in on_sm_90(report, op):
+    for row in on_sm_90(reports(selection), op):
         assert not {"LDL", "STL"} & {opcode.split(".")[0] for opcode in row["opcodes"]}, row
         first.setdefault((row["kernel"], row["dtype"], row["launch"]), row["stack"])
     for (kernel, dtype, _), stack in first.items():
@@ -72,20 +66,30 @@ def check_hot_loops(report, op: str) -> None:
         assert stack <= (0 if op in offline.OF_THE_PAPER and dtype == "bf16" else 32), (kernel, dtype, stack)
 
 
-@pytest.mark.parametrize("op", offline.OPS)
-def test_no_addition_is_a_loop_of_compare_and_swap(report, op):
-    assert not any(row["compare_and_swap"] for row in on_sm_90(report, op))
+@every_op
+def test_no_addition_is_a_loop_of_compare_and_swap(reports, selection, op):
+    assert not any(row["compare_and_swap"] for row in on_sm_90(reports(selection), op))
 
 
-@pytest.mark.parametrize("op", offline.OPS)
-def test_no_kernel_tests_by_exact_cancellation(report, op):
+@every_op
+def test_no_kernel_tests_by_exact_cancellation(reports, selection, op):
     # `x - x` is not zero where x is a product that the compiler contracts: fma(a, b, -(a * b)).
-    assert not any(row["differences"] for row in on_sm_90(report, op))
+    assert not any(row["differences"] for row in on_sm_90(reports(selection), op))
 
 
-@pytest.mark.parametrize("op", ["sparse_sampling", "sparse_sampling, masked", "ms_deform"])
-def test_attention_gathers_16_bytes_at_a_time(report, op):
-    gathering = [r for r in on_sm_90(report, op) if "forward_kernel" in r["kernel"] or "points_" in r["kernel"]]
+@pytest.mark.parametrize(
+    ("selection", "op"),
+    [
+        ("paper", "sparse_sampling"),
+        *(
+            pytest.param("everything", op, marks=pytest.mark.slow)
+            for op in ("sparse_sampling", "sparse_sampling, masked", "ms_deform")
+        ),
+    ],
+)
+def test_attention_gathers_16_bytes_at_a_time(reports, selection, op):
+    report = on_sm_90(reports(selection), op)
+    gathering = [row for row in report if "forward_kernel" in row["kernel"] or "points_" in row["kernel"]]
     assert gathering
     for row in gathering:
         config, bytes_a_row = row["config"], 32 * {"bf16": 2, "fp32": 4}[row["dtype"]]
@@ -93,33 +97,44 @@ def test_attention_gathers_16_bytes_at_a_time(report, op):
         assert row["opcodes"]["LDG.E.128"] == rows_a_warp * bytes_a_row / 16 / 32, row
 
 
-def test_attention_adds_16_bytes_at_a_time(report):
-    adding = [r for r in on_sm_90(report, "sparse_sampling, masked") if "scatter" in r["kernel"]]
+@pytest.mark.slow
+def test_attention_adds_16_bytes_at_a_time(reports):
+    adding = [row for row in on_sm_90(reports("everything"), "sparse_sampling, masked") if "scatter" in row["kernel"]]
     assert adding
     for row in adding:
         (opcode,) = [name for name in row["opcodes"] if name.startswith("RED")]
         assert "F32x4" in opcode, row
 
 
-@pytest.mark.parametrize("op", offline.OPS)
-def test_instruction_counts_are_those_recorded(report, op):
-    """At most 10 % more than in tests/helpers/instructions.json; `python -m tests.helpers.offline --all --record` writes it anew."""
+@every_op
+def test_instruction_counts_are_those_recorded(reports, selection, op):
+    """At most 10 % more than in instructions.json; `python -m tests.helpers.offline --all --record` writes it anew."""
     recorded = json.loads(offline.RECORD.read_text())
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     known = [name for name in recorded if tuple(map(int, name.split("."))) <= version]
     limits = recorded[max(known, key=lambda name: tuple(map(int, name.split("."))))]
-    now = {offline.record_key(row): row["instructions"] for row in on_sm_90(report, op)}
+    now = {offline.record_key(row): row["instructions"] for row in on_sm_90(reports(selection), op)}
     assert set(now) <= set(limits), "new configurations: record them"
     worse = {key: (count, limits[key]) for key, count in now.items() if count > 1.1 * limits[key]}
     assert not worse
 
 
-def test_no_kernel_is_left_out(report):
+def test_no_kernel_is_left_out(reports):
+    """All kernels are launched by some op; the slow tests compile all that is launched."""
+    report = reports("paper")
     assert {row["kernel"] for row in report[:-1]} == set(report[-1]["kernels"])
 
 
-def test_autotuning_starts_from_zero_and_tells_sizes_apart(report):
-    launches = [row for row in report if "key" in row]
+@pytest.mark.slow
+def test_every_launch_is_compiled(reports):
+    report = reports("everything")
+    launches = {(row["op"], row["kernel"], row["dtype"]) for row in report if "key" in row}
+    assert launches == {(row["op"], row["kernel"], row["dtype"]) for row in report if row.get("target") == "sm_90"}
+
+
+def test_autotuning_starts_from_zero_and_tells_sizes_apart(reports):
+    launches = [row for row in reports("paper") if "key" in row]
+    assert {row["op"] for row in launches} == set(offline.OPS)
     adding = {row["kernel"].split(".")[-1] for row in launches if row["added_into"]}
     assert adding == {"scatter_backward_kernel", "gather_backward_kernel", "losses_backward_kernel"}
     for row in launches:

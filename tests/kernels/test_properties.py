@@ -16,9 +16,9 @@ from torchvision import tv_tensors
 from tests.evaluation.test_metrics import loop_boundary_counts, loop_region_scores
 from tests.helpers import reference
 from tests.helpers.accuracy import assert_accurate
+from tests.helpers.attention import attention, check, deformable, make_case
 from tests.kernels.test_bilinear_gather import assert_matches_reference as assert_gathers
 from tests.kernels.test_boundary_targets import assert_matches_reference as assert_targets
-from tests.kernels.test_sparse_attention import attention, check, deformable, make_case
 from unept.data import TrainingSampler, train_transform
 from unept.data.photometric import distort
 from unept.evaluation.metrics import BoundaryFScore, ConfusionMatrix

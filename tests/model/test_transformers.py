@@ -201,18 +201,21 @@ def test_outputs_and_gradients_are_theirs(name):
     assert unpatch(ours) == MODELS[name][1]
 
 
-def cases():
-    """(model, backend, size of the images). Triton's interpreter takes a minute for each of the slow ones."""
-    yield from ((name, "torch", SIZE) for name in ("Deformable DETR", "Mask2Former"))
-    yield "Deformable DETR", "triton", SIZE // 2
-    yield from (
-        pytest.param(name, "triton", SIZE, marks=pytest.mark.slow) for name in ("Deformable DETR", "Mask2Former")
-    )
+DTYPES = (torch.float32, torch.bfloat16)
+IN_EVERY_DTYPE = [
+    *((name, "torch", dtype, SIZE) for name in ("Deformable DETR", "Mask2Former") for dtype in DTYPES),
+    ("Deformable DETR", "triton", torch.float32, SIZE // 2),
+    # Triton's interpreter takes a minute for each of these.
+    *(
+        pytest.param(name, "triton", dtype, SIZE, marks=pytest.mark.slow)
+        for name in ("Deformable DETR", "Mask2Former")
+        for dtype in DTYPES
+    ),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "backend", "size"), cases())
-def test_as_exact_as_theirs_in_every_dtype(name, dtype, backend, size):
+@pytest.mark.parametrize(("name", "backend", "dtype", "size"), IN_EVERY_DTYPE)
+def test_as_exact_as_theirs_in_every_dtype(name, backend, dtype, size):
     exact = results(build(name, torch.float64)[0], name, torch.float64, size)
     theirs, ours = build(name, dtype)
     patch(ours)
