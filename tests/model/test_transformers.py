@@ -214,7 +214,7 @@ IN_EVERY_DTYPE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "backend", "dtype", "size"), IN_EVERY_DTYPE)
+@pytest.mark.parametrize(("name", "backend", "dtype", "size"), IN_EVERY_DTYPE, ids=str)
 def test_as_exact_as_theirs_in_every_dtype(name, backend, dtype, size):
     exact = results(build(name, torch.float64)[0], name, torch.float64, size)
     theirs, ours = build(name, dtype)
