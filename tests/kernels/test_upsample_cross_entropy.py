@@ -334,8 +334,8 @@ def test_an_id_that_is_no_class(backend, wrong):
 
 @pytest.mark.parametrize("count", [6, slow(38)])
 def test_deterministic_gradient_does_not_depend_on_the_order_of_adds(backend, deterministic, count):
-    # One low-size pixel takes all contributions; shuffling the tiles of a kernel shuffles their order. If their number is
-    # even, they start at the first pixel.
+    # One low-size pixel takes all contributions; shuffling the tiles of a kernel shuffles their order.
+    # An even number of tiles starts at the first pixel.
     arguments = make_inputs(backend[1], shape=(1, 5, 1, 1), size=(1, 8 * count))
     grad = torch.randn(1, 1, 8 * count, device=backend[1])
     tiles = torch.randperm(count) if backend[0] == "triton" else torch.arange(count)
