@@ -124,7 +124,7 @@ def gather_kernel(
     corner = cells.y.to(tl.int64) * features_strides[2] + cells.x.to(tl.int64) * features_strides[3]
     pointers = features_ptr + b * features_strides[0] + c.to(tl.int64) * features_strides[1] + corner
     out_pointers = out_ptr + (b * C + c) * P + p
-    for _ in range(c, tl.minimum(c + BLOCK_C, C)):
+    for _ in range(0, tl.minimum(BLOCK_C, C - c)):
         v00, v01, v10, v11 = load_corners(pointers, features_strides, in_bounds)
         value = (1 - fy) * ((1 - fx) * v00 + fx * v01) + fy * ((1 - fx) * v10 + fx * v11)
         tl.store(out_pointers, value, mask=p < P)

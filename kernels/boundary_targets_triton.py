@@ -22,6 +22,8 @@ from ._autotune import autotune_pool, autotuned, size_bucket
 from ._triton import device_guard, tl, triton
 
 NO_DIRECTION = tl.constexpr(255)
+# More directions than these are read from a table in a loop: unrolled, 255 of them take the compiler 39 seconds.
+MAX_UNROLLED = 16
 
 TILE_POOL = autotune_pool(
     triton.Config({"BLOCK_H": 4, "BLOCK_W": 128}, num_warps=4),
@@ -132,13 +134,14 @@ def direction_kernel(
     labels_ptr,  # (B, H, W)
     distance_ptr,  # (B, H, W), contiguous float32
     direction_ptr,  # (B, H, W), contiguous int64
+    centres_ptr,  # (n, 2) float32, contiguous: x and y of the unit vector at the centre of each bin; or None
     labels_strides,
     ignore_index,
     H,
     W,
     largest_distance,
     size_bucket,
-    CENTRES: tl.constexpr,  # x and y of the unit vector at the centre of each bin, 2 n numbers
+    CENTRES: tl.constexpr,  # the same, 2 n numbers, if centres_ptr is None
     NUM_DIRECTIONS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -172,10 +175,16 @@ def direction_kernel(
 
     direction = tl.full((BLOCK_H, BLOCK_W), NUM_DIRECTIONS // 2, tl.int32)
     largest = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
-    for k in tl.static_range(NUM_DIRECTIONS):
-        cosine = g_x * CENTRES[2 * k] + g_y * CENTRES[2 * k + 1]
-        direction = tl.where(cosine > largest, k, direction)
-        largest = tl.maximum(largest, cosine)
+    if centres_ptr is None:
+        for k in tl.static_range(NUM_DIRECTIONS):
+            cosine = g_x * CENTRES[2 * k] + g_y * CENTRES[2 * k + 1]
+            direction = tl.where(cosine > largest, k, direction)
+            largest = tl.maximum(largest, cosine)
+    else:
+        for k in range(0, NUM_DIRECTIONS):
+            cosine = g_x * tl.load(centres_ptr + 2 * k) + g_y * tl.load(centres_ptr + 2 * k + 1)
+            direction = tl.where(cosine > largest, k, direction)
+            largest = tl.maximum(largest, cosine)
     direction = tl.where(distance > largest_distance, NO_DIRECTION, direction)
     tl.store(direction_ptr + b * H * W + y * W + x, direction.to(tl.int64), mask=in_bounds)
 
@@ -203,6 +212,8 @@ def forward(
     nearest, squares = labels.new_empty((2, B, H, W), dtype=torch.int32)
     grid = lambda meta: (B * triton.cdiv(H, meta["BLOCK_H"]) * triton.cdiv(W, meta["BLOCK_W"]),)
     bucket, reach = size_bucket(labels.numel()), math.isqrt(saturation - 1)
+    unrolled = len(centres) <= 2 * MAX_UNROLLED
+    table = None if unrolled else torch.tensor(centres, dtype=torch.float32, device=labels.device)
     with device_guard(labels):
         column_kernel[grid](
             labels_ptr=labels,
@@ -232,13 +243,14 @@ def forward(
             labels_ptr=labels,
             distance_ptr=distance,
             direction_ptr=direction,
+            centres_ptr=table,
             labels_strides=labels.stride(),
             ignore_index=ignore_index,
             H=H,
             W=W,
             largest_distance=largest_distance,
             size_bucket=bucket,
-            CENTRES=centres,
+            CENTRES=centres if unrolled else None,
             NUM_DIRECTIONS=len(centres) // 2,
             enable_fp_fusion=False,  # fused, products would be rounded otherwise than on a CPU
         )

@@ -32,6 +32,15 @@ if torch.cuda.is_available():
     BACKENDS = [("torch", "cpu"), ("torch", "cuda"), ("triton", "cuda")]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A test or case that is marked `slow_interpreted` is slow where Triton's interpreter runs it."""
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if backend == ("triton", "cpu") and item.get_closest_marker("slow_interpreted"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=BACKENDS, ids=lambda pair: "-".join(pair))
 def backend(request):
     """Switch to a backend for one test; the value is (backend, device)."""

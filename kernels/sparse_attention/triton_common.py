@@ -223,7 +223,7 @@ def load_positions(
 @triton.jit
 def load_sample(
     tile,
-    origin,
+    reference,  # pointer and strides
     normaliser_ptr,  # (B, Q, M, 2), or None
     level,
     n,  # [BLOCK_N, 1]
@@ -234,6 +234,7 @@ def load_sample(
     INT64_INDEX: tl.constexpr,
 ):
     """x, y, weight and whether the sample reads anything, each [BLOCK_N, BLOCK_Q]."""
+    origin = load_origin(reference, tile, level, LOCATIONS)
     x, y = load_positions(tile.pairs, origin, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX)
     score_pointers = point_pointers(tile.scores, level.index, n, INT64_INDEX)
     if LOCATIONS:

@@ -21,7 +21,7 @@ from .._scatter import ScatterBuffer, scatter_add
 from .._triton import tl, triton
 from .forms import forced_value_gradient
 from .triton_arguments import Samples, geometry, query_grid, scale_block_q
-from .triton_common import load_level, load_origin, load_sample, load_tile, split_position
+from .triton_common import load_level, load_sample, load_tile, split_position
 from .triton_value_binned import fits_bins, value_gradient_binned
 
 SCATTER_POOL = autotune_pool(
@@ -71,19 +71,19 @@ def scatter_backward_kernel(
 ):
     """Add what the samples of BLOCK_Q queries give to their four corners."""
     tile = load_tile(order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, BLOCK_Q)
+    reference = (reference_ptr, reference_strides)
     channel = tl.arange(0, BLOCK_D)[None, :]
     # [BLOCK_Q, BLOCK_D]
     grad_out = tl.load(grad_out_ptr + tile.row[:, None] * D + channel, mask=channel < D, other=0.0).to(tl.float32)
 
     for index in tl.range(L):
         level = load_level(geometry_ptr, index)
-        origin = load_origin((reference_ptr, reference_strides), tile, level, LOCATIONS)
         first_row = tile.batch * S + level.first_row
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             # [BLOCK_N, BLOCK_Q]
             x, y, weight, valid = load_sample(
-                tile, origin, normaliser_ptr, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX
+                tile, reference, normaliser_ptr, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX
             )
             x0, y0, fx, fy = split_position(x, y, level, False)
             for dy in tl.static_range(2):

@@ -29,7 +29,7 @@ from .._autotune import autotune_pool, autotuned
 from .._triton import PRECISION, operand, tl, triton
 from .levels import levels
 from .triton_arguments import Samples, geometry
-from .triton_common import load_level, load_origin, load_sample, load_tile, pack_xy, split_position, unpack_xy
+from .triton_common import load_level, load_sample, load_tile, pack_xy, split_position, unpack_xy
 
 WINDOW_ROWS = 4
 WINDOW_COLUMNS = tl.constexpr(16)  # what a tensor core multiplies at a time
@@ -93,16 +93,16 @@ def bin_backward_kernel(
 ):
     """Count the samples of BLOCK_Q queries in each cell, or write them to the cell's records."""
     tile = load_tile(order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, BLOCK_Q)
+    reference = (reference_ptr, reference_strides)
     cursor_ptr += (tile.batch * M + tile.head) * C
 
     for index in tl.range(L):
         level = load_level(geometry_ptr, index)
-        origin = load_origin((reference_ptr, reference_strides), tile, level, LOCATIONS)
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[:, None]
             # [BLOCK_N, BLOCK_Q]
             x, y, weight, valid = load_sample(
-                tile, origin, normaliser_ptr, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX
+                tile, reference, normaliser_ptr, level, n, N, BLOCK_N, POINT_TYPE, LOCATIONS, INT64_INDEX
             )
             x0, y0, _, fy = split_position(x, y, level, False)
             cells = cursor_ptr + (level.first_cell + (y0 + 1) * (level.width + 1) + (x0 + 1))

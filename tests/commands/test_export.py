@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def model() -> UNEPT:
     """A small network whose samples, boundaries and directions vary, as a trained one's do."""
     torch.manual_seed(0)
-    sizes = {"d_model": 32, "num_heads": 4, "num_points": 2, "ffn_dim": 32}
+    sizes = {"d_model": 32, "num_heads": 4, "num_levels": 2, "num_points": 2, "ffn_dim": 32}
     layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
     model = UNEPT(5, "resnet10t", output_stride=32, classes=list("abcde"), **sizes, **layers).eval()
     for name, parameter in model.named_parameters():

@@ -3,6 +3,7 @@ import torch
 
 from tests.helpers import reference
 from tests.helpers.accuracy import assert_accurate
+from tests.helpers.marks import slow
 from unept.kernels import bilinear_gather, use_backend
 from unept.kernels import reference as unfused
 
@@ -54,13 +55,13 @@ def assert_matches_reference(features, points, padding):
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, slow(torch.bfloat16)], ids=str)
 def test_values_and_gradients(backend, dtype, padding):
     assert_matches_reference(*make_inputs(dtype, backend[1]), padding)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
+@pytest.mark.parametrize("layout", [slow("channels_last"), "strided", slow("expanded")])
 def test_non_contiguous_inputs(backend, layout, padding):
     assert_matches_reference(*make_inputs(torch.float32, backend[1], layout=layout), padding)
 
@@ -196,6 +197,7 @@ def test_one_gradient_alone(backend, needed):
     assert torch.equal(alone, both[needed])
 
 
+@pytest.mark.slow_interpreted
 def test_custom_ops_are_well_formed(backend):
     features, points = make_inputs(torch.float32, backend[1])
     features = features.detach()
@@ -207,6 +209,7 @@ def test_custom_ops_are_well_formed(backend):
         )
 
 
+@pytest.mark.slow_interpreted
 def test_compiles_without_a_graph_break(backend):
     features, points = make_inputs(torch.float32, backend[1])
     grad = torch.randn(2, 5, 13, device=backend[1])

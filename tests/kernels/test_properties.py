@@ -1,6 +1,6 @@
 """What holds for every size, class count and pattern of ignored pixels, on examples that Hypothesis chooses.
 
-The same ones each time; `pytest tests/test_properties.py --hypothesis-profile search` looks for new ones.
+The same ones each time; `pytest tests/kernels/test_properties.py -m "" --hypothesis-profile search` looks for new ones.
 """
 
 import math
@@ -27,8 +27,6 @@ from unept.model.loss import UNEPTLoss
 from unept.model.output import UNEPTOutput
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter takes tens of milliseconds a program.
-EXAMPLES = {"torch": settings(), "triton": settings(max_examples=3)}
 SEEDS = st.integers(0, 2**31 - 1)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -54,14 +52,20 @@ def label_maps(draw, num_classes, most_images=2, longest_side=13):
     return labels
 
 
-def on_both_backends(**strategies):
-    """Parametrise a test by backend, with as many examples as it has time for."""
+def on_both_backends(interpreted=2, **strategies):
+    """Parametrise a test by backend, with few examples and, slow, with as many as it has time for.
+
+    Triton's interpreter takes tens of milliseconds per program: it gets `interpreted` examples, and 3 where slow.
+    """
+    cases = [("torch", 8), *([("triton", interpreted)] if interpreted else [])]
+    slow = [pytest.param(name, count, marks=pytest.mark.slow) for name, count in (("torch", None), ("triton", 3))]
 
     def decorate(test):
-        @pytest.mark.parametrize("backend", EXAMPLES)
-        def run(backend):
+        @pytest.mark.parametrize(("backend", "count"), [*cases, *slow])
+        def run(backend, count):
+            chosen = settings() if count is None else settings(max_examples=count)
             with use_backend(backend):
-                EXAMPLES[backend](given(**strategies)(test))()
+                chosen(given(**strategies)(test))()
 
         return run
 
@@ -72,6 +76,7 @@ def on_both_backends(**strategies):
 
 
 @on_both_backends(
+    interpreted=0,
     seed=SEEDS,
     shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3),
     queries=st.integers(1, 9),

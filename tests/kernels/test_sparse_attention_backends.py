@@ -25,7 +25,9 @@ def form(request):
         yield "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_every_form_of_the_kernels(form, dtype):
     check(attention, make_case(batch=1, queries=70, heads=2, levels=3, num_points=5, channels=7).to(form, dtype))
 

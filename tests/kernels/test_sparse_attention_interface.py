@@ -54,7 +54,8 @@ def test_saves_its_inputs_and_nothing_else(backend, op):
 
 @pytest.mark.parametrize("op", [attention, deformable])
 def test_opcheck(backend, op):
-    case = make_case(batch=2, queries=3, heads=2, normalised=op is deformable).to(backend[1], torch.float32)
+    sizes = {"queries": 3, "heads": 2, "channels": 3, "num_points": 2, "shapes": [(2, 3), (1, 2)]}
+    case = make_case(**sizes, normalised=op is deformable).to(backend[1], torch.float32)
     value, *others = (t.detach() for t in case.inputs.values())
     value = value.transpose(1, 2).contiguous().transpose(1, 2)  # results must not take over the strides
     others = [*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in others), None][:3]
