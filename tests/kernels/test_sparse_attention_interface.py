@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.attention import SHAPES, Case, attention, check, deformable, gradients, make_case, with_gradients
+from tests.helpers.marks import slow
 from unept.kernels import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
 from unept.kernels._scatter import ScatterBuffer
 
@@ -52,7 +53,7 @@ def test_saves_its_inputs_and_nothing_else(backend, op):
     assert set(saved) == {t.data_ptr() for t in case.inputs.values()}
 
 
-@pytest.mark.parametrize("op", [attention, deformable])
+@pytest.mark.parametrize("op", [attention, slow(deformable)])
 def test_opcheck(backend, op):
     sizes = {"queries": 3, "heads": 2, "channels": 3, "num_points": 2, "shapes": [(2, 3), (1, 2)]}
     case = make_case(**sizes, normalised=op is deformable).to(backend[1], torch.float32)
