@@ -16,10 +16,10 @@ from .inference import InferenceConfig, InferenceOptions, resolve
 from .memory import out_of_memory as out_of_memory
 from .model.loss import LossWeights
 from .model.network import UNEPT
+from .pretrained import DEMO, DEMO_NOTICE, RUNS, newest_run
 from .pretrained import has_model as has_model
 from .pretrained import load as load
 from .pretrained import load_run as load_run
-from .pretrained import newest_run
 
 # The options of a command's `inference` field: without the field's name, and left out rather than given as None.
 InferenceArguments = tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[InferenceOptions]]
@@ -75,7 +75,7 @@ def open_model(
     """Load the model with which a command sees images, create the folder for the results, and print what is loaded.
 
     Args:
-        run: what `unept.pretrained.load` takes; None means the newest run folder.
+        run: what `unept.pretrained.load` takes; None means the newest run folder, or the demo model if there is none.
         device: the option of that name.
         inference: the options for inference.
         out: the folder for the results.
@@ -86,11 +86,14 @@ def open_model(
     Raises:
         FileNotFoundError, ValueError: see `unept.pretrained.load` and `unept.inference.resolve`.
     """
-    source = newest_run() if run is None else run
-    model = load(source, choose_device(device))
+    source = run or newest_run()
+    model = load(source or DEMO, choose_device(device))
     config = resolve(inference, model)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"Model of {source}")
+    if source is None:
+        print(f"There is no --run and no model under {RUNS}/. This is {DEMO_NOTICE}")
+    else:
+        print(f"Model of {source}")
     return model, config
 
 

@@ -10,6 +10,12 @@ from .config import TrainConfig
 from .model.network import UNEPT
 
 RUNS = Path("runs")
+# The model that ships with the package: `unept_tiny`, trained on CamVid; its README.md says how, and what it reaches.
+DEMO = Path(__file__).parent / "assets" / "camvid_tiny"
+DEMO_NOTICE = (
+    "the demo model that ships with unept: street scenes, the 11 classes of CamVid, for research (its card is "
+    f"{DEMO / 'README.md'})"
+)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -91,16 +97,7 @@ def has_model(folder: Path) -> bool:
     return all((folder / "model" / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
-def newest_run(runs: Path = RUNS) -> Path:
-    """The run folder under `runs` whose model is the newest.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
+def newest_run(runs: Path = RUNS) -> Path | None:
+    """The run folder under `runs` whose model is the newest; None if there is none."""
     folders = [folder for folder in sorted(runs.glob("*/")) if has_model(folder)]
-    if not folders:
-        raise FileNotFoundError(
-            f"there is no run folder with a model under {runs}/: train one with `python -m unept.train`, "
-            "or name one with --run"
-        )
-    return max(folders, key=lambda folder: (folder / "model" / "model.safetensors").stat().st_mtime)
+    return max(folders, key=lambda folder: (folder / "model" / "model.safetensors").stat().st_mtime, default=None)

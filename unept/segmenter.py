@@ -1,5 +1,6 @@
 """Segment images from Python: `Segmenter("runs/camvid")("street.jpg").overlay().show()`."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from .data.files import image_to_tensor, read_image
 from .distributed import choose_device
 from .inference import InferenceConfig, InferenceOptions, predict, resolve
 from .model.network import UNEPT
-from .pretrained import load
+from .pretrained import DEMO, DEMO_NOTICE, load
 
 File: TypeAlias = str | Path | Image.Image
 Pixels: TypeAlias = np.ndarray | Tensor
@@ -48,7 +49,8 @@ class Segmenter:
 
     Args:
         source: a run folder of `unept.train`, a folder that `save_pretrained` wrote, ORG/NAME of a repository on the
-            Hugging Face hub, or a model.
+            Hugging Face hub, or a model. None is the demo model that ships with the package: street scenes in the 11
+            classes of CamVid, for research; a warning says so.
         device: device of the model. `"auto"` is CUDA if there is a device; a given model stays where it is.
         options: fields of `unept.inference.InferenceOptions` (`scales`, `flip`, `window`, ...); what is left out is
             done as the model was trained, as its config.json says.
@@ -70,8 +72,11 @@ class Segmenter:
         >>> result.overlay().save("overlay.png")
     """
 
-    def __init__(self, source: str | Path | UNEPT, device: str | torch.device = "auto", **options: Any):
+    def __init__(self, source: str | Path | UNEPT | None = None, device: str | torch.device = "auto", **options: Any):
         chosen = InferenceOptions(**options)
+        if source is None:
+            warnings.warn(f"no source is given; this is {DEMO_NOTICE}", stacklevel=2)
+            source = DEMO
         if isinstance(source, UNEPT):
             self.model = (source if device == "auto" else source.to(device)).eval()
         else:

@@ -36,7 +36,7 @@ class VisualizeConfig:
     """Image files, or folders of them."""
     run: Path | None = None
     """Run folder that unept.train wrote, folder that save_pretrained wrote, or ORG/NAME of a repository on the Hugging
-    Face hub. None: the newest run folder with a model under runs/."""
+    Face hub. None: the newest run folder with a model under runs/, or the demo model if there is none."""
     out: Path = Path("visualizations")
     """Folder for the pictures."""
     pictures: tuple[Picture, ...] = get_args(Picture)

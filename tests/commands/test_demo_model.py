@@ -1,0 +1,47 @@
+"""The model that ships with the package: it is whole, it is found without a run, and it sees a street as a street."""
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unept import Segmenter, predict
+from unept.data.camvid import CLASSES
+from unept.pretrained import DEMO
+
+STREET = Path(__file__).parents[2] / "docs" / "street.jpg"
+SHA256 = "to be filled in"
+
+
+def test_the_weights_are_those_that_were_measured():
+    weights = (DEMO / "model.safetensors").read_bytes()
+    assert len(weights) <= 12e6
+    assert hashlib.sha256(weights).hexdigest() == SHA256
+
+
+def test_a_segmenter_without_a_source_is_the_demo_model_and_says_so():
+    with pytest.warns(UserWarning, match="demo model.*CamVid, for research"):
+        segmenter = Segmenter(device="cpu")
+    assert segmenter.classes == tuple(name for name, _ in CLASSES)
+    found = segmenter(STREET)
+    names = np.array(segmenter.classes)[found.ids.numpy()]
+    assert (names[-90:, 120:360] == "Road").mean() > 0.9  # in front of the car
+    shares = {name: (names == name).mean() for name in segmenter.classes}
+    assert shares["Building"] > 0.1 and shares["Road"] > 0.2 and shares["Fence"] < 0.1
+    assert found.confidence.mean() > 0.8
+    assert 0.02 < (found.boundary > 0.5).float().mean() < 0.5
+
+
+def test_a_command_without_a_run_takes_it_and_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["predict", str(STREET), "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        predict.main()
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert re.search(r"no model under runs/\. This is the demo model .* CamVid, for research", out)
+    assert "Road" in out
+    assert (tmp_path / "predictions" / "street_overlay.png").exists()
