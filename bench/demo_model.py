@@ -26,10 +26,10 @@ INCIDENTAL |= {"eval_every", "checkpoint_every", "log_every", "num_samples"}
 ABOUT = """
 ## Training and use
 
-The training images are the 367 of CamVid (G. J. Brostow, J. Fauqueur and R. Cipolla, "Semantic object classes in video: a
-high-definition ground truth database", Pattern Recognition Letters 30(2), 2009), 480x360 in 11 classes. The backbone
-started from timm's ImageNet weights of `{backbone}`. CamVid is distributed for research: use this model for research, and
-ask the authors of the data about anything else.
+The training images are the 367 of CamVid (G. J. Brostow, J. Fauqueur and R. Cipolla, "Semantic object classes in video:
+a high-definition ground truth database", Pattern Recognition Letters 30(2), 2009), 480x360 in 11 classes. The backbone
+started from timm's ImageNet weights of `{backbone}`. CamVid is distributed for research: use this model for research,
+and ask the authors of the data about anything else.
 
 The run was `python -m unept.train camvid --root CAMVID` with seed {seed}{changes}, in bfloat16 on one core of a CPU.
 `python -m bench.demo_model` rounded the weights to float16 and then measured the scores above.
