@@ -1,7 +1,7 @@
 """The ops of UN-EPT, each on two backends: Triton on GPUs, PyTorch anywhere. See `use_backend`."""
 
 if __name__ == "unept.kernels":
-    from .backend import BACKENDS, requested_backend, use_backend
+    from .backend import BACKENDS, requested_backend, set_default_backend, use_backend
     from .bilinear_gather import bilinear_gather
     from .boundary_targets import boundary_targets
     from .sparse_attention import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
@@ -21,6 +21,7 @@ __all__ = [
     "boundary_targets",
     "ms_deform_attn",
     "requested_backend",
+    "set_default_backend",
     "sparse_sampling_attention",
     "upsample_argmax",
     "upsample_cross_entropy",

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import bilinear_gather_triton
-from .backend import runs_on_triton
+from .backend import chosen_backend, run_on, runs_on_triton
 from .checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
 
 PADDINGS = ("zeros", "border")
@@ -157,7 +157,7 @@ class BilinearGather(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, points: Tensor, padding: str) -> Tensor:
         """See `bilinear_gather`; points (B, P, 2)."""
         ctx.save_for_backward(features, points)
-        ctx.padding = padding
+        ctx.padding, ctx.backend = padding, chosen_backend()
         return _bilinear_gather(features, points, padding)
 
     @staticmethod
@@ -165,8 +165,14 @@ class BilinearGather(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Gradients of features and points."""
         needs_features, needs_points = ctx.needs_input_grad[:2]
-        grad_features, grad_points = _bilinear_gather_backward(
-            grad_out, *ctx.saved_tensors, ctx.padding, needs_features, needs_points
+        grad_features, grad_points = run_on(
+            ctx.backend,
+            _bilinear_gather_backward,
+            grad_out,
+            *ctx.saved_tensors,
+            ctx.padding,
+            needs_features,
+            needs_points,
         )
         return grad_features if needs_features else None, grad_points if needs_points else None, None
 

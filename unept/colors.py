@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .files import temporary_file
+
 Palette = Sequence[Sequence[int]]
 
 
@@ -54,11 +56,22 @@ def to_pil(picture: Tensor) -> Image.Image:
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture as the suffix of the path says, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable; the file that was there before, if any, is intact.
+    """
+    with temporary_file(path) as temporary:
+        picture.save(temporary)
+
+
 def save_palette_png(ids: Tensor, palette: Palette, path: Path) -> None:
     """Write class ids (H, W) as a PNG whose pixels are the ids (mode P) and whose palette shows them in color.
 
     Raises:
         ValueError: if an id does not fit into 8 bits.
+        OSError: see `save_picture`.
     """
     if ids.numel() and (ids.min() < 0 or ids.max() > 255):
         raise ValueError(f"ids go from {int(ids.min())} to {int(ids.max())}; a palette PNG holds 0 to 255")
@@ -66,4 +79,4 @@ def save_palette_png(ids: Tensor, palette: Palette, path: Path) -> None:
     colors = torch.zeros(256, 3, dtype=torch.uint8)  # all 256: for a shorter palette PIL writes fewer bits per pixel
     colors[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
     picture.putpalette(colors.numpy().tobytes())
-    picture.save(path)
+    save_picture(picture, path)

@@ -89,6 +89,16 @@ class DataConfig:
     """Where the labels of `folder` are, under the root."""
     classes_file: str = "classes.txt"
     """Where the class list of `folder` is, under the root."""
+    label_suffix: str = ""
+    """What follows an image's name in the name of its label in `folder`, such as _mask."""
+    label_ids: tuple[str, ...] = ()
+    """ID=CLASS for each id in the labels of `folder`; CLASS is a name of the class list or its place in it, from 0. For
+    masks of 0 and 255: 0=0 255=1. Empty: the ids are the places."""
+    ignore_id: tuple[int, ...] = ()
+    """Ids in the labels of `folder` that are ignored, besides 255."""
+    label_format: Literal["auto", "ids", "colors"] = "auto"
+    """What the labels of `folder` hold. auto: the colors of the class list where an RGB label has only these, else an
+    id per pixel."""
     background: bool = True
     """Whether the background of `pascal_context` is a class (60 classes, as in the paper) or ignored (59)."""
     crop_size: tuple[int, int] = (480, 480)

@@ -22,7 +22,7 @@ from .pretrained import load_run
 
 @dataclass
 class EvaluateConfig:
-    """Evaluate a trained model; writes evaluation.json and evaluation.png into its run folder."""
+    """Evaluate a trained model; writes evaluation.json and evaluation.png."""
 
     run: tyro.conf.Positional[Path]
     """Run folder that unept.train wrote."""
@@ -30,6 +30,8 @@ class EvaluateConfig:
     """Part of the data set."""
     root: Path | None = None
     """Folder of the data set. None: as in training."""
+    out: Path | None = None
+    """Folder for the two files. None: the run folder."""
     boundary_tolerance: int | None = None
     """Distance in pixels within which a boundary counts as found. None: as in training."""
     inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
@@ -46,10 +48,13 @@ class EvaluateConfig:
 def evaluate_run(options: EvaluateConfig) -> None:
     """Evaluate the best model of a run folder; print the table, write evaluation.json and evaluation.png.
 
+    The folder for them is created before the evaluation, so that one that cannot be written costs no evaluation.
+
     Under torchrun each process evaluates its share; rank 0 prints and writes.
 
     Raises:
         FileNotFoundError, ValueError: see `unept.pretrained.load_run`, `unept.data.build_dataset` and `evaluate_model`.
+        OSError: the folder for the results is not writable, or the disk is full.
         MemoryError: the memory of the GPU or of the machine is used up.
     """
     device = distributed.choose_device(options.device)
@@ -61,6 +66,8 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
     trained, model = load_run(options.run, device)
     dataset = trained.data.build(options.split, options.root)
     config = resolve(options.inference, model)
+    out = options.run if options.out is None else options.out
+    distributed.run_on_main(lambda: out.mkdir(parents=True, exist_ok=True))
     tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
     with out_of_memory("with whole images: --window sees them in parts, --window-batch fewer of these at once"):
         scores = evaluate_model(
@@ -77,7 +84,7 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
         return
     print(f"{format_table(scores, dataset.classes)}\nProtocol: {config.describe()}.")
     record = {"split": options.split, "classes": list(dataset.classes), **scores, "inference": asdict(config)}
-    json_path, picture_path = options.run / "evaluation.json", options.run / "evaluation.png"
+    json_path, picture_path = out / "evaluation.json", out / "evaluation.png"
     write_json(json_path, record)
     drawing.class_bars(scores, dataset.classes, picture_path)
     print(f"Written: {json_path} and {picture_path}")

@@ -9,7 +9,7 @@ import tyro
 from torch import Tensor
 
 from . import cli
-from .colors import overlay, save_palette_png, to_pil
+from .colors import overlay, save_palette_png, save_picture, to_pil
 from .data.files import find_images, read_image
 from .inference import InferenceConfig, InferenceOptions, predict_ids
 from .model import UNEPT
@@ -61,7 +61,7 @@ def predict_image(options: PredictConfig, config: InferenceConfig, model: UNEPT,
     ids = predict_ids(model, image.to(model.mean.device), config)[0].cpu()
     ids_path, overlay_path = (options.out / f"{file.stem}_{kind}.png" for kind in ("ids", "overlay"))
     save_palette_png(ids, model.palette, ids_path)
-    to_pil(overlay(image, ids, model.palette, options.alpha)).save(overlay_path)
+    save_picture(to_pil(overlay(image, ids, model.palette, options.alpha)), overlay_path)
     yield f"{ids_path}  {overlay_path}  {describe(ids, model.classes)}"
 
 

@@ -1,12 +1,12 @@
 """Trained models: from a run folder, from a folder that `save_pretrained` wrote, or from the Hugging Face hub."""
 
-import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from .config import TrainConfig
+from .model.hub import REPOSITORY
 from .model.network import UNEPT
 
 RUNS = Path("runs")
@@ -16,7 +16,6 @@ DEMO_NOTICE = (
     "the demo model that ships with unept: street scenes, the 11 classes of CamVid, for research (its card is "
     f"{DEMO / 'README.md'})"
 )
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
@@ -81,14 +80,6 @@ def _read_model(source: str | Path, device: torch.device) -> UNEPT:
         raise ValueError(
             f"the weights in {source} do not fit the network that its config.json describes, as this version "
             f"of unept builds it: use the version that saved them, or train again. {error}"
-        ) from error
-    except OSError as error:
-        if isinstance(source, Path):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise FileNotFoundError(
-            f"there is no folder {source}, and no model of that name could be loaded from the Hugging Face hub "
-            f"({reason}): check the name and the connection"
         ) from error
 
 

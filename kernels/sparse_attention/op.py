@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backend import runs_on_triton
+from ..backend import chosen_backend, run_on, runs_on_triton
 from ..checks import check_count, check_floating, check_integer, check_same_device, check_shape, check_sides
 from . import torch_backend, triton_backward, triton_forward
 from .levels import levels
@@ -105,7 +105,7 @@ class _SparseSampling(torch.autograd.Function):
         ctx: Any, value: Tensor, shapes: list[int], points: Tensor, scores: Tensor, reference: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(value, points, scores, reference)
-        ctx.shapes = shapes
+        ctx.shapes, ctx.backend = shapes, chosen_backend()
         return _sparse_sampling(value, shapes, points, scores, reference)
 
     @staticmethod
@@ -113,8 +113,17 @@ class _SparseSampling(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         value, points, scores, reference = ctx.saved_tensors
         needs_value, _, needs_points, needs_scores, needs_reference = ctx.needs_input_grad
-        grads = _sparse_sampling_backward(
-            grad_out, value, ctx.shapes, points, scores, reference, needs_value, needs_reference
+        grads = run_on(
+            ctx.backend,
+            _sparse_sampling_backward,
+            grad_out,
+            value,
+            ctx.shapes,
+            points,
+            scores,
+            reference,
+            needs_value,
+            needs_reference,
         )
         return (
             grads[0] if needs_value else None,

@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._autotune import size_bucket
+from .._tables import cached_table
 from .._triton import device_guard, tl, triton
 from .levels import levels
 
@@ -21,12 +21,11 @@ BORDER = 2
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
-# A copy to a GPU waits for it, so that each list of shapes is copied once. Tables and not constants: every size of
-# image then runs the same compiled kernels. Never dropped, since a CUDA graph may hold their addresses; and copied even
-# where they could be filled on the device, so that no stream finds one unwritten.
+# Tables and not constants: every size of image then runs the same compiled kernels. `_tables` says how long they stay.
+# They are copied even where they could be filled on the device, so that no stream finds one unwritten.
 
 
-@cache
+@cached_table
 def geometry(shapes: tuple[int, ...], padded: bool, device: torch.device) -> Tensor:
     """(L, 5) int32, as in the legend."""
     border = BORDER if padded else 0
@@ -40,7 +39,7 @@ def geometry(shapes: tuple[int, ...], padded: bool, device: torch.device) -> Ten
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
-@cache
+@cached_table
 def padded_source(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     """(R,) int32: which row of value each row of the padded copy holds, -1 for the zeros around a level."""
     parts = []
@@ -50,7 +49,7 @@ def padded_source(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.cat(parts).to(device)
 
 
-@cache
+@cached_table
 def query_order(shapes: tuple[int, ...], Q: int, device: torch.device) -> Tensor:
     """(Q,) int32: the queries in strips of 8 rows of pixels, column by column, so that 64 in a row are a block of 8x8.
 

@@ -19,13 +19,13 @@ Legend (`triton_common` has the rest)
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._autotune import autotune_pool, autotuned
+from .._tables import cached_table
 from .._triton import PRECISION, operand, tl, triton
 from .levels import levels
 from .triton_arguments import Samples, geometry
@@ -182,7 +182,7 @@ def window_backward_kernel(
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-@cache
+@cached_table
 def window_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     """(T, 3) int32, as in the legend."""
     table = [

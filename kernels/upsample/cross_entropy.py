@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backend import runs_on_triton
+from ..backend import chosen_backend, run_on, runs_on_triton
 from ..checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
 from . import cross_entropy_triton
 from .tiles_torch import Where, check_maps, visit_tiles
@@ -153,14 +153,16 @@ class UpsampleCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """See `upsample_cross_entropy`; without a reduction."""
         ctx.save_for_backward(logits, target, offset, class_weights)
-        ctx.ignore_index = ignore_index
+        ctx.ignore_index, ctx.backend = ignore_index, chosen_backend()
         return _upsample_cross_entropy(logits, target, offset, class_weights, ignore_index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of logits."""
-        grad_logits = _upsample_cross_entropy_backward(grad_losses, *ctx.saved_tensors, ctx.ignore_index)
+        grad_logits = run_on(
+            ctx.backend, _upsample_cross_entropy_backward, grad_losses, *ctx.saved_tensors, ctx.ignore_index
+        )
         return grad_logits, None, None, None, None
 
 

@@ -67,11 +67,15 @@ def test_command(run_folder, command):
     assert (run_folder / "evaluation.png").stat().st_size > 5000
 
 
-def test_command_line_wins_over_the_run(run_folder, command):
-    status, out, _ = command(run_folder, "--refine-scale", "1", "--boundary-tolerance", "1", "--split", "val")
+def test_command_line_wins_over_the_run(run_folder, command, tmp_path):
+    options = ("--refine-scale", "1", "--boundary-tolerance", "1", "--split", "val", "--out", tmp_path / "new" / "out")
+    before = {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}
+    status, out, _ = command(run_folder, *options)
     assert status == 0
+    assert before == {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}, "the run folder is left alone"
+    assert f"Written: {tmp_path}/new/out/evaluation.json and {tmp_path}/new/out/evaluation.png" in out
     assert "within 1 px" in out
-    record = json.loads((run_folder / "evaluation.json").read_text())
+    record = json.loads((tmp_path / "new" / "out" / "evaluation.json").read_text())
     assert record["inference"]["refine_scale"] == 1
     assert record["split"] == "val"
 

@@ -1,5 +1,6 @@
 """The network: sizes that the paper reports, any image size, any backbone, Eq. 3-4, saving and loading."""
 
+import concurrent.futures
 import itertools
 import math
 
@@ -323,6 +324,21 @@ def test_prediction_leaves_the_model_as_it_is():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert model.training
     assert torch.equal(ids, model.eval().predict(image))
+
+
+def test_threads_predict_at_once_with_a_model_in_training_mode():
+    """None of them finds the model in training mode because another one has finished, and all modes come back."""
+    model = tiny_model().train()
+    model.backbone.eval()
+    images = torch.randint(0, 256, (8, 1, 3, 32, 40), dtype=torch.uint8)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = [model.predict(image) for image in images]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for ids, wanted in zip(pool.map(model.predict, images.repeat(3, 1, 1, 1, 1)), expected * 3, strict=True):
+            assert torch.equal(ids, wanted)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+    assert not any(module.training for module in model.backbone.modules())
 
 
 def test_saved_model_comes_back(tmp_path):

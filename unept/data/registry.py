@@ -31,7 +31,11 @@ class DatasetEntry:
 DATASETS: dict[str, DatasetEntry] = {
     "shapes": DatasetEntry(Shapes, "shapes (made in memory by unept)", in_memory=True),
     "camvid": DatasetEntry(CamVid, "CamVid"),
-    "folder": DatasetEntry(ImageFolder, "a folder of images", options=("images", "labels", "classes_file")),
+    "folder": DatasetEntry(
+        ImageFolder,
+        "a folder of images",
+        options=("images", "labels", "classes_file", "label_suffix", "label_ids", "ignore_id", "label_format"),
+    ),
     "ade20k": DatasetEntry(ADE20K, "ADE20K"),
     "cityscapes": DatasetEntry(Cityscapes, "Cityscapes"),
     "pascal_context": DatasetEntry(PascalContext, "PASCAL-Context", options=("background",)),

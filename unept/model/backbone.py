@@ -96,6 +96,7 @@ class Backbone(nn.Module):
             for ResNets, as in the paper, and the backbone's own for others.
         pretrained: load timm's ImageNet weights from its hub.
         weights: load them from this file instead (.safetensors, or a .pth of tensors).
+        in_chans: channels of the images, C; timm adapts pretrained weights to other numbers than 3.
 
     Attributes:
         channels: number of channels of each feature map.
@@ -117,12 +118,17 @@ class Backbone(nn.Module):
         output_stride: int | None = None,
         pretrained: bool = False,
         weights: str | Path | None = None,
+        in_chans: int = 3,
     ):
         super().__init__()
+        if in_chans < 1:
+            raise ValueError(f"in_chans is {in_chans}; an image has at least 1 channel")
         probe = _probe(name)
         info = probe.feature_info
         reductions = [item["reduction"] for item in (info if isinstance(info, list) else info.info)]
         options: dict = {"out_indices": _pyramid_indices(reductions, num_levels, name)}
+        if in_chans != 3:
+            options["in_chans"] = in_chans
         if output_stride is None and isinstance(probe, timm.models.ResNet):
             output_stride = 8
         if output_stride is not None:
@@ -160,7 +166,7 @@ class Backbone(nn.Module):
         """Compute the feature maps.
 
         Args:
-            images: (B, 3, H, W), normalised; H and W are multiples of all strides.
+            images: (B, C, H, W), normalised; H and W are multiples of all strides.
 
         Returns:
             L maps (B, C_l, H / stride_l, W / stride_l).

@@ -111,7 +111,7 @@ def export_program(network: WholeImage, size: tuple[int, int] | None = None) -> 
     network = with_fixed_padding(network)
     # No side is a multiple of the divisor, none is as long as another: nothing is taken for a constant.
     height, width = size or (2 * divisor + 6, 3 * divisor - 6)
-    images = torch.zeros(2, 3, height, width, dtype=torch.uint8, device=network.model.mean.device)
+    images = torch.zeros(2, network.model.in_chans, height, width, dtype=torch.uint8, device=network.model.mean.device)
     axes = dict.fromkeys((0,) if size else (0, 2, 3), torch.export.Dim.DYNAMIC)
     with torch.no_grad(), explain_failure("exported" if size else "exported for any size; --size H W is simpler"):
         program = torch.export.export(network, (images,), dynamic_shapes=(axes,))

@@ -5,13 +5,20 @@ Nothing is stated in a card that is not known.
 
 import contextlib
 import copy
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin
+from safetensors.torch import load_file
+
+from .transfer import as_dtype, load_fitting
 
 PAPER = "https://arxiv.org/abs/2107.14209"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # Of the scores that a card lists: the key in `evaluation`, the metric's type on the hub, and its name in a sentence.
 METRICS = (
     ("mIoU", "mean_iou", "mIoU"),
@@ -21,6 +28,10 @@ METRICS = (
 )
 # Constructor's options that say where weights come from. A saved model carries its weights, and loads without them.
 UNSAVED_OPTIONS = ("pretrained_backbone", "backbone_weights")
+
+
+class NotAModel(FileNotFoundError):
+    """A folder or repository is there, but holds no model."""
 
 
 class HubMixin(
@@ -37,8 +48,10 @@ class HubMixin(
 
     num_classes: int
     """K."""
-    classes: list[str]
-    """Names of the K classes."""
+    classes: Any
+    """Names of the K classes, a list."""
+    palette: Any
+    """(r, g, b) of each class, a list of lists."""
     preprocessing: dict[str, Any]
     """How images are to be given and seen; `mean` and `std` of RGB in [0, 1] are among its keys."""
     evaluation: dict[str, Any]
@@ -60,27 +73,90 @@ class HubMixin(
         """Write the weights; PyTorchModelHubMixin writes `options` into config.json afterwards."""
         for name in UNSAVED_OPTIONS:
             self.options.pop(name, None)
+        self.options.update(classes=self.classes, palette=self.palette)
         self.options.update(preprocessing=self.preprocessing, evaluation=self.evaluation)
         super()._save_pretrained(save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, strict: bool = True, **options):
+    def from_pretrained(cls, source: str | Path, **options: Any):
+        """Load a model, in evaluation mode.
+
+        Args:
+            source: a folder that `save_pretrained` wrote, or ORG/NAME of a repository on the Hugging Face hub.
+            options: of the constructor, instead of the stored ones; of `huggingface_hub` (`revision`, `token`,
+                `cache_dir`, `local_files_only`, `force_download`); and these:
+                `dtype` (or `torch_dtype`): converts the weights, such as `torch.float16` or `"bfloat16"`.
+                `ignore_mismatched_sizes`: takes the tensors that fit, and says in a warning what is left as it was
+                initialised. With another `num_classes` this is a model to fine-tune on other classes.
+
+        Raises:
+            FileNotFoundError: there is no such folder or repository, or it holds no model.
+            ValueError: no weight fits, or there is no such dtype.
+            RuntimeError: weights do not fit, and `ignore_mismatched_sizes` was not given.
+        """
+        if not Path(source).exists() and not REPOSITORY.fullmatch(str(source)):
+            raise FileNotFoundError(
+                f"{source} does not exist: give a folder that save_pretrained wrote, or ORG/NAME of a repository on "
+                "the Hugging Face hub"
+            )
+        try:
+            return super().from_pretrained(str(source), **options)
+        except OSError as error:
+            if Path(source).exists() or isinstance(error, NotAModel):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise FileNotFoundError(
+                f"there is no folder {source}, and no model of that name could be loaded from the Hugging Face hub "
+                f"({reason}): check the name and the connection"
+            ) from error
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        config: dict[str, Any] | None = None,
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        **options,
+    ):
         """Load a model; missing weights are an error, not random numbers, and so is a missing config.json.
 
         The stored mean and standard deviation count, not what the installed version of timm has for the backbone.
         """
-        if "num_classes" not in options:
-            raise FileNotFoundError(
+        if "num_classes" not in options or config is None:
+            raise NotAModel(
                 f"{model_id} has no config.json of a model that can be read: give a folder that save_pretrained wrote "
                 "(model/ in a folder of unept.train), or ORG/NAME of one that push_to_hub wrote"
             )
+        chosen = as_dtype(dtype or torch_dtype or torch.float32)
+        other_classes = options["num_classes"] != config["num_classes"]
+        if other_classes:
+            for name in ("classes", "palette"):  # those of the stored model name other classes
+                if options.get(name) == config.get(name):
+                    options.pop(name, None)
         with contextlib.redirect_stdout(None):  # PyTorchModelHubMixin announces local folders
-            model = super()._from_pretrained(model_id=model_id, strict=strict, **options)
-        stored = config or {}
-        model.preprocessing.update(stored.get("preprocessing", {}))
-        model.evaluation.update(stored.get("evaluation", {}))
-        model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
-        return model
+            model = super()._from_pretrained(
+                model_id=model_id, strict=strict and not ignore_mismatched_sizes, **options
+            )
+        model.preprocessing.update(config.get("preprocessing", {}))
+        if not other_classes:
+            model.evaluation.update(config.get("evaluation", {}))
+        if len(model.preprocessing["mean"]) == model.in_chans:
+            model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
+        return model if chosen == torch.float32 else model.to(chosen)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        """Load all weights, or, if not `strict`, those that fit."""
+        if strict:
+            return super()._load_as_safetensor(model, model_file, map_location, strict)
+        transfer = load_fitting(model, load_file(model_file, device=map_location))
+        if transfer.reshaped or transfer.new or transfer.unused:
+            warnings.warn(f"{model_file}: {transfer.describe()}", stacklevel=2)
+        return model.eval()
 
     def generate_model_card(self, repo_id: str | None = None, **metadata: Any) -> ModelCard:
         """Make the README.md of a saved model: its classes, how it sees images, what it reached, how to use it.

@@ -1,6 +1,7 @@
 """Train a model (Sec. 4.2, Training): the loop, its records, evaluations and checkpoints, on one process or many."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from .. import distributed
 from ..config import TrainConfig
 from ..data import DatasetError, SegmentationDataset
+from ..data.check import check_before_run
 from ..data.loader import Batch, training_loader
 from ..data.photometric import distort
 from ..data.transforms import train_transform
@@ -95,8 +97,9 @@ class Trainer:
     def build_datasets(self) -> list[SegmentationDataset]:
         """Return the training and the validation set, after reading some of their files."""
         datasets = [self.config.data.build(split) for split in ("train", "val")]
-        for dataset in datasets:
-            dataset.check(sample=20)
+        for split, dataset in zip(("train", "val"), datasets, strict=True):
+            for warning in check_before_run(dataset, split, self.config.data.workers):
+                print(f"warning: {warning}", file=sys.stderr)
         return datasets
 
     def build_model(self) -> TrainableModel:
