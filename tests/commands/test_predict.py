@@ -113,7 +113,6 @@ def test_a_corrupt_image_does_not_stop_the_others(run, command, tmp_path):
         (["a.png", "other/a.png"], "error: a.png and other/a.png would share one result"),
         (["a.png", "--run", "nowhere"], "error: nowhere does not exist"),
         (["a.png", "--run", "empty"], "error: empty is not a run folder"),
-        (["a.png"], "error: there is no run folder with a model under runs/"),
     ],
     ids=str,
 )
