@@ -127,7 +127,7 @@ class UNEPT(nn.Module, HubMixin):
         self.boundary_head = PixelHead(channels, 1, upscale=upscale) if self.refines else None
         self.direction_head = PixelHead(channels, len(DIRECTIONS), upscale=upscale) if self.refines else None
 
-        self.divisor = math.lcm(STRIDE, *self.backbone.strides)
+        self.divisor = math.lcm(STRIDE, self.backbone.divisor)
         self.preprocessing: dict[str, Any] = {"input": "uint8 RGB"}
         self.evaluation: dict[str, Any] = {}
         self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
