@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from unept import train
 from unept.model.attention import SparseSamplingAttention, ring_offsets
 from unept.model.backbone import Backbone
 from unept.model.boundary import DIRECTIONS, Refinement, SubpixelConv, refinement_offset
@@ -58,6 +59,7 @@ def test_size_of_the_papers_models(backbone, megaparameters, gmacs):
         ("convnext_atto", [8, 16, 32]),
         ("swin_tiny_patch4_window7_224", [8, 16, 32]),
         ("vit_small_patch16_dinov3", [16, 16, 16]),
+        ("hrnet_w18_small", [8, 16, 32]),
     ],
 )
 def test_any_timm_backbone_and_any_image_size(backbone, strides):
@@ -72,9 +74,29 @@ def test_any_timm_backbone_and_any_image_size(backbone, strides):
         assert all(torch.isfinite(m).all() for m in output[:3])
     losses = UNEPTLoss()(output, torch.randint(0, 3, (1, 64, 96)))
     losses["loss"].backward()
-    # Some backbones keep layers that the feature maps don't need; all of ours must learn.
-    silent = [n for n, p in model.named_parameters() if p.grad is None and not n.startswith("backbone")]
-    assert not silent
+    # Layers of a backbone that the feature maps don't need are frozen: on several processes each must have a gradient.
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+        assert parameter.requires_grad or name.startswith("backbone"), name
+
+
+@pytest.mark.parametrize("backbone", ["coatnet_nano_rw_224", "levit_128s", "visformer_tiny"])
+def test_a_backbone_of_one_image_size_is_refused_before_anything_is_written(backbone, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["shapes", "--backbone", backbone, "--no-pretrained-backbone", "--output-stride", "None"]
+    monkeypatch.setattr("sys.argv", ["train", *arguments, "--workers", "0", "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2
+    assert f"error: {backbone} cannot be a backbone, since it sees images of one size only" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_of_windows_gets_images_of_whole_windows():
+    model = tiny_model(backbone="maxvit_nano_rw_256").eval()
+    assert model.divisor == 256
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 90, 260)).logits.shape == (1, 3, 12, 33)
 
 
 def test_large_image_of_odd_size():

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,8 @@ import timm
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from .trial import REFUSALS, find_divisor
 
 
 def _probe(name: str) -> nn.Module:
@@ -101,11 +104,13 @@ class Backbone(nn.Module):
     Attributes:
         channels: number of channels of each feature map.
         strides: image pixels per pixel of each feature map, along each axis.
+        divisor: the sides of images must be multiples of it.
         mean: mean per RGB channel, of images in [0, 1], that the weights were trained with.
         std: standard deviation, likewise.
 
     Raises:
-        ValueError: the name is unknown, the model has too few features, or the file holds another model's weights.
+        ValueError: the name is unknown, the model has too few features or sees images of one size only, or the file
+            holds another model's weights.
         FileNotFoundError: there is no such file.
         ConnectionError: the hub cannot be reached; the message names the alternatives.
     """
@@ -146,6 +151,8 @@ class Backbone(nn.Module):
         self.strides: list[int] = self.features.feature_info.reduction()
         self.channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
         preprocessing = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+        own_size = max(preprocessing.input_size[1:])
+        self.divisor = find_divisor(self.features, math.lcm(*self.strides), own_size, name)
         self.mean: tuple[float, ...] = tuple(preprocessing.mean)
         self.std: tuple[float, ...] = tuple(preprocessing.std)
 
@@ -153,6 +160,13 @@ class Backbone(nn.Module):
     def _create(name: str, pretrained: bool, options: dict) -> nn.Module:
         try:
             return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+        except REFUSALS as error:
+            if pretrained or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"timm cannot make feature maps of {name} with {_listed(options)} ({error}): choose another backbone, "
+                "or other values of output_stride and num_levels"
+            ) from error
         except OSError as error:  # what urllib and huggingface_hub raise when there is no network
             if not pretrained or "pretrained_cfg_overlay" in options:
                 raise
@@ -166,7 +180,7 @@ class Backbone(nn.Module):
         """Compute the feature maps.
 
         Args:
-            images: (B, C, H, W), normalised; H and W are multiples of all strides.
+            images: (B, C, H, W), normalised; H and W are multiples of `divisor`.
 
         Returns:
             L maps (B, C_l, H / stride_l, W / stride_l).
@@ -175,6 +189,10 @@ class Backbone(nn.Module):
         if self.channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return features
+
+
+def _listed(options: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 class PyramidProjection(nn.Module):

@@ -133,7 +133,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         self.boundary_head = PixelHead(channels, 1, upscale=upscale) if self.refines else None
         self.direction_head = PixelHead(channels, len(DIRECTIONS), upscale=upscale) if self.refines else None
 
-        self.divisor = math.lcm(STRIDE, *self.backbone.strides)
+        self.divisor = math.lcm(STRIDE, self.backbone.divisor)
         self.preprocessing: dict[str, Any] = {"input": "uint8 RGB"}
         self.evaluation: dict[str, Any] = {}
         self.set_normalization(self.backbone.mean if mean is None else mean, self.backbone.std if std is None else std)
