@@ -154,7 +154,11 @@ def pair_with_labels(files: list[Path], labels: Path, image_ending: str = "", la
     Raises:
         DatasetError: if the folder `labels` is missing, or an image has no label.
     """
-    require_folder(labels)
+    if not labels.is_dir():
+        raise DatasetError(
+            f"there is no folder {labels} with the labels of the {len(files)} images in {files[0].parent}: training "
+            "and evaluation need a label of every image; without labels, segment images with `python -m unept.predict`"
+        )
     names = [file.stem.removesuffix(image_ending) + label_ending for file in files]
     existing = {path.name for path in labels.iterdir()}
     missing = [i for i, name in enumerate(names) if name not in existing]

@@ -1,6 +1,6 @@
 """Pictures drawn with matplotlib: panels of samples, sampled points, training curves, bars per class.
 
-This is the only module that imports matplotlib. A `path` is the file that a function writes; its suffix says in which
+Only this module and `charts` import matplotlib. A `path` is the file that a function writes; its suffix says in which
 format. Letters: H, W height and width, K number of classes, M heads, L levels, N points. Palettes are as in
 `unept.colors`.
 """
