@@ -23,6 +23,7 @@ from .model.boundary import DIRECTIONS, Refinement
 from .model.output import (
     STRIDE,
     AveragedOutput,
+    DenseOutput,
     SegmentationModel,
     UNEPTOutput,
     boundary_probability,
@@ -208,7 +209,7 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
             canvases = _canvases(maps, size, max(sizes), padded.shape[2:])
             resized = [_resize(m, canvas) for m, canvas in zip(maps, canvases, strict=True)]
             total = [a.add_(m) for a, m in zip(total, resized, strict=True)] if total else resized
-        return _as_output([m.div_(len(sizes)) for m in total])
+        return averaged_output([m.div_(len(sizes)) for m in total])
 
 
 def predict_ids(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Tensor:
@@ -230,13 +231,24 @@ class Prediction(NamedTuple):
 def predict(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Prediction:
     """Class ids, their confidence and boundaries of images (B, 3, H, W) or (3, H, W); see `infer`."""
     output = infer(model, images, config)
-    height, width = images.shape[-2:]
-    padded = padded_size((height, width))
+    size = images.shape[-2:]
+    ids, confidence = read_prediction(output, size, config)
+    return Prediction(ids, confidence, boundary_probability(output, size))
+
+
+def read_prediction(output: DenseOutput, size: Sequence[int], config: InferenceConfig) -> tuple[Tensor, Tensor]:
+    """Class ids (B, H, W) int64 of images of `size` (H, W), and their probability (B, H, W) float32 there.
+
+    Args:
+        output: result of `infer`.
+        size: (H, W) of the images.
+        config: how boundary pixels are refined.
+    """
+    padded = padded_size(size)
     offset = read_offset(output, padded, config.refinement)
     ids = upsample_argmax(output.scores, padded, offset)
     confidence = output.confidence(ids, offset)
-    boundary = boundary_probability(output, (height, width))
-    return Prediction(ids[:, :height, :width], confidence[:, :height, :width], boundary)
+    return ids[:, : size[0], : size[1]], confidence[:, : size[0], : size[1]]
 
 
 def _autocast(device_type: str, amp: Amp) -> torch.autocast:
@@ -356,6 +368,12 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
+def window_maps(model: SegmentationModel, windows: Tensor, config: InferenceConfig) -> Maps:
+    """Probabilities of normalised windows (B, 3, 8 h, 8 w), mirrored ones included if `config` flips."""
+    with evaluation_mode(model), _autocast(windows.device.type, config.amp):
+        return _probabilities(model, windows, config)
+
+
 def _as_maps(output: UNEPTOutput) -> Maps:
     """The probabilities of a view."""
     maps = [output.logits.float().softmax(dim=1)]
@@ -364,8 +382,8 @@ def _as_maps(output: UNEPTOutput) -> Maps:
     return maps
 
 
-def _as_output(maps: Maps) -> AveragedOutput:
-    """The averages as an output."""
+def averaged_output(maps: Maps) -> AveragedOutput:
+    """Averages of the views' probabilities as an output."""
     if len(maps) == 1:
         return AveragedOutput(maps[0], None, None)
     return AveragedOutput(maps[0], *maps[1].split([1, len(DIRECTIONS)], dim=1))

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
 from ..data.loader import OnBadSample
-from ..inference import InferenceConfig, infer
+from ..inference import InferenceConfig, infer, read_prediction
 from ..model.output import SegmentationModel, class_ids
+from .inspection import Inspection
 from .metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
 
 
@@ -44,6 +45,7 @@ def evaluate_model(
     progress: bool = False,
     workers: int = 0,
     on_bad_sample: OnBadSample = "error",
+    inspection: Inspection | None = None,
 ) -> dict[str, Any]:
     """Score the refined and the unrefined prediction from one pass of the network over the data set.
 
@@ -58,6 +60,7 @@ def evaluate_model(
         progress: whether to show a progress bar.
         workers: number of processes that read the data; 0 reads in this process.
         on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` leaves its image out.
+        inspection: counts what an evaluation shows besides its scores, of the refined prediction; None counts nothing.
 
     Returns:
         A dictionary. Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`,
@@ -68,24 +71,36 @@ def evaluate_model(
         left out; `images_per_s`, reading and scoring included.
 
     Raises:
-        ValueError: the model and the data set have different classes, or the data set is empty.
+        ValueError: the model and the data set have different classes, or the data set is empty or has no labels.
         DatasetError: a file of the data set breaks a rule; or, with `"skip"`, no image could be read.
     """
     check_classes(model, dataset)
+    if not dataset.labelled:
+        raise ValueError(
+            f"{dataset.description}: this split has images without labels, and scores compare predictions with labels. "
+            "Evaluate a split that has them (--split val), or segment the images with `python -m unept.predict`"
+        )
     loader = evaluation_loader(
         dataset, distributed.rank(), distributed.world_size(), workers, on_bad_sample=on_bad_sample
     )
     refined, unrefined = (_Metrics(dataset, boundary_tolerance, device) for _ in range(2))
     start = time.perf_counter()
-    for image, labels in tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False):
+    bar = tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False)
+    for position, (image, labels) in enumerate(bar):
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
         size = labels.shape[1:]
-        refined.update(class_ids(output, size, config.refinement), labels)
+        if inspection is None:
+            ids = class_ids(output, size, config.refinement)
+        else:
+            ids, confidence = read_prediction(output, size, config)
+            index = distributed.rank() + (position + loader.skipped) * distributed.world_size()
+            inspection.update(index, ids, confidence, labels)
+        refined.update(ids, labels)
         unrefined.update(class_ids(output, size, None), labels)
     if distributed.world_size() > 1:
-        refined.all_reduce()
-        unrefined.all_reduce()
+        for counted in (refined, unrefined, *([inspection] if inspection else [])):
+            counted.all_reduce()
     skipped = distributed.sum_over_ranks(loader.skipped, device)
     if skipped == len(dataset):
         raise DatasetError(f"none of the {skipped} images can be read: restore the files that are named above")

@@ -3,6 +3,7 @@
 Letters: H, W height and width of the image.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..data import SegmentationDataset
 from ..data.loader import OnBadSample, read_sample, report_skipped
 from ..evaluation.evaluator import check_classes
+from ..evaluation.inspection import ImageScore
 from ..inference import InferenceConfig, infer
 from ..model.network import UNEPT
 from ..model.output import DenseOutput, SegmentationModel, boundary_probability, class_ids
@@ -76,6 +78,35 @@ def draw_samples(
         image, labels = (tensor.as_subclass(Tensor) for tensor in pair)
         output = infer(model, image.to(device), config)
         samples.append(make_sample(dataset.name(i), image, labels, output, config))
+    drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
+
+
+def draw_worst(
+    model: SegmentationModel,
+    dataset: SegmentationDataset,
+    images: Sequence[ImageScore],
+    config: InferenceConfig,
+    device: torch.device,
+    path: Path,
+) -> None:
+    """Draw images with their truth and prediction under one another, each with its score (`drawing.sample_panel`).
+
+    Args:
+        model: the model on `device`.
+        dataset: images and their labels.
+        images: numbers of at least one image of the data set, and their scores.
+        config: views and refinement.
+        device: device of the model.
+        path: file of the picture.
+
+    Raises:
+        DatasetError: a file of the dataset breaks a rule.
+    """
+    samples = []
+    for index, mean_iou in images:
+        image, labels = (tensor.as_subclass(Tensor) for tensor in dataset[index])
+        output = infer(model, image.to(device), config)
+        samples.append(make_sample(f"{dataset.name(index)}\nmIoU {mean_iou:.1%}", image, labels, output, config))
     drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
 
