@@ -18,6 +18,7 @@ from .memory import out_of_memory
 from .pictures import drawing
 from .pictures.figures import draw_samples as draw_samples
 from .pretrained import load_run
+from .validation import check_range
 
 
 @dataclass
@@ -41,6 +42,11 @@ class EvaluateConfig:
     on_bad_sample: Literal["error", "skip"] = "error"
     """What to do with a file that cannot be read or breaks a rule. error: stop. skip: leave its image out, and say how
     many were left out."""
+
+    def __post_init__(self) -> None:
+        check_range("workers", self.workers, 0, 1024)
+        if self.boundary_tolerance is not None:
+            check_range("boundary_tolerance", self.boundary_tolerance, 0, 1024)
 
 
 def evaluate_run(options: EvaluateConfig) -> None:

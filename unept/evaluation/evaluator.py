@@ -13,6 +13,7 @@ from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
 from ..data.loader import OnBadSample
 from ..inference import InferenceConfig, infer
+from ..model.finite import raise_not_a_number
 from ..model.output import SegmentationModel, class_ids
 from .metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
 
@@ -69,6 +70,7 @@ def evaluate_model(
 
     Raises:
         ValueError: the model and the data set have different classes, or the data set is empty.
+        FloatingPointError: a prediction holds NaN.
         DatasetError: a file of the data set breaks a rule; or, with `"skip"`, no image could be read.
     """
     check_classes(model, dataset)
@@ -76,13 +78,17 @@ def evaluate_model(
         dataset, distributed.rank(), distributed.world_size(), workers, on_bad_sample=on_bad_sample
     )
     refined, unrefined = (_Metrics(dataset, boundary_tolerance, device) for _ in range(2))
+    has_nan = torch.zeros((), dtype=torch.bool, device=device)
     start = time.perf_counter()
-    for image, labels in tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False):
+    for image, labels in tqdm(loader, desc="evaluate", unit="image", disable=None if progress else True, leave=False):
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
+        has_nan |= output.scores.isnan().any()
         size = labels.shape[1:]
         refined.update(class_ids(output, size, config.refinement), labels)
         unrefined.update(class_ids(output, size, None), labels)
+    if distributed.sum_over_ranks(int(has_nan), device):
+        raise_not_a_number()
     if distributed.world_size() > 1:
         refined.all_reduce()
         unrefined.all_reduce()

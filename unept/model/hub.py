@@ -5,11 +5,18 @@ Nothing is stated in a card that is not known.
 
 import contextlib
 import copy
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin
+from safetensors import safe_open
+
+from ..validation import check_type
+from .finite import require_finite
+from .limits import check_sizes, least_parameters
 
 PAPER = "https://arxiv.org/abs/2107.14209"
 # Of the scores that a card lists: the key in `evaluation`, the metric's type on the hub, and its name in a sentence.
@@ -64,22 +71,56 @@ class HubMixin(
         super()._save_pretrained(save_directory)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any):
+        """Load a model that `save_pretrained` or `push_to_hub` wrote.
+
+        Its config.json is data: values are checked, nothing that it names is opened, and no weights but its own are
+        fetched.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or `ORG/NAME` of the repository on the Hugging Face hub.
+            options: arguments of `huggingface_hub.PyTorchModelHubMixin.from_pretrained` (`revision`, `token`, ...).
+
+        Returns:
+            The model on the CPU, in evaluation mode.
+
+        Raises:
+            ValueError: config.json or the weights are damaged, or hold values that no model has.
+            FileNotFoundError: there is no config.json.
+        """
+        damaged = f"config.json of {pretrained_model_name_or_path} is damaged"
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{damaged} ({error}): restore it") from error
+        except AttributeError as error:
+            if error.name != "items":  # what the reader of huggingface_hub asks for of anything
+                raise
+            raise ValueError(f"{damaged}: it must hold the options of a model by name; restore it") from error
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, strict: bool = True, **options):
         """Load a model; missing weights are an error, not random numbers, and so is a missing config.json.
 
         The stored mean and standard deviation count, not what the installed version of timm has for the backbone.
         """
+        for name in UNSAVED_OPTIONS:  # a file that somebody else wrote must not open or fetch others
+            options.pop(name, None)
         if "num_classes" not in options:
             raise FileNotFoundError(
                 f"{model_id} has no config.json of a model that can be read: give a folder that save_pretrained wrote "
                 "(model/ in a folder of unept.train), or ORG/NAME of one that push_to_hub wrote"
             )
-        with contextlib.redirect_stdout(None):  # PyTorchModelHubMixin announces local folders
-            model = super()._from_pretrained(model_id=model_id, strict=strict, **options)
-        stored = config or {}
-        model.preprocessing.update(stored.get("preprocessing", {}))
-        model.evaluation.update(stored.get("evaluation", {}))
-        model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
+        try:
+            _check_stored(Path(model_id), options, config or {})
+            with contextlib.redirect_stdout(None):  # PyTorchModelHubMixin announces local folders
+                model = super()._from_pretrained(model_id=model_id, strict=strict, **options)
+            model.preprocessing.update((config or {}).get("preprocessing", {}))
+            model.evaluation.update((config or {}).get("evaluation", {}))
+            model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
+        except ValueError as error:
+            raise ValueError(f"config.json of {model_id} cannot be used: {error}") from error
+        require_finite(model.state_dict(), f"{model_id}/model.safetensors")  # type: ignore[attr-defined]
         return model
 
     def generate_model_card(self, repo_id: str | None = None, **metadata: Any) -> ModelCard:
@@ -122,6 +163,24 @@ class HubMixin(
         """
         card = {"repo_id": repo_id, **(model_card_kwargs or {})}
         return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+
+
+def _check_stored(folder: Path, options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise ValueError for parts of config.json that no model has; the model checks its options itself."""
+    for part in ("preprocessing", "evaluation"):
+        check_type(part, config.get(part, {}), dict)
+    weights = folder / "model.safetensors"
+    numbers = {name: value for name, value in options.items() if type(value) is int}
+    check_sizes(numbers)
+    if not weights.is_file():
+        return
+    with safe_open(weights, "pt") as file:
+        stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    if (least := least_parameters(numbers)) > stored:
+        raise ValueError(
+            f"it describes a network of at least {least} parameters, but model.safetensors holds {stored}: restore the "
+            "file that was saved with the weights"
+        )
 
 
 def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..colors import default_palette
+from ..validation import check_arguments, check_type
 from .backbone import Backbone, PyramidProjection
 from .boundary import DIRECTIONS, PixelHead, Refinement, SubpixelConv
+from .finite import require_numbers
 from .hub import HubMixin
+from .limits import check_sizes
 from .output import STRIDE, UNEPTOutput, class_ids, evaluation_mode, padded_size
 from .spatial import LearnedQueries, SpatialBranch
 from .transformer import Decoder, Encoder, LayerSize
@@ -68,7 +72,7 @@ class UNEPT(nn.Module, HubMixin):
         backbone: str = "resnet50",
         *,
         pretrained_backbone: bool = False,
-        backbone_weights: str | None = None,
+        backbone_weights: str | Path | None = None,
         output_stride: int | None = None,
         d_model: int = 256,
         num_heads: int = 8,
@@ -86,9 +90,10 @@ class UNEPT(nn.Module, HubMixin):
         palette: Sequence[Sequence[int]] | None = None,
     ):
         super().__init__()
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_arguments(UNEPT.__init__, arguments)
+        check_sizes(arguments)
         _check_classes(num_classes, classes=classes, palette=palette)
-        if d_model % 8:
-            raise ValueError(f"d_model is {d_model}: it must be a multiple of 8")
         _check_choice("context_queries", context_queries, "spatial", "learned")
         _check_choice("boundary_upsampling", boundary_upsampling, "bilinear", "subpixel")
         _check_choice("boundary_features", boundary_features, "spatial", "spatial+decoder")
@@ -135,7 +140,15 @@ class UNEPT(nn.Module, HubMixin):
         self.set_normalization(self.backbone.mean, self.backbone.std)
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Normalise uint8 images with this mean and standard deviation of RGB in [0, 1]."""
+        """Normalise uint8 images with this mean and standard deviation of RGB in [0, 1].
+
+        Raises:
+            ValueError: they are not three finite numbers each, or a deviation is not positive.
+        """
+        check_type("mean", mean, tuple[float, float, float])
+        check_type("std", std, tuple[float, float, float])
+        if min(std) <= 0:
+            raise ValueError(f"std is {std}; its three numbers must be positive")
         for name, values in (("mean", mean), ("std", std)):
             getattr(self, name).copy_(torch.tensor(values).view(3, 1, 1) * 255)
             setattr(self.backbone, name, tuple(values))
@@ -200,10 +213,15 @@ class UNEPT(nn.Module, HubMixin):
 
         Returns:
             (B, H, W) int64.
+
+        Raises:
+            FloatingPointError: the prediction holds NaN.
         """
         refinement = Refinement(refine_scale, refine_steps) if refine else None
         with evaluation_mode(self):
-            return class_ids(self(images), images.shape[2:], refinement)
+            output = self(images)
+            require_numbers(output.logits)
+            return class_ids(output, images.shape[2:], refinement)
 
 
 def _crop(maps: Tensor, size: Sequence[int], stride: int) -> Tensor:
@@ -216,6 +234,9 @@ def _check_classes(num_classes: int, **listed: Sequence[Any] | None) -> None:
     for name, entries in listed.items():
         if entries is not None and len(entries) != num_classes:
             raise ValueError(f"num_classes is {num_classes}, but {name} has {len(entries)} entries; give one per class")
+    for color in listed["palette"] or ():
+        if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
+            raise ValueError(f"palette has the color {color}; a color is r, g, b, each from 0 to 255")
 
 
 def _check_choice(name: str, value: Any, *choices: Any) -> None:
