@@ -11,7 +11,9 @@ from .data.base import SegmentationDataset
 from .data.registry import DatasetName, build_dataset, find_dataset
 from .distributed import Device
 from .inference import InferenceConfig
+from .model.limits import check_sizes
 from .model.loss import PAPER_WEIGHTS, LossWeights
+from .validation import check_fields, check_range, check_type
 
 
 def _require(condition: bool, message: str) -> None:
@@ -59,12 +61,8 @@ class ModelConfig:
     predicts every pixel of a block."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.d_model % self.num_heads == 0,
-            f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}: change one of them",
-        )
-        _require(self.d_model % 8 == 0, f"d_model is {self.d_model}; it must be a multiple of 8")
-        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
+        check_fields(self)
+        check_sizes(vars(self))
 
     def options(self) -> dict[str, Any]:
         """Return the options as arguments of `unept.model.UNEPT`."""
@@ -120,13 +118,17 @@ class DataConfig:
     is repaired. skip: train on the next image instead, leave the file out of evaluations, and count how often."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        for name, low, high in (("workers", 0, 1024), ("short_side", 8, 1 << 16)):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), low, high)
+        check_range("the longer side of crop_size", max(self.crop_size), 8, 1 << 16)
         _require(min(self.crop_size) >= 8, f"crop_size is {self.crop_size}; each side must be at least 8 pixels")
         _require(
             0 < self.scale[0] <= self.scale[1],
             f"scale is {self.scale}; it must be a range of positive numbers, the smaller first",
         )
         _require(0 < self.cat_max_ratio <= 1, f"cat_max_ratio is {self.cat_max_ratio}; it must be in (0, 1]")
-        _require(self.workers >= 0, f"workers is {self.workers}; it must be 0 or more")
         in_memory = find_dataset(self.dataset).in_memory
         _require(not in_memory or self.root is None, f"dataset {self.dataset!r} is made in memory: omit --root")
 
@@ -207,6 +209,12 @@ class TrainConfig:
     """Number of validation images drawn into samples/ at each evaluation."""
 
     def __post_init__(self) -> None:
+        self.loss_weights = LossWeights.read(self.loss_weights)  # config.json has a dict, that of old runs a list
+        check_fields(self)
+        _require(self.lr > 0, f"lr is {self.lr}; it must be positive")
+        for name, high in (("backbone_lr", math.inf), ("weight_decay", math.inf), ("seed", (1 << 63) - 1)):
+            check_range(name, getattr(self, name), 0, high)
+        _require(all(0 <= beta < 1 for beta in self.betas), f"betas are {self.betas}; both must be in [0, 1)")
         _require(self.iterations > 0, f"iterations is {self.iterations}; it must be positive")
         _require(
             self.accumulate > 0 and self.batch_size % self.accumulate == 0,
@@ -222,7 +230,6 @@ class TrainConfig:
                 all(0 <= weight < math.inf for weight in self.class_weights),
                 f"class_weights are {self.class_weights}; give 'none', 'auto' or numbers that are 0 or more",
             )
-        self.loss_weights = LossWeights.read(self.loss_weights)  # config.json has a dict, that of old runs a list
         self.inference()  # which checks its options
 
     def inference(self) -> InferenceConfig:
@@ -256,11 +263,14 @@ class TrainConfig:
                 f"{path} does not exist: give a folder that unept.train wrote, with config.json and model/"
             )
         try:
-            stored = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            check_type("its content", stored, dict)
+            parts = {name: _from_dict(kind, stored.pop(name, {})) for name, kind in _PARTS.items()}
+            return _from_dict(TrainConfig, {**stored, **parts})
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}): restore it, or train in another folder") from error
-        parts = {name: _from_dict(kind, stored.pop(name, {})) for name, kind in _PARTS.items()}
-        return _from_dict(TrainConfig, {**stored, **parts})
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 _PARTS = {"model": ModelConfig, "data": DataConfig}
@@ -268,7 +278,8 @@ _PARTS = {"model": ModelConfig, "data": DataConfig}
 RENAMED = {"category_cap": "cat_max_ratio"}
 
 
-def _from_dict(kind: type, stored: dict[str, Any]) -> Any:
+def _from_dict(kind: type, stored: Any) -> Any:
+    check_type(f"the part for {kind.__name__}", stored, dict)
     known = {f.name: f for f in dataclasses.fields(kind)}
     values = {RENAMED.get(name, name): value for name, value in stored.items()}
     unknown = sorted(set(values) - set(known))

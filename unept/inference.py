@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .kernels import upsample_argmax
 from .model.boundary import DIRECTIONS, Refinement
+from .model.finite import require_numbers
 from .model.output import (
     STRIDE,
     AveragedOutput,
@@ -32,6 +33,7 @@ from .model.output import (
     padded_size,
     read_offset,
 )
+from .validation import check_fields, check_range
 
 Amp = Literal["auto", "bf16", "off"]
 
@@ -70,6 +72,7 @@ class InferenceConfig:
         if None in vars(self).values():
             name = next(name for name, value in vars(self).items() if value is None)
             raise ValueError(f"{name} is None; give a value, or fill in what is left open with unept.inference.resolve")
+        check_fields(self)
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales are {self.scales}; give at least one, all of them positive")
         for name in ("window", "window_stride"):
@@ -89,6 +92,7 @@ class InferenceConfig:
             raise ValueError(f"refine_steps is {self.refine_steps}; it must be between 1 and 127")
         if self.short_side < 0:
             raise ValueError(f"short_side is {self.short_side}; it must be at least 1, or 0 for the image's own")
+        check_range("short_side", self.short_side, 0, 1 << 16)
         object.__setattr__(self, "scales", tuple(self.scales))
         if self.window and not self.window_stride:
             object.__setattr__(self, "window_stride", max(STRIDE, self.window * 2 // 3 // STRIDE * STRIDE))
@@ -213,8 +217,14 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
 
 
 def predict_ids(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Tensor:
-    """Class ids (B, H, W) int64 of images (B, 3, H, W) or (3, H, W), refined as `config` says; see `infer`."""
-    return class_ids(infer(model, images, config), images.shape[-2:], config.refinement)
+    """Class ids (B, H, W) int64 of images (B, 3, H, W) or (3, H, W), refined as `config` says; see `infer`.
+
+    Raises:
+        FloatingPointError: the prediction holds NaN.
+    """
+    output = infer(model, images, config)
+    require_numbers(output.scores)
+    return class_ids(output, images.shape[-2:], config.refinement)
 
 
 class Prediction(NamedTuple):
@@ -229,8 +239,13 @@ class Prediction(NamedTuple):
 
 
 def predict(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Prediction:
-    """Class ids, their confidence and boundaries of images (B, 3, H, W) or (3, H, W); see `infer`."""
+    """Class ids, their confidence and boundaries of images (B, 3, H, W) or (3, H, W); see `infer`.
+
+    Raises:
+        FloatingPointError: the prediction holds NaN.
+    """
     output = infer(model, images, config)
+    require_numbers(output.scores)
     size = images.shape[-2:]
     ids, confidence = read_prediction(output, size, config)
     return Prediction(ids, confidence, boundary_probability(output, size))

@@ -6,6 +6,7 @@ import torch
 from safetensors import SafetensorError
 
 from .config import TrainConfig
+from .memory import out_of_memory
 from .model.hub import REPOSITORY
 from .model.network import UNEPT
 
@@ -67,14 +68,18 @@ def load(source: str | Path, device: torch.device) -> UNEPT:
 def _read_model(source: str | Path, device: torch.device) -> UNEPT:
     """Load the model in a folder (a Path) or in a repository of the hub (a str)."""
     try:
-        return UNEPT.from_pretrained(str(source)).to(device).eval()
+        model = UNEPT.from_pretrained(str(source))
     except SafetensorError as error:
         raise ValueError(f"{source}/model.safetensors is damaged ({error}): restore it or train again") from error
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"out of memory while {source} was loaded: free memory, or use --device cpu") from error
     except RuntimeError as error:  # of load_state_dict
         raise ValueError(
             f"the weights in {source} do not fit the network that its config.json describes, as this version "
             f"of unept builds it: use the version that saved them, or train again. {error}"
         ) from error
+    with out_of_memory(f"while the model was moved to {device}: free the device, or use --device cpu"):
+        return model.to(device).eval()
 
 
 def has_model(folder: Path) -> bool:

@@ -82,6 +82,57 @@ def test_folders_and_files(run, command, tmp_path):
     assert written == {f"{stem}_{kind}.png" for stem in "abc" for kind in ("ids", "overlay")}
 
 
+def test_subfolders_are_taken_or_told(run, command, tmp_path):
+    for name in ("photos/a.png", "photos/night/a.png", "photos/night/deep/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_image(tmp_path / name, 16, 24)
+    status, _, err = command("photos", "--run", run[0])
+    assert status == 0
+    assert err == "note: 1 subfolders of photos hold images: --recursive takes them; they are left out\n"
+    for _ in range(2):  # the second time the results lie in the folder too
+        status, _, err = command("photos", "--recursive", "--run", run[0], "--out", "photos/out")
+        assert (status, err) == (0, "")
+    written = {str(path.relative_to(tmp_path / "photos/out")) for path in (tmp_path / "photos/out").rglob("*_ids.png")}
+    assert written == {"a_ids.png", "night/a_ids.png", "night/deep/b_ids.png"}
+    (tmp_path / "photos/a.png").unlink()
+    status, _, err = command("photos", "--run", run[0])
+    assert status == 2
+    assert "photos hold images: --recursive takes them" in err
+
+
+def test_bad_names_do_not_end_the_batch(run, command, tmp_path):
+    long, odd = "n" * 248 + ".png", "a\nb\udcff.png"
+    for name in (long, odd, "c.png"):
+        save_image(tmp_path / name, 16, 24)
+    status, out, err = command(long, odd, "missing.png", "c.png", "--run", run[0])
+    assert status == 1
+    assert "error: there is no image or folder missing.png" in err
+    assert f"error: the results of {long} can't be written (File name too long): rename it" in err
+    assert "a\\nb\\udcff_ids.png" in out
+    assert (tmp_path / "predictions" / "c_ids.png").exists()
+    assert out.count("\n") == 3
+
+
+def test_an_image_that_is_too_large_for_memory(run, command, tmp_path, monkeypatch):
+    def fail(model, image, config):
+        if image.shape[1] == 48:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return torch.zeros(1, 16, 24, dtype=torch.int64)
+
+    monkeypatch.setattr(predict, "predict_ids", fail)
+    save_image(tmp_path / "a.png", 48, 64)
+    save_image(tmp_path / "b.png", 16, 24)
+    for options, advice in (
+        ([], "--window 512 sees it in parts"),
+        (["--window", "32"], "--window-batch 2 sees fewer"),
+        (["--window", "256", "--window-batch", "1"], "--window 128 sees it in smaller"),
+    ):
+        status, out, err = command("a.png", "b.png", "--run", run[0], *options)
+        assert status == 1
+        assert f"error: out of memory with a.png, 64x48 pixels: {advice}" in err
+        assert "b_ids.png" in out
+
+
 def test_exif_orientation(run, command, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees

@@ -13,6 +13,7 @@ from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
 from ..data.loader import OnBadSample
 from ..inference import InferenceConfig, infer, read_prediction
+from ..model.finite import raise_not_a_number
 from ..model.output import SegmentationModel, class_ids
 from .inspection import Inspection
 from .metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
@@ -72,6 +73,7 @@ def evaluate_model(
 
     Raises:
         ValueError: the model and the data set have different classes, or the data set is empty or has no labels.
+        FloatingPointError: a prediction holds NaN.
         DatasetError: a file of the data set breaks a rule; or, with `"skip"`, no image could be read.
     """
     check_classes(model, dataset)
@@ -84,11 +86,13 @@ def evaluate_model(
         dataset, distributed.rank(), distributed.world_size(), workers, on_bad_sample=on_bad_sample
     )
     refined, unrefined = (_Metrics(dataset, boundary_tolerance, device) for _ in range(2))
+    has_nan = torch.zeros((), dtype=torch.bool, device=device)
     start = time.perf_counter()
-    bar = tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False)
+    bar = tqdm(loader, desc="evaluate", unit="image", disable=None if progress else True, leave=False)
     for position, (image, labels) in enumerate(bar):
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
+        has_nan |= output.scores.isnan().any()
         size = labels.shape[1:]
         if inspection is None:
             ids = class_ids(output, size, config.refinement)
@@ -98,6 +102,8 @@ def evaluate_model(
             inspection.update(index, ids, confidence, labels)
         refined.update(ids, labels)
         unrefined.update(class_ids(output, size, None), labels)
+    if distributed.sum_over_ranks(int(has_nan), device):
+        raise_not_a_number()
     if distributed.world_size() > 1:
         for counted in (refined, unrefined, *([inspection] if inspection else [])):
             counted.all_reduce()

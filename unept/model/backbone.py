@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .finite import require_finite
 from .trial import REFUSALS, find_divisor
 
 
@@ -71,6 +72,7 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
 def _check_weights(path: Path, probe: nn.Module, name: str) -> None:
     """Raise ValueError unless the file belongs to the model: timm silently drops the tensors that do not fit."""
     stored = read_weights(path, "backbone_weights")
+    require_finite(stored, path)
     wanted = probe.state_dict()
     body = [key for key in wanted if not key.startswith(("head", "fc.", "classifier"))]
     # timm resizes what depends on the image's size; everything else must have its shape.
@@ -152,7 +154,7 @@ class Backbone(nn.Module):
         self.channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
         preprocessing = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
         own_size = max(preprocessing.input_size[1:])
-        self.divisor = find_divisor(self.features, math.lcm(*self.strides), own_size, name)
+        self.divisor = find_divisor(self.features, math.lcm(*self.strides), own_size, name, in_chans)
         self.mean: tuple[float, ...] = tuple(preprocessing.mean)
         self.std: tuple[float, ...] = tuple(preprocessing.std)
 

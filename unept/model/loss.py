@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import boundary_targets, upsample_cross_entropy
+from ..validation import check_fields, check_range
 from .boundary import ONE_STEP, refinement_offset, upsample_boundary
 from .output import UNEPTOutput, padded_size
 
@@ -28,6 +29,11 @@ class LossWeights:
     direction: float = 0.7
     """lambda_4: cross-entropy of the direction on boundary pixels."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, weight in vars(self).items():
+            check_range(f"the weight of the loss {name!r}", weight, 0)
+
     @classmethod
     def read(cls, weights: "LossWeights | Sequence[float] | Mapping[str, float]") -> "LossWeights":
         """Weights in any of their forms: lambda_1 to lambda_4 in this order, or by name.
@@ -43,6 +49,8 @@ class LossWeights:
             if unknown:
                 raise ValueError(f"there are no losses {', '.join(unknown)} to weigh; there are {', '.join(names)}")
             return cls(**weights)
+        if not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise ValueError(f"weights are {weights!r}; give the four lambdas of Eq. 7: {', '.join(names)}")
         if len(weights) != len(names):
             raise ValueError(f"weights are {weights}; give the four lambdas of Eq. 7: {', '.join(names)}")
         return cls(*weights)

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..validation import check_arguments
 from .backbone import Backbone, PyramidProjection
 from .boundary import DIRECTIONS, PixelHead, Refinement, SubpixelConv
+from .finite import require_numbers
 from .hub import HubMixin
 from .labels import Labelled, check_labels
+from .limits import check_sizes
 from .normalization import NormalizedInput
 from .output import STRIDE, UNEPTOutput, class_ids, evaluation_mode, padded_size
 from .spatial import LearnedQueries, SpatialBranch
@@ -73,7 +77,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         backbone: str = "resnet50",
         *,
         pretrained_backbone: bool = False,
-        backbone_weights: str | None = None,
+        backbone_weights: str | Path | None = None,
         output_stride: int | None = None,
         d_model: int = 256,
         num_heads: int = 8,
@@ -94,9 +98,10 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         std: Sequence[float] | None = None,
     ):
         super().__init__()
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_arguments(UNEPT.__init__, arguments)
+        check_sizes(arguments)
         check_labels(num_classes, classes=classes, palette=palette)
-        if d_model % 8:
-            raise ValueError(f"d_model is {d_model}: it must be a multiple of 8")
         _check_choice("context_queries", context_queries, "spatial", "learned")
         _check_choice("boundary_upsampling", boundary_upsampling, "bilinear", "subpixel")
         _check_choice("boundary_features", boundary_features, "spatial", "spatial+decoder")
@@ -205,10 +210,15 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
 
         Returns:
             (B, H, W) int64.
+
+        Raises:
+            FloatingPointError: the prediction holds NaN.
         """
         refinement = Refinement(refine_scale, refine_steps) if refine else None
         with evaluation_mode(self):
-            return class_ids(self(images), images.shape[2:], refinement)
+            output = self(images)
+            require_numbers(output.logits)
+            return class_ids(output, images.shape[2:], refinement)
 
 
 def _classifier(d_model: int, num_classes: int, stride: int) -> nn.Module:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from .. import distributed
 from ..config import TrainConfig
@@ -25,6 +24,7 @@ from ..model.loss import Targets, UNEPTLoss
 from ..model.network import UNEPT
 from ..model.output import TrainableModel
 from ..pictures.figures import draw_samples
+from ..progress import Progress, step_progress
 from . import run_folder
 from .checkpoint import TrainingState, checkpoints, save_checkpoint, save_model
 from .class_weights import class_weights
@@ -130,13 +130,7 @@ class Trainer:
         batches, advice = iter(self.loader), memory_advice(self.config, self.local_batch)
         self.model.train()
         self.throughput.start()
-        with tqdm(
-            total=self.config.iterations,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not distributed.is_main(),
-        ) as bar:
+        with step_progress(self.config.iterations, self.step, distributed.is_main()) as bar:
             while self.step < self.config.iterations:
                 batch = self._next_batch(batches)
                 with out_of_memory(advice), self.throughput.step(len(batch.images), batch.seconds):
@@ -265,7 +259,7 @@ class Trainer:
             losses["loss"].backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _after_step(self, bar: tqdm) -> None:
+    def _after_step(self, bar: Progress) -> None:
         """Log, validate and save where the options say so, and after the last step."""
         config, last = self.config, self.step == self.config.iterations
         if self.step % config.log_every == 0 or last:
