@@ -170,7 +170,8 @@ def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage],
         except OSError as error:
             if error.errno in DISK_ERRORS:
                 raise
-            say(f"error: the results of {image.path} can't be written ({error.strerror}): rename it", sys.stderr)
+            reason = os.strerror(error.errno or errno.EIO)
+            say(f"error: the results of {image.path} can't be written ({reason}): rename it", sys.stderr)
             failed += 1
     if failed:
         say(f"error: {failed} of {len(images)} images could not be {failure}", sys.stderr)

@@ -1,6 +1,7 @@
 """Write files whole or not at all, and read and write JSON. Every file that this package writes is written here."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -54,10 +55,10 @@ def _named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = (
-            f"{error.strerror or error} while writing {path}. The files that were there before are intact: free some "
-            "space or make the folder writable, then start again"
-        )
+        message = f"{error.strerror or error} while writing {path}. The files that were there before are intact"
+        if error.errno == errno.ENAMETOOLONG:
+            raise OSError(error.errno, f"{message}: choose a shorter name") from error
+        message += ": free some space or make the folder writable, then start again"
         raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
 
 

@@ -145,7 +145,7 @@ def test_a_folder_without_labels_is_refused(folder, command):
     run, labels = folder
     status, _, err = command(run)
     assert status == 2
-    assert err.startswith(f"error: there is no folder {labels} with the labels of the 1 images in ")
+    assert err.startswith(f"error: there is no folder {labels}: check the dataset's root folder")
     assert err.endswith("without labels, segment images with `python -m unept.predict`\n")
     labels.mkdir(parents=True)
     Image.new("L", (32, 24), 255).save(labels / "a.png")

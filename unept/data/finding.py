@@ -105,8 +105,8 @@ def pair_with_labels(files: list[Path], labels: Path, image_ending: str = "", la
     """
     if not labels.is_dir():
         raise DatasetError(
-            f"there is no folder {labels}: check the dataset's root folder and split. Training and evaluation need a label "
-            f"of each of the {len(files)} images; without labels, segment images with `python -m unept.predict`"
+            f"there is no folder {labels}: check the dataset's root folder and split. Training and evaluation need a "
+            f"label of each of the {len(files)} images; without labels, segment images with `python -m unept.predict`"
         )
     exact = label_ending.lower().endswith(LABEL_SUFFIXES)
     existing: dict[str, list[Path]] = {}

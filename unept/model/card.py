@@ -1,4 +1,4 @@
-"""The README.md of a saved model, with the fields that the Hugging Face hub reads. It states nothing that is not known."""
+"""The README.md of a saved model, with the fields that the Hugging Face hub reads. What is not known is not in it."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,8 @@ def make_card(model: Any, fields: Mapping[str, Any], repo_id: str | None) -> Mod
     data = ModelCardData(**copy.deepcopy(known))
     sections = [
         f"# {name}",
-        f"Semantic segmentation into {model.num_classes} classes with UN-EPT ([paper]({PAPER})), backbone `{backbone}` of "
-        "timm.",
+        f"Semantic segmentation into {model.num_classes} classes with UN-EPT ([paper]({PAPER})), backbone `{backbone}` "
+        "of timm.",
         "## Use",
         _usage(repo_id),
         *_evaluation(evaluation),

@@ -152,13 +152,18 @@ class HubMixin(
             _check_stored(Path(model_id), options, config, complete=strict)
             with contextlib.redirect_stdout(None):  # PyTorchModelHubMixin announces local folders
                 model = super()._from_pretrained(model_id=model_id, strict=strict, **options)
-            model.preprocessing.update(config.get("preprocessing", {}))
+            stored = dict(config.get("preprocessing", {}))
+            if model.in_chans != config.get("in_chans", 3):  # the stored ones are of other channels
+                for name in ("mean", "std"):
+                    stored.pop(name, None)
+            model.preprocessing.update(stored)
             if not other_classes:
                 model.evaluation.update(config.get("evaluation", {}))
-            if len(model.preprocessing["mean"]) == model.in_chans:
-                model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
+            model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
         except ValueError as error:
-            raise ValueError(f"the model in {model_id} cannot be used: {error}") from error
+            if not strict:
+                raise
+            raise ValueError(f"config.json of {model_id} cannot be used: {error}") from error
         require_finite(model.state_dict(), f"{model_id}/model.safetensors")
         return model if chosen == torch.float32 else model.to(chosen)
 
