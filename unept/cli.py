@@ -56,7 +56,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     traceback is shown.
     """
     try:
-        status = main() or 0
+        with out_of_memory("of the device or of the machine: --help names options that take less, such as --window"):
+            status = main() or 0
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         rank = os.environ.get("RANK", "0")
         for line in (f"error: {error}" if rank == "0" else f"error of rank {rank}: {error}").split("\n"):

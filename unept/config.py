@@ -31,6 +31,9 @@ class ModelConfig:
     """Start from the backbone's ImageNet weights, downloaded from timm's hub."""
     backbone_weights: Path | None = None
     """Start from the weights in this file instead (.safetensors or .pth); nothing is downloaded."""
+    backbone_image_size: int | None = None
+    """For backbones that see images of one size only: side in pixels of the squares into which images are cut for the
+    backbone. None: whole images."""
     output_stride: int | None = None
     """Stride of the backbone: 8, 16 or 32. None: 8 for ResNets, as in the paper, the backbone's own for others."""
     d_model: int = 256

@@ -28,6 +28,8 @@ def check_sizes(options: Mapping[str, Any]) -> None:
     """
     for name in RANGES.keys() & options.keys():
         check_range(name, options[name], *RANGES[name])
+    if (size := options.get("backbone_image_size")) is not None:
+        check_range("backbone_image_size", size, 8, 1 << 13)
     if options.get("output_stride") not in (None, *OUTPUT_STRIDES):
         raise ValueError(f"output_stride is {options['output_stride']}; it must be 8, 16 or 32, or None")
     if not 0 <= options.get("dropout", 0) < 1:

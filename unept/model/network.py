@@ -34,6 +34,8 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         backbone: name of any timm model that gives feature maps.
         pretrained_backbone: load its ImageNet weights from timm's hub.
         backbone_weights: load them from this file instead.
+        backbone_image_size: for backbones that see images of one size only: the side in pixels of the squares into
+            which images are cut for the backbone. None: whole images.
         output_stride: of the backbone; None means 8 for ResNets and the backbone's own for others.
         d_model: channels of the transformer, a multiple of 8 and of `num_heads`.
         num_heads: M, attention heads.
@@ -78,6 +80,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         *,
         pretrained_backbone: bool = False,
         backbone_weights: str | Path | None = None,
+        backbone_image_size: int | None = None,
         output_stride: int | None = None,
         d_model: int = 256,
         num_heads: int = 8,
@@ -117,6 +120,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
             pretrained=pretrained_backbone,
             weights=backbone_weights,
             in_chans=in_chans,
+            image_size=backbone_image_size,
         )
         self.pyramid = PyramidProjection(self.backbone.channels, d_model)
         size = LayerSize(

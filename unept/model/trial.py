@@ -21,7 +21,9 @@ REFUSALS = (
 )
 
 
-def find_divisor(features: nn.Module, divisor: int, own_size: int, name: str, in_chans: int = 3) -> int:
+def find_divisor(
+    features: nn.Module, divisor: int, own_size: int, name: str, in_chans: int = 3, image_size: int | None = None
+) -> int:
     """The number of which the sides of images must be multiples, and freeze what the feature maps do not depend on.
 
     Distributed training waits for the gradient of every parameter that is not frozen.
@@ -32,17 +34,21 @@ def find_divisor(features: nn.Module, divisor: int, own_size: int, name: str, in
         own_size: the side of the images that it was made for.
         name: its name, for the message.
         in_chans: channels of its images, C.
+        image_size: the side of the only images that it is to see; None for images of any size.
 
     Returns:
-        `divisor`, or a multiple of `own_size` where only that works, as for models that cut the image into windows.
+        `image_size` if given, else `divisor`, or a multiple of `own_size` where only that works, as for models that cut
+        the image into windows.
 
     Raises:
-        ValueError: it sees images of one size only.
+        ValueError: it sees images of one size only, and no `image_size` is given or it is another one.
     """
+    if image_size is not None and image_size % divisor:
+        raise ValueError(f"backbone_image_size is {image_size}; for {name} it must be a multiple of {divisor}")
     refusal: Exception | None = None
-    for unit in dict.fromkeys((divisor, math.lcm(divisor, own_size))):
-        height, width = (math.ceil(side / unit) * unit for side in SIDES)
-        if height == width:
+    for unit in (image_size,) if image_size else dict.fromkeys((divisor, math.lcm(divisor, own_size))):
+        height, width = (image_size or math.ceil(side / unit) * unit for side in SIDES)
+        if height == width and not image_size:
             width += unit
         try:
             reached = _reached_parameters(features, (in_chans, height, width))
@@ -52,9 +58,15 @@ def find_divisor(features: nn.Module, divisor: int, own_size: int, name: str, in
         for parameter_name, parameter in features.named_parameters():
             parameter.requires_grad_(parameter_name in reached)
         return unit
+    reason = f"(timm: {_first_line(refusal)})"
+    if image_size is not None:
+        raise ValueError(
+            f"{name} does not see images of backbone_image_size {image_size} {reason}: {own_size} is its own size"
+        ) from refusal
     raise ValueError(
-        f"{name} cannot be a backbone, since it sees images of one size only (timm: {_first_line(refusal)}): choose "
-        "another one; docs/choose_a_backbone.md lists families that take any size"
+        f"{name} cannot be a backbone as it is, since it sees images of one size only {reason}: cut images into "
+        f"squares of one size with backbone_image_size={own_size} (--backbone-image-size), or choose another backbone; "
+        "docs/choose_a_backbone.md lists families that take any size"
     ) from refusal
 
 
