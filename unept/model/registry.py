@@ -151,5 +151,6 @@ def _load(model: UNEPT, state: dict[str, Tensor], failure: str) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
-            f"{failure}: give the options it was trained with, or ignore_mismatched_sizes=True to take what fits. {error}"
+            f"{failure}: give the options it was trained with, or ignore_mismatched_sizes=True to take what fits. "
+            f"{error}"
         ) from error
