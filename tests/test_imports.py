@@ -16,7 +16,7 @@ import torch, timm
 start = time.process_time()
 import unept
 print(time.process_time() - start)
-print(*{"tyro", "matplotlib", "tensorboard", "unept.cli"} & set(sys.modules))
+print(*{"tyro", "matplotlib", "tensorboard", "unept.cli", "wandb", "mlflow", "albumentations"} & set(sys.modules))
 """
 
 

@@ -12,7 +12,7 @@ where the network predicts them finer than at 1/8 it has at most the resolution 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,8 @@ from .model.output import (
     padded_size,
     read_offset,
 )
+from .precision import Amp, uses_bfloat16
 from .validation import check_fields, check_range
-
-Amp = Literal["auto", "bf16", "off"]
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
 
@@ -66,7 +65,7 @@ class InferenceConfig:
     short_side: int = 0
     """Pixels of the image's short side at scale 1. 0: as many as it has."""
     amp: Amp = "auto"
-    """Autocast to bfloat16. auto: on CUDA only."""
+    """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
 
     def __post_init__(self) -> None:
         if None in vars(self).values():
@@ -151,7 +150,8 @@ class InferenceOptions:
     short_side: int | None = None
     """Pixels of the image's short side at scale 1. 0: as many as it has. None: as the run was trained, else 0."""
     amp: Amp | None = None
-    """Autocast to bfloat16; auto is on CUDA only. None: as the run was trained, else auto."""
+    """Autocast to bfloat16; auto does on CUDA, and on CPUs with AVX512-BF16 or AMX. None: as the run was trained, else
+    auto."""
 
     def __post_init__(self) -> None:
         chosen = self.chosen()
@@ -267,8 +267,7 @@ def read_prediction(output: DenseOutput, size: Sequence[int], config: InferenceC
 
 
 def _autocast(device_type: str, amp: Amp) -> torch.autocast:
-    enabled = amp == "bf16" or (amp == "auto" and device_type == "cuda")
-    return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device_type, torch.bfloat16, enabled=uses_bfloat16(amp, device_type))
 
 
 def _is_plain(images: Tensor, config: InferenceConfig) -> bool:

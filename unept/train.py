@@ -10,6 +10,7 @@ from .config import RENAMED, TrainConfig
 from .data import check_splits
 from .evaluation.evaluator import format_table
 from .presets import PRESETS
+from .training.fine_tuning import network_of
 from .training.run_folder import choose_run_folder
 from .training.trainer import Trainer
 
@@ -21,6 +22,8 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
         args.insert(0, "shapes")
     # The help says what a preset is and what to expect of it; its docstring in unept/presets.py has the rest.
     presets = {name: ((inspect.getdoc(preset) or "").split("\nSize:")[0], preset()) for name, preset in PRESETS.items()}
+    if (source := _init_from(args)) is not None and args[0] in presets:
+        presets[args[0]][1].model = network_of(source)
     config = tyro.extras.overridable_config_cli(
         presets,
         prog="python -m unept.train",
@@ -29,6 +32,15 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
         registry=cli.REGISTRY,
     )
     return args[0], config
+
+
+def _init_from(args: list[str]) -> str | None:
+    """Return the value of --init-from, which says how the network is built unless other options do."""
+    for argument, value in zip(args, [*args[1:], ""], strict=True):
+        name, separator, inline = argument.partition("=")
+        if name.replace("_", "-") == "--init-from":
+            return inline if separator else value
+    return None
 
 
 def _current_name(argument: str) -> str:
@@ -63,6 +75,8 @@ def train(args: list[str] | None = None) -> None:
         trainer = Trainer(config, out, device)
         scores = trainer.train()
         if distributed.is_main():
+            if trainer.step < config.iterations:
+                print(f"Stopped after step {trainer.step}: {trainer.stale} evaluations were not better than the best")
             print(format_table(scores, trainer.model.classes))
             print(f"\nRun folder  {out}\nModel       {out / 'model'} (best validation mIoU {trainer.best:.4f})")
             print(f"Pictures    {out / 'samples'}, {out / 'curves.png'}")

@@ -4,12 +4,14 @@ import difflib
 import inspect
 import math
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from .finite import require_finite
@@ -154,6 +156,7 @@ class Backbone(nn.Module):
             _check_weights(Path(weights), probe, name)
             options["pretrained_cfg_overlay"] = {"file": str(weights)}
         del probe
+        self.name = name
         self.features = self._create(name, pretrained or weights is not None, options)
         self.channels: list[int] = self.features.feature_info.channels()
         self.strides: list[int] = self.features.feature_info.reduction()
@@ -184,6 +187,35 @@ class Backbone(nn.Module):
                 "backbone_weights=PATH (--backbone-weights PATH), or train from scratch with pretrained_backbone=False "
                 "(--no-pretrained-backbone)"
             ) from error
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the stages again in the backward instead of keeping what they computed.
+
+        Raises:
+            ValueError: timm has no such option for this model.
+        """
+        module = self.features if hasattr(self.features, "set_grad_checkpointing") else self.features.model
+        try:
+            module.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f"timm's {self.name} has no gradient checkpointing: train without it") from error
+
+    def layers(self, coarse: bool = False) -> dict[str, int]:
+        """Number the layers of the backbone from 0, the stem, for the parameters by their names in `features`.
+
+        Args:
+            coarse: number stages instead of layers; blocks of a ViT in either case.
+        """
+        names = [name for name, _ in self.features.named_parameters()]
+        known = {name: re.sub(r"([a-z])_(\d+)\.", r"\1.\2.", name.removeprefix("model.")) for name in names}
+        probe = _probe(self.name)
+        if not hasattr(probe, "group_matcher"):
+            raise ValueError(
+                f"timm does not say what the layers of {self.name} are: train without layer_decay and freeze_stages"
+            )
+        pairs = [(known[name], name) for name in names]
+        grouped = group_with_matcher(iter(pairs), probe.group_matcher(coarse=coarse), return_values=True)
+        return {name: layer for layer, members in grouped.items() for name in members}
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the feature maps.

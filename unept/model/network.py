@@ -168,6 +168,18 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         self.options["num_classes"] = num_classes
         self.evaluation = {}
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the stages of the backbone and the layers of the transformer again in the backward, to save memory.
+
+        Loss and gradients stay the same. The batch normalisation of a stage sees each batch twice, so that its running
+        statistics follow the data faster.
+
+        Raises:
+            ValueError: timm has no such option for the backbone.
+        """
+        self.backbone.set_grad_checkpointing(enable)
+        self.encoder.grad_checkpointing = self.decoder.grad_checkpointing = enable
+
     def forward(self, images: Tensor) -> UNEPTOutput:
         """Predict at 1/8 of the image (Fig. 2), or finer where the options of the model say so.
 

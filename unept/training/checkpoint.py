@@ -47,6 +47,8 @@ class TrainingState:
     """How often another sample has replaced one that cannot be read, over all ranks."""
     averaged: dict[str, Tensor] | None = None
     """State dict of the average of the weights; None if the run keeps none."""
+    stale: int = 0
+    """Number of evaluations since the best one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name; tensors are not copied."""
@@ -58,7 +60,7 @@ class TrainingState:
         fields = dict(stored)
         if (pending := fields.pop("pending", None)) is not None:
             fields["loss_history"] = [dict(zip(OLD_LOSS_NAMES, losses.unbind(), strict=False)) for losses in pending]
-        fields.setdefault("averaged", None)
+        fields = {"averaged": None, "stale": 0, **fields}
         return TrainingState(**{field.name: fields[field.name] for field in dataclasses.fields(TrainingState)})
 
 

@@ -7,6 +7,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..files import append_json_line, read_json_lines, write_json_lines
 from ..pictures import drawing
+from .trackers import Tracker
 
 
 class Recorder:
@@ -17,13 +18,14 @@ class Recorder:
     Args:
         folder: the run folder.
         step: the last step that the run has completed.
+        tracker: gets the numbers of each record too.
 
     Attributes:
         lines: the records of metrics.jsonl so far, one dictionary each.
     """
 
-    def __init__(self, folder: Path, step: int):
-        self.folder = folder
+    def __init__(self, folder: Path, step: int, tracker: Tracker | None = None):
+        self.folder, self.tracker = folder, tracker
         self.lines = [line for line in read_json_lines(folder / "metrics.jsonl") if line["step"] <= step]
         write_json_lines(folder / "metrics.jsonl", self.lines)
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
@@ -32,14 +34,18 @@ class Recorder:
         """Append a record, which must have the key `step`; its numbers also become TensorBoard events."""
         self.lines.append(line)
         append_json_line(self.folder / "metrics.jsonl", line)
-        for name, value in line.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._writer.add_scalar(name, value, line["step"])
+        numbers = {name: v for name, v in line.items() if isinstance(v, (int, float)) and name != "step"}
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, line["step"])
+        if self.tracker is not None:
+            self.tracker.log(line["step"], numbers)
 
     def draw_curves(self) -> None:
         """Draw the records so far into curves.png."""
         drawing.curves(self.lines, self.folder / "curves.png")
 
     def close(self) -> None:
-        """Finish the TensorBoard events."""
+        """Finish the TensorBoard events, and the tracker's record."""
         self._writer.close()
+        if self.tracker is not None:
+            self.tracker.close()

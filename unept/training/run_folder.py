@@ -15,6 +15,7 @@ from .checkpoint import TrainingState, load_latest
 # Options that may differ between a run and its continuation, since they do not change the result.
 FREE_TO_CHANGE = {"out", "resume", "device", "log_every", "eval_every", "checkpoint_every", "num_samples", "workers"}
 FREE_TO_CHANGE |= {"root", "pretrained_backbone", "backbone_weights"}  # data and weights may have moved
+FREE_TO_CHANGE |= {"init_from", "patience", "grad_checkpointing", "tracker"}
 FREE_TO_CHANGE |= {"check_data", "on_bad_sample"}  # a file was found to be bad meanwhile
 
 
@@ -81,7 +82,7 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
 
     def flatten(config: TrainConfig) -> dict[str, Any]:
         options = json.loads(config.to_json())
-        return {**options.pop("model"), **options.pop("data"), **options}
+        return {**options.pop("model"), **options.pop("data"), **options.pop("recipe"), **options}
 
     before, now = flatten(TrainConfig.from_json(folder / "config.json")), flatten(config)
     changed = [name for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]]

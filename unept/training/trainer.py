@@ -14,25 +14,29 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import distributed
 from ..config import TrainConfig
 from ..data import DatasetError, SegmentationDataset
+from ..data.augmentation import build_transform
 from ..data.check import check_before_run
 from ..data.loader import Batch, training_loader
 from ..data.photometric import distort
-from ..data.transforms import train_transform
 from ..evaluation.evaluator import evaluate_model
 from ..memory import memory_advice, out_of_memory
-from ..model.loss import Targets, UNEPTLoss
+from ..model.loss import Targets
 from ..model.network import UNEPT
 from ..model.output import TrainableModel
 from ..pictures.figures import draw_samples
+from ..precision import uses_bfloat16
 from ..progress import Progress, step_progress
 from . import run_folder
+from .acceleration import compiled
 from .checkpoint import TrainingState, checkpoints, save_checkpoint, save_model
-from .class_weights import class_weights
 from .depthwise import prepare_for_cpu_bfloat16
-from .losses import Losses, average_over_ranks, reduce_losses
-from .optimizer import average_weights, build_optimizer, build_scheduler
+from .fine_tuning import prepare_model
+from .freezing import freeze, training_mode
+from .losses import Losses, average_over_ranks, build_loss, reduce_losses
+from .optimizer import average_weights, build_optimizer, build_scheduler, clip_gradients
 from .recorder import Recorder
 from .throughput import Throughput, peak_memory
+from .trackers import start_tracker
 
 
 class Trainer:
@@ -48,20 +52,22 @@ class Trainer:
         config: options of the run.
         out: the run folder.
         device: device to train on; None chooses it by `config.device`.
+        augmentation: takes the place of this package's own (`unept.data.augmentation`).
 
     Attributes:
         model: the network that is trained.
         averaged: the average of its weights (`TrainConfig.ema`), or None.
         step: optimiser steps completed.
         best: highest validation mIoU so far, -1 before the first evaluation.
+        stale: number of evaluations since that one.
         scores: result of the last evaluation (`evaluate_model`); empty before the first.
 
     Raises:
         ValueError: the batch cannot be split over the ranks, or the data or the weights cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, out: Path, device: torch.device | None = None):
-        self.config, self.out = config, out
+    def __init__(self, config: TrainConfig, out: Path, device: torch.device | None = None, augmentation: Any = None):
+        self.config, self.out, self.augmentation = config, out, augmentation
         self.device = device or distributed.choose_device(config.device)
         self.local_batch = distributed.run_on_main(
             lambda: distributed.split_batch(config.batch_size, config.accumulate)
@@ -70,24 +76,20 @@ class Trainer:
         self.train_set, self.validation_set = distributed.run_on_main(self.build_datasets)
         self.resumes = distributed.run_on_main(lambda: run_folder.should_resume(config, out))
         self.model = self.build_model().to(self.device)
-        weights = distributed.run_on_main(lambda: class_weights(config, self.train_set))
-        self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index, weights).to(self.device)
-        cuda = self.device.type == "cuda"
-        self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
-        if self.amp and not cuda:
+        freeze(self.model, config.recipe)
+        self.loss = build_loss(config, self.train_set).to(self.device)
+        self.amp = uses_bfloat16(config.amp, self.device.type)
+        if self.amp and self.device.type == "cpu":
             prepare_for_cpu_bfloat16(self.model)
         self.network = distributed.parallel(self.model, self.device)
-        self.forward, self.compute_losses, self.distort = self.network, self.loss.losses, distort
-        if config.compile == "on" or (config.compile == "auto" and cuda):
-            self.forward = torch.compile(self.forward)
-            self.compute_losses = torch.compile(self.compute_losses)
-            self.distort = torch.compile(self.distort)
+        functions = compiled(config, self.device, self.network, self.loss.losses, distort)
+        self.forward, self.compute_losses, self.distort = functions
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config)
         self.averaged = average_weights(self.model, config.ema) if config.ema else None
         self.inference = config.inference()
         self.step = 0
-        self.best = -1.0
+        self.best, self.stale = -1.0, 0
         self.scores: dict[str, Any] = {}
         self.loss_history: list[Losses] = []  # of the steps since the last record, on the device
         self.recorder: Recorder | None = None  # only on rank 0
@@ -104,13 +106,12 @@ class Trainer:
 
     def build_model(self) -> TrainableModel:
         """Return the network as it is before the first step. A subclass may return another one."""
-        options = self.config.model.options()
-        if distributed.run_on_main(lambda: self.resumes and bool(checkpoints(self.out / "checkpoints"))):
+        options, classes = self.config.model.options(), self.train_set.classes
+        if resumes := distributed.run_on_main(lambda: self.resumes and bool(checkpoints(self.out / "checkpoints"))):
             # The checkpoint holds all weights, and the file or the network that the first ones came from may be gone.
             options.update(pretrained_backbone=False, backbone_weights=None)
-        return UNEPT(
-            len(self.train_set.classes), classes=self.train_set.classes, palette=self.train_set.palette, **options
-        )
+        model = UNEPT(len(classes), classes=classes, palette=self.train_set.palette, **options)
+        return prepare_model(model, self.config.recipe, resumes)
 
     def train(self) -> dict[str, Any]:
         """Train to the last step, from the last checkpoint if the run is continued.
@@ -128,10 +129,10 @@ class Trainer:
         self.setup_run_folder()
         self.loader = self.build_loader()
         batches, advice = iter(self.loader), memory_advice(self.config, self.local_batch)
-        self.model.train()
+        training_mode(self.model)
         self.throughput.start()
         with step_progress(self.config.iterations, self.step, distributed.is_main()) as bar:
-            while self.step < self.config.iterations:
+            while not self.ended:
                 batch = self._next_batch(batches)
                 with out_of_memory(advice), self.throughput.step(len(batch.images), batch.seconds):
                     self.loss_history.append(self.train_step(*self.prepare_batch(batch)))
@@ -144,6 +145,12 @@ class Trainer:
             self.recorder.close()
         return self.scores or self.evaluate()  # a run that had ended before has not been evaluated by this process
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last step is done, or `patience` evaluations in a row were not better than the best."""
+        patience = self.config.recipe.patience
+        return self.step >= self.config.iterations or 0 < patience <= self.stale
+
     def setup_run_folder(self) -> None:
         """Create the run folder, or continue the run in it; on rank 0, start its records."""
         state = distributed.run_on_main(
@@ -152,7 +159,7 @@ class Trainer:
         if state is not None:
             self.restore(state)
         if distributed.is_main():
-            self.recorder = Recorder(self.out, self.step)
+            self.recorder = Recorder(self.out, self.step, start_tracker(self.config, self.out))
 
     def restore(self, state: TrainingState) -> None:
         """Continue from a checkpoint."""
@@ -161,7 +168,7 @@ class Trainer:
             self.averaged.load_state_dict(state.averaged)
         self.optimizer.load_state_dict(state.optimizer)
         self.scheduler.last_epoch = state.scheduler["last_epoch"]
-        self.step, self.best, self.skipped_before = state.step, state.best, state.skipped
+        self.step, self.best, self.stale, self.skipped_before = state.step, state.best, state.stale, state.skipped
         self.loss_history = [
             {name: loss.to(self.device) for name, loss in losses.items()} for losses in state.loss_history
         ]
@@ -169,18 +176,9 @@ class Trainer:
     def build_loader(self) -> Any:
         """Return the endless loader of this rank's training batches, from the next step on."""
         data = self.config.data
-        transform = train_transform(
-            data.crop_size,
-            short_side=data.short_side,
-            scale=data.scale,
-            cat_max_ratio=data.cat_max_ratio,
-            flip=data.flip,
-            photometric=data.photometric,
-            fill=tuple(round(255 * mean) for mean in self.model.backbone.mean),
-        )
         return training_loader(
             self.train_set,
-            transform,
+            build_transform(data, self.model.backbone.mean, self.augmentation),
             batch_size=self.local_batch,
             seed=self.config.seed,
             start_step=self.step,
@@ -236,6 +234,7 @@ class Trainer:
             )
             for start in range(0, len(images), size)
         ]
+        clip_gradients(self.model, self.config.recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
@@ -261,12 +260,11 @@ class Trainer:
 
     def _after_step(self, bar: Progress) -> None:
         """Log, validate and save where the options say so, and after the last step."""
-        config, last = self.config, self.step == self.config.iterations
-        if self.step % config.log_every == 0 or last:
+        if self.step % self.config.log_every == 0 or self.ended:
             bar.set_postfix(self.log())
-        if self.step % config.eval_every == 0 or last:
+        if self.step % self.config.eval_every == 0 or self.ended:
             self.validate()
-        if self.step % config.checkpoint_every == 0 or last:
+        if self.step % self.config.checkpoint_every == 0 or self.ended:
             self.save()
 
     def log(self) -> dict[str, str]:
@@ -320,6 +318,7 @@ class Trainer:
         with out_of_memory("during the evaluation, which sees whole images: --window sees them in parts"):
             self.scores = self.evaluate()
         better = self.best < 0 or self.scores["mIoU"] > self.best
+        self.stale = 0 if better else self.stale + 1
         if better:
             self.best = self.scores["mIoU"]
         if self.recorder is not None:
@@ -328,7 +327,7 @@ class Trainer:
             self.recorder.draw_curves()
             if better:
                 save_model(self.evaluated_model, self.out / "model", self.config, self.step, self.scores)
-        self.model.train()
+        training_mode(self.model)
         self.throughput.start()
 
     def evaluate(self) -> dict[str, Any]:
@@ -371,6 +370,7 @@ class Trainer:
             scheduler={"last_epoch": self.scheduler.last_epoch},
             loss_history=self.loss_history,
             best=self.best,
+            stale=self.stale,
             skipped=skipped,
             averaged=None if self.averaged is None else self.averaged.state_dict(),
         )
