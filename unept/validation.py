@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 def check_fields(instance: Any) -> None:
     """Raise ValueError if a field of a dataclass has a value of another type than declared, or a number not finite."""
-    hints = _hints(type(instance))
+    hints = _hints(instance.__class__)
     for field in dataclasses.fields(instance):
         check_type(field.name, getattr(instance, field.name), hints[field.name])
 

@@ -105,8 +105,10 @@ def evaluate_model(
     if distributed.sum_over_ranks(int(has_nan), device):
         raise_not_a_number()
     if distributed.world_size() > 1:
-        for counted in (refined, unrefined, *([inspection] if inspection else [])):
-            counted.all_reduce()
+        refined.all_reduce()
+        unrefined.all_reduce()
+        if inspection is not None:
+            inspection.all_reduce()
     skipped = distributed.sum_over_ranks(loader.skipped, device)
     if skipped == len(dataset):
         raise DatasetError(f"none of the {skipped} images can be read: restore the files that are named above")

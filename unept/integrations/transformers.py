@@ -143,7 +143,7 @@ def _rebind_forward(forward: Any) -> types.FunctionType:
 
 def _find_patched_class(module: nn.Module) -> Any:
     """The class that a module has once it is patched; None if it does not use the operator, or not this form of it."""
-    cls = type(module)
+    cls: Any = type(module)
     if isinstance(module, _Patched):
         return cls
     if not cls.__module__.startswith("transformers."):

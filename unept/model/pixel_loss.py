@@ -6,7 +6,7 @@ held: each loss follows from cross-entropies, which the fused operator gives per
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class PixelLoss:
             ignore_index: label of the pixels that are left out.
             class_weights: (K,), or None for 1 each.
         """
-        options = {"ignore_index": ignore_index, "class_weights": class_weights}
+        options: dict[str, Any] = {"ignore_index": ignore_index, "class_weights": class_weights}
         if self.kind == "cross-entropy" and not self.label_smoothing:
             return upsample_cross_entropy(logits, labels, offset, **options, reduction="sum")
         loss = upsample_cross_entropy(logits, labels, offset, **options, reduction="none")

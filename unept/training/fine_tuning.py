@@ -25,7 +25,9 @@ def network_of(source: str) -> ModelConfig:
     """
     options = load(source, CPU).options
     names = {field.name for field in dataclasses.fields(ModelConfig)}
-    kept = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name in names}
+    kept: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name in names
+    }
     return ModelConfig(**{**kept, "pretrained_backbone": False, "backbone_weights": None})
 
 

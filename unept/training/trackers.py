@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ class MlflowTracker:
         self.client.set_terminated(self.run_id)
 
 
-TRACKERS = {"wandb": WandbTracker, "mlflow": MlflowTracker}
+TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
 
 
 def start_tracker(config: TrainConfig, folder: Path) -> Tracker | None:
