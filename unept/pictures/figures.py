@@ -104,10 +104,12 @@ def draw_worst(
         DatasetError: a file of the dataset breaks a rule.
     """
     samples = []
-    for index, mean_iou in images:
-        image, labels = (tensor.as_subclass(Tensor) for tensor in dataset[index])
+    for score in images:
+        image, labels = (tensor.as_subclass(Tensor) for tensor in dataset[score.index])
         output = infer(model, image.to(device), config)
-        samples.append(make_sample(f"{dataset.name(index)}\nmIoU {mean_iou:.1%}", image, labels, output, config))
+        samples.append(
+            make_sample(f"{dataset.name(score.index)}\nmIoU {score.mean_iou:.1%}", image, labels, output, config)
+        )
     drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
 
