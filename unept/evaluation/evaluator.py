@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ def evaluate_model(
     progress: bool = False,
     workers: int = 0,
     on_bad_sample: OnBadSample = "error",
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Score the refined and the unrefined prediction from one pass of the network over the data set.
 
@@ -58,6 +59,7 @@ def evaluate_model(
         progress: whether to show a progress bar.
         workers: number of processes that read the data; 0 reads in this process.
         on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` leaves its image out.
+        should_stop: asked before each image; where it is true, the rest is left out, and the scores are of no use.
 
     Returns:
         A dictionary. Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`,
@@ -78,6 +80,8 @@ def evaluate_model(
     refined, unrefined = (_Metrics(dataset, boundary_tolerance, device) for _ in range(2))
     start = time.perf_counter()
     for image, labels in tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False):
+        if should_stop():
+            break
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
         size = labels.shape[1:]

@@ -5,11 +5,14 @@ Nothing is stated in a card that is not known.
 
 import contextlib
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin
+
+from ..files import sha256
 
 PAPER = "https://arxiv.org/abs/2107.14209"
 # Of the scores that a card lists: the key in `evaluation`, the metric's type on the hub, and its name in a sentence.
@@ -19,8 +22,14 @@ METRICS = (
     ("boundary_f", "boundary_f", "boundary F"),
     ("boundary_iou", "boundary_iou", "Boundary IoU"),
 )
+# The key of config.json that holds the SHA-256 of model.safetensors.
+DIGEST = "weights_sha256"
 # Constructor's options that say where weights come from. A saved model carries its weights, and loads without them.
 UNSAVED_OPTIONS = ("pretrained_backbone", "backbone_weights")
+
+
+class DamagedWeights(ValueError):
+    """The weights of a saved model are not those that were saved with its config.json."""
 
 
 class HubMixin(
@@ -60,8 +69,21 @@ class HubMixin(
         """Write the weights; PyTorchModelHubMixin writes `options` into config.json afterwards."""
         for name in UNSAVED_OPTIONS:
             self.options.pop(name, None)
-        self.options.update(preprocessing=self.preprocessing, evaluation=self.evaluation)
         super()._save_pretrained(save_directory)
+        self.options.update(preprocessing=self.preprocessing, evaluation=self.evaluation)
+        self.options[DIGEST] = sha256(save_directory / "model.safetensors")
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        """Load the weights, if they are those that were saved with the config.json beside them."""
+        config = Path(model_file).with_name("config.json")
+        expected = json.loads(config.read_text()).get(DIGEST) if config.is_file() else None  # older versions had none
+        if expected is not None and sha256(Path(model_file)) != expected:
+            raise DamagedWeights(
+                f"{model_file} is damaged: its SHA-256 is not the {DIGEST} in config.json. Restore both files or train "
+                f"again; if you have changed the weights on purpose, remove {DIGEST} from config.json"
+            )
+        return super()._load_as_safetensor(model, model_file, map_location, strict)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, strict: bool = True, **options):
