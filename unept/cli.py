@@ -53,7 +53,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     This package reports bad input as ValueError, a disk or a network its failures as OSError, training a loss that is
     not finite as FloatingPointError, and too large a batch is a MemoryError. Any other exception is a bug, and its
-    traceback is shown.
+    traceback is shown. Ctrl-C exits with 130 (128 + SIGINT).
     """
     try:
         with out_of_memory("of the device or of the machine: --help names options that take less, such as --window"):
@@ -63,6 +63,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         for line in (f"error: {error}" if rank == "0" else f"error of rank {rank}: {error}").split("\n"):
             say(line, sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     raise SystemExit(status)
 
 

@@ -6,8 +6,9 @@ import torch
 from safetensors import SafetensorError
 
 from .config import TrainConfig
+from .files import complete_folder
 from .memory import out_of_memory
-from .model.hub import REPOSITORY
+from .model.hub import REPOSITORY, DamagedWeights
 from .model.network import UNEPT
 
 RUNS = Path("runs")
@@ -37,7 +38,10 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
             f"{folder} has no model/ yet: training writes it after its first evaluation, at step "
             f"{min(config.eval_every, config.iterations)}; wait for it, or continue the run with --resume auto"
         )
-    model = _read_model(folder / "model", device)
+    try:
+        model = _read_model(complete_folder(folder / "model"), device)
+    except (DamagedWeights, FileNotFoundError):  # perhaps a run was replacing them just then
+        model = _read_model(complete_folder(folder / "model"), device)
     model.preprocessing = {**config.inference().protocol(), **model.preprocessing}  # old versions saved none
     return config, model
 
@@ -84,7 +88,8 @@ def _read_model(source: str | Path, device: torch.device) -> UNEPT:
 
 def has_model(folder: Path) -> bool:
     """Whether a run folder holds a saved model."""
-    return all((folder / "model" / name).is_file() for name in ("config.json", "model.safetensors"))
+    model = complete_folder(folder / "model")
+    return all((model / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
 def newest_run(runs: Path = RUNS) -> Path:
@@ -99,4 +104,4 @@ def newest_run(runs: Path = RUNS) -> Path:
             f"there is no run folder with a model under {runs}/: train one with `python -m unept.train`, "
             "or name one with --run"
         )
-    return max(folders, key=lambda folder: (folder / "model" / "model.safetensors").stat().st_mtime)
+    return max(folders, key=lambda folder: (complete_folder(folder / "model") / "model.safetensors").stat().st_mtime)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ def evaluate_model(
     workers: int = 0,
     on_bad_sample: OnBadSample = "error",
     inspection: Inspection | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Score the refined and the unrefined prediction from one pass of the network over the data set.
 
@@ -62,6 +63,7 @@ def evaluate_model(
         workers: number of processes that read the data; 0 reads in this process.
         on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` leaves its image out.
         inspection: counts what an evaluation shows besides its scores, of the refined prediction; None counts nothing.
+        should_stop: asked before each image; where it is true, the rest is left out, and the scores are of no use.
 
     Returns:
         A dictionary. Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`,
@@ -90,6 +92,8 @@ def evaluate_model(
     start = time.perf_counter()
     bar = tqdm(loader, desc="evaluate", unit="image", disable=None if progress else True, leave=False)
     for position, (image, labels) in enumerate(bar):
+        if should_stop():
+            break
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
         has_nan |= output.scores.isnan().any()

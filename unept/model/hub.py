@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ..files import sha256
 from ..validation import check_type
 from .card import make_card
 from .finite import require_finite
@@ -21,12 +22,18 @@ from .limits import check_sizes, least_parameters
 from .transfer import as_dtype, load_fitting
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# The key of config.json that holds the SHA-256 of model.safetensors.
+DIGEST = "weights_sha256"
 # Constructor's options that say where weights come from. A saved model carries its weights, and loads without them.
 UNSAVED_OPTIONS = ("pretrained_backbone", "backbone_weights")
 
 
 class NotAModel(FileNotFoundError):
     """A folder or repository is there, but holds no model."""
+
+
+class DamagedWeights(ValueError):
+    """The weights of a saved model are not those that were saved with its config.json."""
 
 
 class HubMixin(
@@ -69,8 +76,9 @@ class HubMixin(
         for name in UNSAVED_OPTIONS:
             self.options.pop(name, None)
         self.options.update(classes=self.classes, palette=self.palette)
-        self.options.update(preprocessing=self.preprocessing, evaluation=self.evaluation)
         super()._save_pretrained(save_directory)
+        self.options.update(preprocessing=self.preprocessing, evaluation=self.evaluation)
+        self.options[DIGEST] = sha256(save_directory / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any):
@@ -161,7 +169,7 @@ class HubMixin(
                 model.evaluation.update(config.get("evaluation", {}))
             model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
         except ValueError as error:
-            if not strict:
+            if not strict or isinstance(error, DamagedWeights):
                 raise
             raise ValueError(f"config.json of {model_id} cannot be used: {error}") from error
         require_finite(model.state_dict(), f"{model_id}/model.safetensors")
@@ -169,7 +177,8 @@ class HubMixin(
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        """Load all weights, or, if not `strict`, those that fit."""
+        """Load all weights or, if not `strict`, those that fit; they must be those of the config.json beside them."""
+        _check_digest(Path(model_file))
         if strict:
             return super()._load_as_safetensor(model, model_file, map_location, strict)
         transfer = load_fitting(model, load_file(model_file, device=map_location))
@@ -202,6 +211,17 @@ class HubMixin(
         """
         card = {"repo_id": repo_id, **(model_card_kwargs or {})}
         return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+
+
+def _check_digest(weights: Path) -> None:
+    """Raise DamagedWeights if a file of weights is not the one whose SHA-256 config.json holds, if it holds one."""
+    config = weights.with_name("config.json")
+    expected = json.loads(config.read_text()).get(DIGEST) if config.is_file() else None  # older versions had none
+    if expected is not None and sha256(weights) != expected:
+        raise DamagedWeights(
+            f"{weights} is damaged: its SHA-256 is not the {DIGEST} in config.json. Restore both files or train again; "
+            f"if you have changed the weights on purpose, remove {DIGEST} from config.json"
+        )
 
 
 def _check_stored(folder: Path, options: Mapping[str, Any], config: Mapping[str, Any], complete: bool) -> None:

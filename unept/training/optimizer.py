@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,25 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> La
     return LambdaLR(optimizer, partial(learning_rate_factor, config))
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, state: dict[str, Any], steps: int) -> None:
+    """Continue with the moments of a stored optimiser, but with the options that this one was built with.
+
+    Args:
+        optimizer: the optimiser, as `build_optimizer` returned it.
+        scheduler: its scheduler, as `build_scheduler` returned it.
+        state: state dict of the stored optimiser.
+        steps: number of steps after which it was stored.
+    """
+    options = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    scheduler.last_epoch = steps
+    for group, own, rate, factor in zip(
+        optimizer.param_groups, options, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group.update(own)
+        group["lr"] = rate * factor(steps)
+
+
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """Return the factor of the learning rates at a step, which counts from 0."""
     warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
@@ -71,6 +91,17 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
     if config.schedule == "poly":
         return warmup * (1 - step / config.iterations) ** 0.9
     return warmup * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
+
+
+def describe_schedule(config: TrainConfig, step: int) -> str:
+    """Say in a sentence what the learning rate is at a step, which counts from 0, and how it goes on."""
+    rate = config.lr * learning_rate_factor(config, step)
+    if config.schedule == "step":
+        drop = math.ceil(config.iterations * 2 / 3)
+        rest = f"falls to {0.1 * config.lr:.1e} at step {drop}" if step < drop else "stays there"
+    else:
+        rest = "falls along a cosine to 0"
+    return f"the learning rate is {rate:.1e} at step {step} of {config.iterations} and {rest}"
 
 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:

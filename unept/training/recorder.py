@@ -13,20 +13,26 @@ from .trackers import Tracker
 class Recorder:
     """Append records to a run folder.
 
-    Records that an interrupted run wrote after `step` are removed first: the continued run writes them again.
+    Records that an interrupted run wrote after its last checkpoint are removed first: the continued run writes them
+    again.
 
     Args:
         folder: the run folder.
         step: the last step that the run has completed.
+        evaluated: whether the evaluation that is due at this step, if any, has been completed.
         tracker: gets the numbers of each record too.
 
     Attributes:
         lines: the records of metrics.jsonl so far, one dictionary each.
     """
 
-    def __init__(self, folder: Path, step: int, tracker: Tracker | None = None):
+    def __init__(self, folder: Path, step: int, evaluated: bool = True, tracker: Tracker | None = None):
+        def completed(line: dict[str, Any]) -> bool:
+            at = line.get("step")
+            return isinstance(at, int) and (at < step or (at == step and (evaluated or "mIoU" not in line)))
+
         self.folder, self.tracker = folder, tracker
-        self.lines = [line for line in read_json_lines(folder / "metrics.jsonl") if line["step"] <= step]
+        self.lines = [line for line in read_json_lines(folder / "metrics.jsonl") if completed(line)]
         write_json_lines(folder / "metrics.jsonl", self.lines)
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
