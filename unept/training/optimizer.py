@@ -100,7 +100,7 @@ def describe_schedule(config: TrainConfig, step: int) -> str:
         drop = math.ceil(config.iterations * 2 / 3)
         rest = f"falls to {0.1 * config.lr:.1e} at step {drop}" if step < drop else "stays there"
     else:
-        rest = "falls along a cosine to 0"
+        rest = "falls along a cosine to 0" if config.schedule == "cosine" else "falls as a power of the steps left to 0"
     return f"the learning rate is {rate:.1e} at step {step} of {config.iterations} and {rest}"
 
 
