@@ -30,13 +30,14 @@ def temporary_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}{path.suffix[:20]}")
     try:
-        with _named_errors(path):
+        with named_errors(path):
             yield temporary
             _sync(temporary)
             temporary.replace(path)
             _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which must not hide the first one
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -50,8 +51,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """Add to an OSError which file could not be written, and what to do."""
+def named_errors(path: Path) -> Iterator[None]:
+    """Add to an OSError which file could not be written, and what to do; this is a context manager."""
     try:
         yield
     except OSError as error:
@@ -100,7 +101,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(writing, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _named_errors(folder):
+        with named_errors(folder):
             write(writing)
             for file in writing.iterdir():
                 _sync(file)
@@ -200,7 +201,7 @@ def append_json_line(path: Path, line: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full or not writable; the lines that were there before are intact.
     """
-    with _named_errors(path), open(path, "ab", buffering=0) as file:
+    with named_errors(path), open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         content = memoryview(_json_line(line).encode())
         try:

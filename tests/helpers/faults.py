@@ -1,6 +1,8 @@
 """Trainings in processes of their own that are killed, signalled, starved of disk space and damaged, at random."""
 
+import errno
 import functools
+import itertools
 import multiprocessing
 import os
 import random
@@ -22,8 +24,8 @@ CONTEXT.set_forkserver_preload(["tests.helpers.faults"])
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def _train(options: list[str], folder: str, log: str, largest_file: int | None) -> None:
-    """Run the command in a folder, with its output in a file; no file may grow beyond `largest_file` bytes."""
+def _train(options: list[str], folder: str, log: str, largest_file: int | None, full_after: int | None) -> None:
+    """Run the command in a folder, with its output in a file; the limits are those of `Training`."""
     torch.set_num_threads(1)
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -32,7 +34,21 @@ def _train(options: list[str], folder: str, log: str, largest_file: int | None) 
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    if full_after is not None:
+        _fill_disk(full_after)
     cli.run(lambda: train.train(options))
+
+
+def _fill_disk(full_after: int) -> None:
+    """Let all calls of fsync but the first ones fail as on a full disk."""
+    fsync, calls = os.fsync, itertools.count()
+
+    def full(descriptor: int) -> None:
+        if next(calls) >= full_after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    os.fsync = full
 
 
 class Training:
@@ -41,15 +57,19 @@ class Training:
     Args:
         options: its command line.
         folder: where it is started.
-        largest_file: the number of bytes after which writing a file fails, as on a full disk; None for no limit.
+        largest_file: the number of bytes after which writing a file fails, as where space runs out; None for no limit.
+        full_after: the number of files and folders that are synced before the disk is full; None for no limit.
 
     Attributes:
         log: the file with its output.
     """
 
-    def __init__(self, options: list[str], folder: Path, largest_file: int | None = None):
+    def __init__(
+        self, options: list[str], folder: Path, largest_file: int | None = None, full_after: int | None = None
+    ):
         self.log = folder / f"{time.monotonic_ns()}.log"
-        self.process = CONTEXT.Process(target=_train, args=(options, str(folder), str(self.log), largest_file))
+        arguments = (options, str(folder), str(self.log), largest_file, full_after)
+        self.process = CONTEXT.Process(target=_train, args=arguments)
         self.process.start()
 
     def wait(self, timeout: float = 600) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ..files import append_json_line, read_json_lines, write_json_lines
+from ..files import append_json_line, named_errors, read_json_lines, write_json_lines
 from ..pictures import drawing
 from .trackers import Tracker
 
@@ -37,12 +37,18 @@ class Recorder:
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a record, which must have the key `step`; its numbers also become TensorBoard events."""
+        """Append a record, which must have the key `step`; its numbers also become TensorBoard events.
+
+        Raises:
+            OSError: the disk is full or not writable; the records that were there before are intact.
+        """
         self.lines.append(line)
         append_json_line(self.folder / "metrics.jsonl", line)
         numbers = {name: v for name, v in line.items() if isinstance(v, (int, float)) and name != "step"}
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, line["step"])
+        with named_errors(self.folder / "events.out.tfevents"):
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, line["step"])
+            self._writer.flush()  # a process that is killed closes nothing
         if self.tracker is not None:
             self.tracker.log(line["step"], numbers)
 
