@@ -41,6 +41,11 @@ from unept.config import DataConfig, ModelConfig, TrainConfig
         (TrainConfig, {"loss_weights": (1.0, -1.0, 1.0, 1.0)}, "the weight of the loss 'refined' is -1.0"),
         (TrainConfig, {"model": {"d_model": 8}}, "model is .* it must be of type ModelConfig"),
         (DataConfig, {"crop_size": (64, 64, 3)}, "crop_size is .* it must be 2 values, each a whole number"),
+        (
+            DataConfig,
+            {"dataset": "camvid", "root": Path("x"), "label_ids": ("0=0",)},
+            "an option of the data set 'folder'",
+        ),
         (DataConfig, {"short_side": 0}, "short_side is 0; it must be from 8"),
     ],
 )

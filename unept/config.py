@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .data.base import SegmentationDataset
-from .data.registry import build_dataset, find_dataset
+from .data.registry import DATASETS, build_dataset, find_dataset
 from .distributed import Device
 from .inference import InferenceConfig
 from .model.limits import check_sizes
@@ -148,8 +148,21 @@ class DataConfig:
             f"scale is {self.scale}; it must be a range of positive numbers, the smaller first",
         )
         _require(0 < self.cat_max_ratio <= 1, f"cat_max_ratio is {self.cat_max_ratio}; it must be in (0, 1]")
+        self._check_dataset_options()
         in_memory = find_dataset(self.dataset).in_memory
         _require(not in_memory or self.root is None, f"dataset {self.dataset!r} is made in memory: omit --root")
+
+    def _check_dataset_options(self) -> None:
+        """Raise ValueError for an option that is set although the data set does not have it, and would not heed it."""
+        own = find_dataset(self.dataset).options
+        for entry_name, entry in DATASETS.items():
+            for name in set(entry.options) - set(own):
+                default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+                _require(
+                    getattr(self, name) == default,
+                    f"{name} is {getattr(self, name)!r}, but it is an option of the data set {entry_name!r} and not of "
+                    f"{self.dataset!r}: omit it, or choose that data set",
+                )
 
     def build(self, split: str, root: Path | None = None) -> SegmentationDataset:
         """Build one split of the data set, from another root if one is given; raises as `unept.data.build_dataset`."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.helpers.marks import slow
 from unept.kernels import (
     bilinear_gather,
     boundary_targets,
@@ -41,7 +42,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [slow(name) if "value" in CALLS[name].__code__.co_varnames else name for name in CALLS]
+)
 def test_every_layout(name, backend):
     device = backend[1]
     inputs = {
