@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import tyro
+from tqdm import tqdm
 
 from .data import DatasetError
 from .distributed import Device as Device
@@ -70,7 +71,7 @@ def refuse_several_processes() -> None:
 
 
 def open_model(
-    run: Path | None, device: Device, inference: InferenceOptions, out: Path
+    run: Path | None, device: Device, inference: InferenceOptions, out: Path | None
 ) -> tuple[UNEPT, InferenceConfig]:
     """Load the model with which a command sees images, create the folder for the results, and print what is loaded.
 
@@ -78,7 +79,7 @@ def open_model(
         run: what `unept.pretrained.load` takes; None means the newest run folder.
         device: the option of that name.
         inference: the options for inference.
-        out: the folder for the results.
+        out: the folder for the results; None where a command has none.
 
     Returns:
         The model in evaluation mode, and how it sees images.
@@ -89,7 +90,8 @@ def open_model(
     source = newest_run() if run is None else run
     model = load(source, choose_device(device))
     config = resolve(inference, model)
-    out.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     print(f"Model of {source}")
     return model, config
 
@@ -107,11 +109,11 @@ def process_images(files: Sequence[Path], process: Callable[[Path], Iterable[str
         The exit status: 1 if any file could not be processed, else 0.
     """
     failed, printed = 0, set()
-    for file in files:
+    for file in tqdm(files, unit="image", disable=True if len(files) < 2 else None, leave=False):
         try:
             for line in process(file):
                 if line not in printed:
-                    print(line)
+                    tqdm.write(line)
                     printed.add(line)
         except DatasetError as error:
             print(f"error: {error}", file=sys.stderr)
