@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 import tyro
+from tqdm import tqdm
 
 from .data import DatasetError
 from .data.finding import FoundImage, find_images
@@ -80,7 +81,7 @@ def refuse_several_processes() -> None:
 
 
 def open_model(
-    run: Path | None, device: Device, inference: InferenceOptions, out: Path
+    run: Path | None, device: Device, inference: InferenceOptions, out: Path | None
 ) -> tuple[UNEPT, InferenceConfig]:
     """Load the model with which a command sees images, create the folder for the results, and print what is loaded.
 
@@ -88,7 +89,7 @@ def open_model(
         run: what `unept.pretrained.load` takes; None means the newest run folder.
         device: the option of that name.
         inference: the options for inference.
-        out: the folder for the results.
+        out: the folder for the results; None where a command has none.
 
     Returns:
         The model in evaluation mode, and how it sees images.
@@ -99,7 +100,8 @@ def open_model(
     source = newest_run() if run is None else run
     model = load(source, choose_device(device))
     config = resolve(inference, model)
-    out.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     say(f"Model of {source}")
     return model, config
 
@@ -112,7 +114,8 @@ def say(text: object, file: TextIO | None = None) -> None:
     file = sys.stdout if file is None else file
     line = "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in str(text))
     encoding = getattr(file, "encoding", None) or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=file)  # above a bar of progress
+    file.flush()
 
 
 def find_named_images(paths: Sequence[Path], recursive: bool, out: Path) -> tuple[list[FoundImage], int]:
@@ -137,13 +140,6 @@ def find_named_images(paths: Sequence[Path], recursive: bool, out: Path) -> tupl
     return found.images, min(1, len(found.problems))
 
 
-def result_path(out: Path, image: FoundImage, kind: str) -> Path:
-    """The path of a picture of an image in the folder `out`; its folder is created."""
-    path = out / image.name.with_name(f"{image.name.name}_{kind}.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage], Iterable[str]], failure: str) -> int:
     """Process images one after another, and go on after one that can't be processed.
 
@@ -161,7 +157,7 @@ def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage],
         OSError: the disk is full or not writable.
     """
     failed, printed = 0, set()
-    for image in images:
+    for image in tqdm(images, unit="image", disable=True if len(images) < 2 else None, leave=False):
         try:
             with out_of_memory(f"with {image.path}: make the image smaller, or ask for less of it"):
                 for line in process(image):

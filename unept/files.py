@@ -149,6 +149,13 @@ def sha256(path: Path) -> str:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
+def result_path(folder: Path, name: Path, ending: str) -> Path:
+    """The path of a result in a folder: NAME_ENDING, below the subfolder that the name has, which is created."""
+    path = folder / name.with_name(f"{name.name}_{ending}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def json_ready(value: Any) -> Any:
     """Return the value with None in the place of every NaN, which JSON does not have, and lists for tuples."""
     if isinstance(value, dict):
