@@ -191,7 +191,9 @@ def predict(options: PredictConfig) -> int:
     """
     clips = [path for path in options.images if is_video(path) or (options.fps is not None and path.is_dir())]
     options.check(clips)
-    others, images, missing = [path for path in options.images if path not in clips], [], 0
+    others = [path for path in options.images if path not in clips]
+    images: list[FoundImage] = []
+    missing = 0
     if others:
         images, missing = cli.find_named_images(others, options.recursive, options.out)
     model, config = cli.open_model(options.run, options.device, options.inference, options.out)
