@@ -109,7 +109,7 @@ def predict_image(
     ids = class_ids(output, size, config.refinement)[0].cpu()
     probabilities = read_probabilities(output, size, config)[0].cpu() if writer.needs_probabilities else None
     paths = writer.write(Result(file, image, ids, probabilities))
-    yield f"{'  '.join(map(str, paths))}  {describe(ids, model.classes)}"
+    yield f"{'  '.join(map(str, paths)) or file}  {describe(ids, model.classes)}"
 
 
 def predict_clip(options: PredictConfig, config: InferenceConfig, model: UNEPT, path: Path) -> Iterator[str]:
@@ -181,6 +181,8 @@ def predict(options: PredictConfig) -> int:
 
     start = time.perf_counter()
     status = cli.process_images([*files, *clips], process, failure="read")
+    for path in writer.finish() if files and not options.tiled else ():
+        print(path)
     if len(files) > 1 and not clips:
         print(f"{len(files)} images, {len(files) / (time.perf_counter() - start):.2f} images/s")
     return status
