@@ -119,7 +119,7 @@ def predict_image(
         ids = class_ids(output, size, config.refinement)[0].cpu()
         probabilities = read_probabilities(output, size, config)[0].cpu() if writer.needs_probabilities else None
     paths = writer.write(Result(found.path, image, ids, probabilities, found.name))
-    yield f"{'  '.join(map(str, paths))}  {describe(ids, model.classes)}"
+    yield f"{'  '.join(map(str, paths)) or found.path}  {describe(ids, model.classes)}"
 
 
 def predict_clip(options: PredictConfig, config: InferenceConfig, model: UNEPT, found: FoundImage) -> Iterator[str]:
@@ -211,6 +211,8 @@ def predict(options: PredictConfig) -> int:
     start = time.perf_counter()
     everything = [*images, *(FoundImage(path, Path(path.stem)) for path in clips)]
     failed = cli.process_images(everything, process, failure="read")
+    for path in writer.finish() if images and not options.tiled else ():
+        cli.say(path)
     if len(images) > 1 and not clips:
         cli.say(f"{len(images)} images, {len(images) / (time.perf_counter() - start):.2f} images/s")
     return max(failed, missing)

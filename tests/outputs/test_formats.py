@@ -38,8 +38,8 @@ def write(result, tmp_path, *formats):
 
 def test_coco(result, tmp_path):
     writer = Writer(["coco"], tmp_path, CLASSES, PALETTE)
-    (path,) = writer.write(result)
-    writer.write(result._replace(ids=torch.full((2, 3), 2)))
+    assert writer.write(result) == writer.write(result._replace(ids=torch.full((2, 3), 2))) == []
+    (path,) = writer.finish()
     record = json.loads(path.read_text())
     assert [image["height"] for image in record["images"]] == [6, 2]
     assert {category["id"]: category["name"] for category in record["categories"]} == {1: "sky", 2: "sea", 3: "sand"}

@@ -67,11 +67,21 @@ class Writer:
         return "probabilities" in self.formats
 
     def write(self, result: Result) -> list[Path]:
-        """Write an image in every format; gives the files, in the order of the formats.
+        """Write an image in every format but coco; gives the files, in the order of the formats.
 
-        The file of COCO holds all images so far.
+        What coco says of it is kept for `finish`.
         """
-        return [self._write_one[name](self, result) for name in self.formats]
+        if "coco" in self.formats:
+            self._coco.add(result)
+        return [self._write_one[name](self, result) for name in self.formats if name != "coco"]
+
+    def finish(self) -> list[Path]:
+        """Write the files that hold all images; gives them."""
+        if "coco" not in self.formats:
+            return []
+        path = self.out / "coco.json"
+        write_json(path, self._coco.record)
+        return [path]
 
     def _path(self, result: Result, ending: str) -> Path:
         return result_path(self.out, result.name, ending)
@@ -109,18 +119,11 @@ class Writer:
         write_json(path, labelme_record(result, self.classes, path.parent))
         return path
 
-    def _coco_file(self, result: Result) -> Path:
-        path = self.out / "coco.json"
-        self._coco.add(result)
-        write_json(path, self._coco.record)
-        return path
-
     _write_one: ClassVar[dict[str, Callable[["Writer", Result], Path]]] = {
         "ids": _ids,
         "overlay": _overlay,
         "probabilities": _probabilities,
         "polygons": _polygons,
-        "coco": _coco_file,
         "labelme": _labelme,
     }
 
