@@ -120,7 +120,7 @@ class HubMixin(
             model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
         except ValueError as error:
             raise ValueError(f"config.json of {model_id} cannot be used: {error}") from error
-        require_finite(model.state_dict(), f"{model_id}/model.safetensors")  # type: ignore[attr-defined]
+        require_finite(model.state_dict(), f"{model_id}/model.safetensors")
         return model
 
     def generate_model_card(self, repo_id: str | None = None, **metadata: Any) -> ModelCard:
