@@ -12,6 +12,7 @@ where the network predicts them finer than at 1/8 it has at most the resolution 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -71,9 +72,10 @@ class InferenceConfig:
         if None in vars(self).values():
             name = next(name for name, value in vars(self).items() if value is None)
             raise ValueError(f"{name} is None; give a value, or fill in what is left open with unept.inference.resolve")
-        check_fields(self)
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+        given = self.scales if isinstance(self.scales, Sequence) else ()
+        if not given or not all(isinstance(scale, Real) and 0 < scale < math.inf for scale in given):
             raise ValueError(f"scales are {self.scales}; give at least one, all of them positive")
+        check_fields(self)
         for name in ("window", "window_stride"):
             pixels = getattr(self, name)
             if pixels < 0 or pixels % STRIDE:

@@ -55,7 +55,7 @@ def open_image(path: Path) -> Image.Image:
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
     except FileNotFoundError as error:
-        raise DatasetError(f"there is no file {path}: check the name, or restore it") from error
+        raise DatasetError(f"{path} can't be read (there is no such file): check its name, or restore it") from error
     except UnidentifiedImageError as error:
         raise DatasetError(_not_an_image(path)) from error
     except DAMAGED as error:
