@@ -204,6 +204,8 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
     """
     if images.dim() == 3:
         images = images[None]
+    if images.is_cuda:
+        images = images.to(memory_format=torch.channels_last)  # as convolutions on tensor cores read their input
     with evaluation_mode(model), _autocast(images.device.type, config.amp):
         if _is_plain(images, config):
             return model(images)
@@ -326,11 +328,11 @@ def _canvases(
 
 def _probabilities(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Maps:
     """Maps of images (B, 3, 8 h, 8 w), averaged with those of their mirror images if `config` flips."""
-    maps = _as_maps(model(images))
-    if config.flip:
-        mirrored = _unmirror(_as_maps(model(images.flip(-1))))
-        maps = [(a + b) / 2 for a, b in zip(maps, mirrored, strict=True)]
-    return maps
+    if not config.flip:
+        return _as_maps(model(images))
+    both = [m.chunk(2) for m in _as_maps(model(torch.cat([images, images.flip(-1)])))]
+    mirrored = _unmirror([b for _, b in both])
+    return [(a + b) / 2 for (a, _), b in zip(both, mirrored, strict=True)]
 
 
 def _unmirror(maps: Maps) -> Maps:
@@ -358,8 +360,9 @@ def _view_probabilities(model: SegmentationModel, view: Tensor, config: Inferenc
     ]
     total: Maps = []
     count = torch.zeros(len(view), 1, height // STRIDE, width // STRIDE, device=view.device)
-    for start in range(0, len(corners), config.window_batch):
-        batch = corners[start : start + config.window_batch]
+    step = max(1, config.window_batch // 2) if config.flip else config.window_batch  # mirrored ones go along
+    for start in range(0, len(corners), step):
+        batch = corners[start : start + step]
         crops = torch.stack([view[b, :, y : y + rows, x : x + columns] for b, y, x in batch])
         maps = _probabilities(model, crops, config)
         if not total:

@@ -28,8 +28,11 @@ def build_optimizer(model: TrainableModel, config: TrainConfig) -> torch.optim.A
         decay = 0.0 if name in spared else config.weight_decay
         groups.setdefault((inside is not None, lr, decay), []).append(parameter)
     ordered = sorted(groups.items(), key=lambda group: group[0][0])  # stable: the order of the parameters is kept
+    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
     return torch.optim.AdamW(
-        [{"params": params, "lr": lr, "weight_decay": decay} for (_, lr, decay), params in ordered], betas=config.betas
+        [{"params": params, "lr": lr, "weight_decay": decay} for (_, lr, decay), params in ordered],
+        betas=config.betas,
+        fused=on_gpu or None,
     )
 
 
