@@ -34,11 +34,16 @@ def colorize(ids: Tensor, palette: Palette) -> Tensor:
     return table[torch.where(valid, ids.long(), len(palette))].permute(2, 0, 1)
 
 
+def as_rgb(image: Tensor) -> Tensor:
+    """Show an image of any number of channels, (C, H, W), as (3, H, W): the first three, of fewer the first."""
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+
+
 def overlay(image: Tensor, ids: Tensor, palette: Palette, alpha: float = 0.5) -> Tensor:
     """Mix an image with the colors of its class ids; ignored pixels stay as they are.
 
     Args:
-        image: uint8 (3, H, W), RGB.
+        image: uint8 (3, H, W), RGB; of other numbers of channels, what `as_rgb` shows.
         ids: (H, W), any integer dtype, on the same device.
         palette: K colors.
         alpha: the weight of the colors, from 0 to 1.
@@ -46,6 +51,7 @@ def overlay(image: Tensor, ids: Tensor, palette: Palette, alpha: float = 0.5) ->
     Returns:
         uint8 (3, H, W).
     """
+    image = as_rgb(image)
     valid = (ids >= 0) & (ids < len(palette))
     mixed = image.float().lerp(colorize(ids, palette).float(), alpha).round().to(torch.uint8)
     return torch.where(valid, mixed, image)

@@ -21,6 +21,7 @@ from .pictures import charts, drawing
 from .pictures.figures import draw_samples as draw_samples
 from .pictures.figures import draw_worst
 from .pretrained import load_run
+from .validation import check_range
 
 FILES = ("evaluation.json", "evaluation.csv", "evaluation.png", "confusion.png", "calibration.png")
 
@@ -56,6 +57,9 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.worst < 0:
             raise ValueError(f"worst is {self.worst}; give a number of images, or 0 for none")
+        check_range("workers", self.workers, 0, 1024)
+        if self.boundary_tolerance is not None:
+            check_range("boundary_tolerance", self.boundary_tolerance, 0, 1024)
 
 
 def evaluate_run(options: EvaluateConfig) -> None:

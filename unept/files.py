@@ -1,6 +1,7 @@
 """Write files whole or not at all, and read and write JSON. Every file that this package writes is written here."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -29,13 +30,14 @@ def temporary_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}{path.suffix[:20]}")
     try:
-        with _named_errors(path):
+        with named_errors(path):
             yield temporary
             _sync(temporary)
             temporary.replace(path)
             _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which must not hide the first one
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -49,15 +51,15 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """Add to an OSError which file could not be written, and what to do."""
+def named_errors(path: Path) -> Iterator[None]:
+    """Add to an OSError which file could not be written, and what to do; this is a context manager."""
     try:
         yield
     except OSError as error:
-        message = (
-            f"{error.strerror or error} while writing {path}. The files that were there before are intact: free some "
-            "space or make the folder writable, then start again"
-        )
+        message = f"{error.strerror or error} while writing {path}. The files that were there before are intact"
+        if error.errno == errno.ENAMETOOLONG:
+            raise OSError(error.errno, f"{message}: choose a shorter name") from error
+        message += ": free some space or make the folder writable, then start again"
         raise (OSError(message) if error.errno is None else OSError(error.errno, message)) from error
 
 
@@ -99,7 +101,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(writing, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _named_errors(folder):
+        with named_errors(folder):
             write(writing)
             for file in writing.iterdir():
                 _sync(file)
@@ -145,6 +147,13 @@ def sha256(path: Path) -> str:
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def result_path(folder: Path, name: Path, ending: str) -> Path:
+    """The path of a result in a folder: NAME_ENDING, below the subfolder that the name has, which is created."""
+    path = folder / name.with_name(f"{name.name}_{ending}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def json_ready(value: Any) -> Any:
@@ -199,7 +208,7 @@ def append_json_line(path: Path, line: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full or not writable; the lines that were there before are intact.
     """
-    with _named_errors(path), open(path, "ab", buffering=0) as file:
+    with named_errors(path), open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         content = memoryview(_json_line(line).encode())
         try:

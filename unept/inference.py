@@ -12,7 +12,8 @@ where the network predicts them finer than at 1/8 it has at most the resolution 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .kernels import upsample_argmax
 from .model.boundary import DIRECTIONS, Refinement
+from .model.finite import require_numbers
 from .model.output import (
     STRIDE,
     AveragedOutput,
@@ -32,8 +34,8 @@ from .model.output import (
     padded_size,
     read_offset,
 )
-
-Amp = Literal["auto", "bf16", "off"]
+from .precision import Amp, uses_bfloat16
+from .validation import check_fields, check_range
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
 
@@ -64,14 +66,16 @@ class InferenceConfig:
     short_side: int = 0
     """Pixels of the image's short side at scale 1. 0: as many as it has."""
     amp: Amp = "auto"
-    """Autocast to bfloat16. auto: on CUDA only."""
+    """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
 
     def __post_init__(self) -> None:
         if None in vars(self).values():
             name = next(name for name, value in vars(self).items() if value is None)
             raise ValueError(f"{name} is None; give a value, or fill in what is left open with unept.inference.resolve")
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+        given = self.scales if isinstance(self.scales, Sequence) else ()
+        if not given or not all(isinstance(scale, Real) and 0 < scale < math.inf for scale in given):
             raise ValueError(f"scales are {self.scales}; give at least one, all of them positive")
+        check_fields(self)
         for name in ("window", "window_stride"):
             pixels = getattr(self, name)
             if pixels < 0 or pixels % STRIDE:
@@ -89,6 +93,7 @@ class InferenceConfig:
             raise ValueError(f"refine_steps is {self.refine_steps}; it must be between 1 and 127")
         if self.short_side < 0:
             raise ValueError(f"short_side is {self.short_side}; it must be at least 1, or 0 for the image's own")
+        check_range("short_side", self.short_side, 0, 1 << 16)
         object.__setattr__(self, "scales", tuple(self.scales))
         if self.window and not self.window_stride:
             object.__setattr__(self, "window_stride", max(STRIDE, self.window * 2 // 3 // STRIDE * STRIDE))
@@ -147,7 +152,8 @@ class InferenceOptions:
     short_side: int | None = None
     """Pixels of the image's short side at scale 1. 0: as many as it has. None: as the run was trained, else 0."""
     amp: Amp | None = None
-    """Autocast to bfloat16; auto is on CUDA only. None: as the run was trained, else auto."""
+    """Autocast to bfloat16; auto does on CUDA, and on CPUs with AVX512-BF16 or AMX. None: as the run was trained, else
+    auto."""
 
     def __post_init__(self) -> None:
         chosen = self.chosen()
@@ -198,6 +204,8 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
     """
     if images.dim() == 3:
         images = images[None]
+    if images.is_cuda:
+        images = images.to(memory_format=torch.channels_last)  # as convolutions on tensor cores read their input
     with evaluation_mode(model), _autocast(images.device.type, config.amp):
         if _is_plain(images, config):
             return model(images)
@@ -213,8 +221,14 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
 
 
 def predict_ids(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Tensor:
-    """Class ids (B, H, W) int64 of images (B, 3, H, W) or (3, H, W), refined as `config` says; see `infer`."""
-    return class_ids(infer(model, images, config), images.shape[-2:], config.refinement)
+    """Class ids (B, H, W) int64 of images (B, 3, H, W) or (3, H, W), refined as `config` says; see `infer`.
+
+    Raises:
+        FloatingPointError: the prediction holds NaN.
+    """
+    output = infer(model, images, config)
+    require_numbers(output.scores)
+    return class_ids(output, images.shape[-2:], config.refinement)
 
 
 class Prediction(NamedTuple):
@@ -229,8 +243,13 @@ class Prediction(NamedTuple):
 
 
 def predict(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Prediction:
-    """Class ids, their confidence and boundaries of images (B, 3, H, W) or (3, H, W); see `infer`."""
+    """Class ids, their confidence and boundaries of images (B, 3, H, W) or (3, H, W); see `infer`.
+
+    Raises:
+        FloatingPointError: the prediction holds NaN.
+    """
     output = infer(model, images, config)
+    require_numbers(output.scores)
     size = images.shape[-2:]
     ids, confidence = read_prediction(output, size, config)
     return Prediction(ids, confidence, boundary_probability(output, size))
@@ -252,8 +271,7 @@ def read_prediction(output: DenseOutput, size: Sequence[int], config: InferenceC
 
 
 def _autocast(device_type: str, amp: Amp) -> torch.autocast:
-    enabled = amp == "bf16" or (amp == "auto" and device_type == "cuda")
-    return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device_type, torch.bfloat16, enabled=uses_bfloat16(amp, device_type))
 
 
 def _is_plain(images: Tensor, config: InferenceConfig) -> bool:
@@ -310,11 +328,11 @@ def _canvases(
 
 def _probabilities(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Maps:
     """Maps of images (B, 3, 8 h, 8 w), averaged with those of their mirror images if `config` flips."""
-    maps = _as_maps(model(images))
-    if config.flip:
-        mirrored = _unmirror(_as_maps(model(images.flip(-1))))
-        maps = [(a + b) / 2 for a, b in zip(maps, mirrored, strict=True)]
-    return maps
+    if not config.flip:
+        return _as_maps(model(images))
+    both = [m.chunk(2) for m in _as_maps(model(torch.cat([images, images.flip(-1)])))]
+    mirrored = _unmirror([b for _, b in both])
+    return [(a + b) / 2 for (a, _), b in zip(both, mirrored, strict=True)]
 
 
 def _unmirror(maps: Maps) -> Maps:
@@ -342,8 +360,9 @@ def _view_probabilities(model: SegmentationModel, view: Tensor, config: Inferenc
     ]
     total: Maps = []
     count = torch.zeros(len(view), 1, height // STRIDE, width // STRIDE, device=view.device)
-    for start in range(0, len(corners), config.window_batch):
-        batch = corners[start : start + config.window_batch]
+    step = max(1, config.window_batch // 2) if config.flip else config.window_batch  # mirrored ones go along
+    for start in range(0, len(corners), step):
+        batch = corners[start : start + step]
         crops = torch.stack([view[b, :, y : y + rows, x : x + columns] for b, y, x in batch])
         maps = _probabilities(model, crops, config)
         if not total:

@@ -6,7 +6,9 @@ import torch
 from safetensors import SafetensorError
 
 from .config import TrainConfig
-from .model.hub import REPOSITORY
+from .files import complete_folder
+from .memory import out_of_memory
+from .model.hub import REPOSITORY, DamagedWeights
 from .model.network import UNEPT
 
 RUNS = Path("runs")
@@ -42,7 +44,10 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
             f"{folder} has no model/ yet: training writes it after its first evaluation, at step "
             f"{min(config.eval_every, config.iterations)}; wait for it, or continue the run with --resume auto"
         )
-    model = _read_model(folder / "model", device)
+    try:
+        model = _read_model(complete_folder(folder / "model"), device)
+    except (DamagedWeights, FileNotFoundError):  # perhaps a run was replacing them just then
+        model = _read_model(complete_folder(folder / "model"), device)
     model.preprocessing = {**config.inference().protocol(), **model.preprocessing}  # old versions saved none
     return config, model
 
@@ -73,22 +78,31 @@ def load(source: str | Path, device: torch.device) -> UNEPT:
 def _read_model(source: str | Path, device: torch.device) -> UNEPT:
     """Load the model in a folder (a Path) or in a repository of the hub (a str)."""
     try:
-        return UNEPT.from_pretrained(str(source)).to(device).eval()
+        model = UNEPT.from_pretrained(str(source))
     except SafetensorError as error:
         raise ValueError(f"{source}/model.safetensors is damaged ({error}): restore it or train again") from error
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"out of memory while {source} was loaded: free memory, or use --device cpu") from error
     except RuntimeError as error:  # of load_state_dict
         raise ValueError(
             f"the weights in {source} do not fit the network that its config.json describes, as this version "
             f"of unept builds it: use the version that saved them, or train again. {error}"
         ) from error
+    with out_of_memory(f"while the model was moved to {device}: free the device, or use --device cpu"):
+        return model.to(device).eval()
 
 
 def has_model(folder: Path) -> bool:
     """Whether a run folder holds a saved model."""
-    return all((folder / "model" / name).is_file() for name in ("config.json", "model.safetensors"))
+    model = complete_folder(folder / "model")
+    return all((model / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
 def newest_run(runs: Path = RUNS) -> Path | None:
     """The run folder under `runs` whose model is the newest; None if there is none."""
     folders = [folder for folder in sorted(runs.glob("*/")) if has_model(folder)]
-    return max(folders, key=lambda folder: (folder / "model" / "model.safetensors").stat().st_mtime, default=None)
+
+    def written(folder: Path) -> float:
+        return (complete_folder(folder / "model") / "model.safetensors").stat().st_mtime
+
+    return max(folders, key=written, default=None)

@@ -81,7 +81,7 @@ def test_command_line_wins_over_the_run(run_folder, command, tmp_path):
     status, out, _ = command(run_folder, *options)
     assert status == 0
     assert before == {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}, "the run folder is left alone"
-    assert f"Written: {tmp_path}/new/out/evaluation.json and {tmp_path}/new/out/evaluation.png" in out
+    assert f"Written: {tmp_path}/new/out/evaluation.json, {tmp_path}/new/out/evaluation.csv, " in out
     assert "within 1 px" in out
     record = json.loads((tmp_path / "new" / "out" / "evaluation.json").read_text())
     assert record["inference"]["refine_scale"] == 1
@@ -145,7 +145,7 @@ def test_a_folder_without_labels_is_refused(folder, command):
     run, labels = folder
     status, _, err = command(run)
     assert status == 2
-    assert err.startswith(f"error: there is no folder {labels} with the labels of the 1 images in ")
+    assert err.startswith(f"error: there is no folder {labels}: check the dataset's root folder")
     assert err.endswith("without labels, segment images with `python -m unept.predict`\n")
     labels.mkdir(parents=True)
     Image.new("L", (32, 24), 255).save(labels / "a.png")

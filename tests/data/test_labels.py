@@ -222,7 +222,7 @@ def test_four_messages_for_images(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "folder.png").mkdir()
     for name, message in (
-        ("missing", "there is no file .*missing"), ("huge", "is too large: it has 65536x32768 pixels"),
+        ("missing", "there is no such file"), ("huge", "is too large: it has 65536x32768 pixels"),
         ("cut", "the file is damaged"), ("start", "is damaged"), ("text", "not an image of a known format"),
         ("folder", "can't be opened"),
     ):  # fmt: skip

@@ -62,6 +62,10 @@ def test_opcheck(backend, op):
     others = [*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in others), None][:3]
     shapes = [size for shape in case.spatial_shapes for size in shape]
     torch.library.opcheck(torch.ops.unept.sparse_sampling, (value, shapes, *others))
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (value, *others)]
+    torch.library.opcheck(torch.ops.unept.sparse_sampling, (leaves[0], shapes, *leaves[1:]))
+    spatial_shapes = torch.tensor(case.spatial_shapes, device=backend[1])
+    torch.library.opcheck(torch.ops.unept.sparse_sampling, (leaves[0], [], *leaves[1:], spatial_shapes))
     for needs_value, needs_reference in ((True, op is attention), (False, False)):
         arguments = (case.grad_out, value, shapes, *others, needs_value, needs_reference)
         torch.library.opcheck(torch.ops.unept.sparse_sampling_backward, arguments)

@@ -88,8 +88,30 @@ def test_a_backbone_of_one_image_size_is_refused_before_anything_is_written(back
     with pytest.raises(SystemExit) as end:
         train.main()
     assert end.value.code == 2
-    assert f"error: {backbone} cannot be a backbone, since it sees images of one size only" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"error: {backbone} cannot be a backbone as it is, since it sees images of one size only" in err
+    assert "--backbone-image-size" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_of_one_size_sees_squares():
+    model = tiny_model(backbone="levit_128s", backbone_image_size=64).eval()
+    assert model.divisor == 64
+    images = torch.randn(2, 3, 128, 192)
+    features = model.backbone(images)
+    for b, row, column in ((0, 0, 0), (1, 1, 2)):
+        y, x = 64 * row, 64 * column
+        for whole, square in zip(features, model.backbone(images[b : b + 1, :, y : y + 64, x : x + 64]), strict=True):
+            h, w = square.shape[2:]
+            part = whole[b : b + 1, :, h * row : h * (row + 1), w * column : w * (column + 1)]
+            assert torch.allclose(part, square, atol=1e-5)
+    assert model(images[:, :, :90, :100]).logits.shape == (2, 3, 12, 13)
+    for options, message in (
+        ({"backbone_image_size": 100}, "backbone_image_size is 100; for levit_128s it must be a multiple of 64"),
+        ({"backbone_image_size": 4}, "backbone_image_size is 4; it must be from 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_model(backbone="levit_128s", **options)
 
 
 def test_a_backbone_of_windows_gets_images_of_whole_windows():

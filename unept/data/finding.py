@@ -22,15 +22,22 @@ class FoundImage(NamedTuple):
     """What its results are called: the stem of the file, after the subfolder of the folder that was named, if any."""
 
 
-def find_images(paths: Sequence[Path], recursive: bool = False) -> tuple[list[FoundImage], list[str]]:
+class FoundImages(NamedTuple):
+    """What `find_images` found."""
+
+    images: list[FoundImage]
+    problems: list[str]
+    """A message for each path that is missing and each folder without images."""
+    left_out: list[str]
+    """A message for each folder with subfolders that hold images and are left out."""
+
+
+def find_images(paths: Sequence[Path], recursive: bool = False) -> FoundImages:
     """List the image files among `paths`, and those in the folders among them, in order and each once.
 
     Args:
         paths: files and folders.
         recursive: list the images in subfolders too. Otherwise a folder's subfolders are left out, with a message.
-
-    Returns:
-        The images, and messages about what was left out: missing paths, folders without images, and subfolders.
 
     Raises:
         FileNotFoundError: if there is no image at all.
@@ -38,15 +45,18 @@ def find_images(paths: Sequence[Path], recursive: bool = False) -> tuple[list[Fo
     """
     found: dict[Path, FoundImage] = {}
     problems: list[str] = []
+    left_out: list[str] = []
     for path in paths:
         if path.is_dir():
             images = _images_below(path) if recursive else _images_in(path)
             for file in images:
                 found.setdefault(file, FoundImage(file, file.relative_to(path).with_suffix("")))
+            subfolders = [] if recursive else [folder for folder in _folders_in(path) if _images_below(folder)]
+            advice = f"{len(subfolders)} subfolders of {path} hold images: --recursive takes them" if subfolders else ""
             if not images:
-                problems.append(f"{path} {_no_images()}")
-            if not recursive and (count := sum(bool(_images_below(folder)) for folder in _folders_in(path))):
-                problems.append(f"{count} subfolders of {path} hold images, which are left out: --recursive takes them")
+                problems.append(advice or f"{path} {_no_images()}")
+            elif advice:
+                left_out.append(f"{advice}; they are left out")
         elif path.is_file():
             found.setdefault(path, FoundImage(path, Path(path.stem)))
         else:
@@ -61,7 +71,7 @@ def find_images(paths: Sequence[Path], recursive: bool = False) -> tuple[list[Fo
                 f"{other} and {image.path} would share one result: run the command for each of them, with different "
                 "--out"
             )
-    return list(found.values()), problems
+    return FoundImages(list(found.values()), problems, left_out)
 
 
 def find_pairs(images: Path, labels: Path, image_ending: str = "", label_ending: str = "") -> list[Pair]:
@@ -95,8 +105,8 @@ def pair_with_labels(files: list[Path], labels: Path, image_ending: str = "", la
     """
     if not labels.is_dir():
         raise DatasetError(
-            f"there is no folder {labels} with the labels of the {len(files)} images in {files[0].parent}: training "
-            "and evaluation need a label of every image; without labels, segment images with `python -m unept.predict`"
+            f"there is no folder {labels}: check the dataset's root folder and split. Training and evaluation need a "
+            f"label of each of the {len(files)} images; without labels, segment images with `python -m unept.predict`"
         )
     exact = label_ending.lower().endswith(LABEL_SUFFIXES)
     existing: dict[str, list[Path]] = {}

@@ -8,6 +8,7 @@ import struct
 import threading
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def open_image(path: Path) -> Image.Image:
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
     except FileNotFoundError as error:
-        raise DatasetError(f"there is no file {path}: check the name, or restore it") from error
+        raise DatasetError(f"{path} can't be read (there is no such file): check its name, or restore it") from error
     except UnidentifiedImageError as error:
         raise DatasetError(_not_an_image(path)) from error
     except DAMAGED as error:
@@ -165,7 +166,8 @@ def read_label(path: Path, colors: bool = False) -> np.ndarray:
 
 def _rawmode(image: Image.Image) -> str:
     """How the pixels lie in the file, in PIL's words, such as "L;4" for gray of 4 bits; empty if PIL does not say."""
-    arguments = image.tile[0][3] if image.tile else ""
+    tile: Any = getattr(image, "tile", None)
+    arguments = tile[0][3] if tile else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
 

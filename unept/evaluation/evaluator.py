@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
 from ..data.loader import OnBadSample
 from ..inference import InferenceConfig, infer, read_prediction
+from ..model.finite import raise_not_a_number
 from ..model.output import SegmentationModel, class_ids
 from .inspection import Inspection
 from .metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
@@ -46,6 +47,7 @@ def evaluate_model(
     workers: int = 0,
     on_bad_sample: OnBadSample = "error",
     inspection: Inspection | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Score the refined and the unrefined prediction from one pass of the network over the data set.
 
@@ -61,6 +63,7 @@ def evaluate_model(
         workers: number of processes that read the data; 0 reads in this process.
         on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` leaves its image out.
         inspection: counts what an evaluation shows besides its scores, of the refined prediction; None counts nothing.
+        should_stop: asked before each image; where it is true, the rest is left out, and the scores are of no use.
 
     Returns:
         A dictionary. Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`,
@@ -72,6 +75,7 @@ def evaluate_model(
 
     Raises:
         ValueError: the model and the data set have different classes, or the data set is empty or has no labels.
+        FloatingPointError: a prediction holds NaN.
         DatasetError: a file of the data set breaks a rule; or, with `"skip"`, no image could be read.
     """
     check_classes(model, dataset)
@@ -84,11 +88,15 @@ def evaluate_model(
         dataset, distributed.rank(), distributed.world_size(), workers, on_bad_sample=on_bad_sample
     )
     refined, unrefined = (_Metrics(dataset, boundary_tolerance, device) for _ in range(2))
+    has_nan = torch.zeros((), dtype=torch.bool, device=device)
     start = time.perf_counter()
-    bar = tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False)
+    bar = tqdm(loader, desc="evaluate", unit="image", disable=None if progress else True, leave=False)
     for position, (image, labels) in enumerate(bar):
+        if should_stop():
+            break
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
+        has_nan |= output.scores.isnan().any()
         size = labels.shape[1:]
         if inspection is None:
             ids = class_ids(output, size, config.refinement)
@@ -98,9 +106,13 @@ def evaluate_model(
             inspection.update(index, ids, confidence, labels)
         refined.update(ids, labels)
         unrefined.update(class_ids(output, size, None), labels)
+    if distributed.sum_over_ranks(int(has_nan), device):
+        raise_not_a_number()
     if distributed.world_size() > 1:
-        for counted in (refined, unrefined, *([inspection] if inspection else [])):
-            counted.all_reduce()
+        refined.all_reduce()
+        unrefined.all_reduce()
+        if inspection is not None:
+            inspection.all_reduce()
     skipped = distributed.sum_over_ranks(loader.skipped, device)
     if skipped == len(dataset):
         raise DatasetError(f"none of the {skipped} images can be read: restore the files that are named above")

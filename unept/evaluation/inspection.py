@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,8 @@ class Calibration:
         )
 
 
-class ImageScore(NamedTuple):
+@dataclass(frozen=True)
+class ImageScore:
     """How well one image is segmented."""
 
     index: int

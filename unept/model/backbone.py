@@ -4,14 +4,17 @@ import difflib
 import inspect
 import math
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
+from .finite import require_finite
 from .trial import REFUSALS, find_divisor
 
 
@@ -71,6 +74,7 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
 def _check_weights(path: Path, probe: nn.Module, name: str) -> None:
     """Raise ValueError unless the file belongs to the model: timm silently drops the tensors that do not fit."""
     stored = read_weights(path, "backbone_weights")
+    require_finite(stored, path)
     wanted = probe.state_dict()
     body = [key for key in wanted if not key.startswith(("head", "fc.", "classifier"))]
     # timm resizes what depends on the image's size; everything else must have its shape.
@@ -100,6 +104,8 @@ class Backbone(nn.Module):
         pretrained: load timm's ImageNet weights from its hub.
         weights: load them from this file instead (.safetensors, or a .pth of tensors).
         in_chans: channels of the images, C; timm adapts pretrained weights to other numbers than 3.
+        image_size: for models that see images of one size only: the side in pixels of the squares into which images
+            are cut, each of which the model sees alone; timm's `img_size` where the model takes it. None: whole images.
 
     Attributes:
         channels: number of channels of each feature map.
@@ -124,10 +130,12 @@ class Backbone(nn.Module):
         pretrained: bool = False,
         weights: str | Path | None = None,
         in_chans: int = 3,
+        image_size: int | None = None,
     ):
         super().__init__()
         if in_chans < 1:
             raise ValueError(f"in_chans is {in_chans}; an image has at least 1 channel")
+        self.image_size = image_size
         probe = _probe(name)
         info = probe.feature_info
         reductions = [item["reduction"] for item in (info if isinstance(info, list) else info.info)]
@@ -142,17 +150,20 @@ class Backbone(nn.Module):
             options["dynamic_img_size"] = True
         if _accepts(probe, "strict_img_size"):  # Swin: any size
             options["strict_img_size"] = False
+        if image_size is not None and _accepts(probe, "img_size"):
+            options["img_size"] = image_size
         if weights is not None:
             _check_weights(Path(weights), probe, name)
             options["pretrained_cfg_overlay"] = {"file": str(weights)}
         del probe
+        self.name = name
         self.features = self._create(name, pretrained or weights is not None, options)
         self.channels: list[int] = self.features.feature_info.channels()
         self.strides: list[int] = self.features.feature_info.reduction()
         self.channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
         preprocessing = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
         own_size = max(preprocessing.input_size[1:])
-        self.divisor = find_divisor(self.features, math.lcm(*self.strides), own_size, name)
+        self.divisor = find_divisor(self.features, math.lcm(*self.strides), own_size, name, in_chans, image_size)
         self.mean: tuple[float, ...] = tuple(preprocessing.mean)
         self.std: tuple[float, ...] = tuple(preprocessing.std)
 
@@ -161,11 +172,12 @@ class Backbone(nn.Module):
         try:
             return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
         except REFUSALS as error:
-            if pretrained or isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
+            what = "with pretrained weights and" if pretrained else "with"
             raise ValueError(
-                f"timm cannot make feature maps of {name} with {_listed(options)} ({error}): choose another backbone, "
-                "or other values of output_stride and num_levels"
+                f"timm cannot make feature maps of {name} {what} {_listed(options)} ({error}): choose another "
+                "backbone, other values of output_stride and num_levels, or start without pretrained weights"
             ) from error
         except OSError as error:  # what urllib and huggingface_hub raise when there is no network
             if not pretrained or "pretrained_cfg_overlay" in options:
@@ -176,6 +188,35 @@ class Backbone(nn.Module):
                 "(--no-pretrained-backbone)"
             ) from error
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the stages again in the backward instead of keeping what they computed.
+
+        Raises:
+            ValueError: timm has no such option for this model.
+        """
+        module = self.features if hasattr(self.features, "set_grad_checkpointing") else self.features.model
+        try:
+            module.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f"timm's {self.name} has no gradient checkpointing: train without it") from error
+
+    def layers(self, coarse: bool = False) -> dict[str, int]:
+        """Number the layers of the backbone from 0, the stem, for the parameters by their names in `features`.
+
+        Args:
+            coarse: number stages instead of layers; blocks of a ViT in either case.
+        """
+        names = [name for name, _ in self.features.named_parameters()]
+        known = {name: re.sub(r"([a-z])_(\d+)\.", r"\1.\2.", name.removeprefix("model.")) for name in names}
+        probe = _probe(self.name)
+        if not hasattr(probe, "group_matcher"):
+            raise ValueError(
+                f"timm does not say what the layers of {self.name} are: train without layer_decay and freeze_stages"
+            )
+        pairs = [(known[name], name) for name in names]
+        grouped = group_with_matcher(iter(pairs), probe.group_matcher(coarse=coarse), return_values=True)
+        return {name: layer for layer, members in grouped.items() for name in members}
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the feature maps.
 
@@ -185,10 +226,26 @@ class Backbone(nn.Module):
         Returns:
             L maps (B, C_l, H / stride_l, W / stride_l).
         """
+        B, _, H, W = images.shape
+        if self.image_size is not None:
+            images = _cut(images, self.image_size)
         features = self.features(images)
         if self.channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
+        if self.image_size is not None:
+            features = [_join(feature, B, H // self.image_size, W // self.image_size) for feature in features]
         return features
+
+
+def _cut(images: Tensor, size: int) -> Tensor:
+    """Cut images (B, C, r * size, c * size) into squares (B * r * c, C, size, size), row by row."""
+    squares = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    return squares.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def _join(maps: Tensor, B: int, rows: int, columns: int) -> Tensor:
+    """Join the maps of squares (B * rows * columns, C, h, w) to maps of images (B, C, rows * h, columns * w)."""
+    return maps.unflatten(0, (B, rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def _listed(options: dict) -> str:

@@ -45,7 +45,10 @@ class Labelled:
 
 
 def check_labels(num_classes: int, **listed: Sequence[Any] | None) -> None:
-    """Raise ValueError for a list with another number of entries than there are classes."""
+    """Raise ValueError for a list with another number of entries than there are classes, or for what is no color."""
     for name, entries in listed.items():
         if entries is not None and len(entries) != num_classes:
             raise ValueError(f"num_classes is {num_classes}, but {name} has {len(entries)} entries; give one per class")
+    for color in listed.get("palette") or ():
+        if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
+            raise ValueError(f"palette has the color {color}; a color is r, g, b, each from 0 to 255")

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..validation import check_arguments
 from .backbone import Backbone, PyramidProjection
 from .boundary import DIRECTIONS, PixelHead, Refinement, SubpixelConv
+from .finite import require_numbers
 from .hub import HubMixin
 from .labels import Labelled, check_labels
+from .limits import check_sizes
 from .normalization import NormalizedInput
 from .output import STRIDE, UNEPTOutput, class_ids, evaluation_mode, padded_size
 from .spatial import LearnedQueries, SpatialBranch
@@ -30,6 +34,8 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         backbone: name of any timm model that gives feature maps.
         pretrained_backbone: load its ImageNet weights from timm's hub.
         backbone_weights: load them from this file instead.
+        backbone_image_size: for backbones that see images of one size only: the side in pixels of the squares into
+            which images are cut for the backbone. None: whole images.
         output_stride: of the backbone; None means 8 for ResNets and the backbone's own for others.
         d_model: channels of the transformer, a multiple of 8 and of `num_heads`.
         num_heads: M, attention heads.
@@ -73,7 +79,8 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         backbone: str = "resnet50",
         *,
         pretrained_backbone: bool = False,
-        backbone_weights: str | None = None,
+        backbone_weights: str | Path | None = None,
+        backbone_image_size: int | None = None,
         output_stride: int | None = None,
         d_model: int = 256,
         num_heads: int = 8,
@@ -94,9 +101,10 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         std: Sequence[float] | None = None,
     ):
         super().__init__()
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_arguments(UNEPT.__init__, arguments)
+        check_sizes(arguments)
         check_labels(num_classes, classes=classes, palette=palette)
-        if d_model % 8:
-            raise ValueError(f"d_model is {d_model}: it must be a multiple of 8")
         _check_choice("context_queries", context_queries, "spatial", "learned")
         _check_choice("boundary_upsampling", boundary_upsampling, "bilinear", "subpixel")
         _check_choice("boundary_features", boundary_features, "spatial", "spatial+decoder")
@@ -112,6 +120,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
             pretrained=pretrained_backbone,
             weights=backbone_weights,
             in_chans=in_chans,
+            image_size=backbone_image_size,
         )
         self.pyramid = PyramidProjection(self.backbone.channels, d_model)
         size = LayerSize(
@@ -159,6 +168,18 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         self.options["num_classes"] = num_classes
         self.evaluation = {}
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the stages of the backbone and the layers of the transformer again in the backward, to save memory.
+
+        Loss and gradients stay the same. The batch normalisation of a stage sees each batch twice, so that its running
+        statistics follow the data faster.
+
+        Raises:
+            ValueError: timm has no such option for the backbone.
+        """
+        self.backbone.set_grad_checkpointing(enable)
+        self.encoder.grad_checkpointing = self.decoder.grad_checkpointing = enable
+
     def forward(self, images: Tensor) -> UNEPTOutput:
         """Predict at 1/8 of the image (Fig. 2), or finer where the options of the model say so.
 
@@ -205,10 +226,15 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
 
         Returns:
             (B, H, W) int64.
+
+        Raises:
+            FloatingPointError: the prediction holds NaN.
         """
         refinement = Refinement(refine_scale, refine_steps) if refine else None
         with evaluation_mode(self):
-            return class_ids(self(images), images.shape[2:], refinement)
+            output = self(images)
+            require_numbers(output.logits)
+            return class_ids(output, images.shape[2:], refinement)
 
 
 def _classifier(d_model: int, num_classes: int, stride: int) -> nn.Module:

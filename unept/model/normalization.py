@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..validation import check_type
+
 
 class NormalizedInput(nn.Module):
     """A network that normalises uint8 images itself; `UNEPT` inherits it.
@@ -28,9 +30,10 @@ class NormalizedInput(nn.Module):
         """Normalise uint8 images with this mean and standard deviation of each channel in [0, 1].
 
         Raises:
-            ValueError: there is not one number per channel, or a deviation is not positive.
+            ValueError: there is not one finite number per channel, or a deviation is not positive.
         """
         for name, values in (("mean", mean), ("std", std)):
+            check_type(name, values, Sequence[float])
             if len(values) != self.in_chans:
                 raise ValueError(
                     f"in_chans is {self.in_chans}, but {name} has {len(values)} numbers: give mean and std "

@@ -10,6 +10,7 @@ import timm
 from torch import Tensor
 
 from .backbone import close_names, read_weights
+from .finite import require_finite
 from .network import UNEPT
 from .transfer import load_fitting
 
@@ -144,6 +145,7 @@ def _backbone(name: str) -> str:
 
 
 def _load(model: UNEPT, state: dict[str, Tensor], failure: str) -> None:
+    require_finite(state, failure.partition(" does not fit ")[0])
     stored = state.get("classifier.weight")
     if stored is not None and len(stored) != model.num_classes:
         failure += f" (it holds {len(stored)} classes)"

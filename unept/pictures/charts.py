@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..evaluation.inspection import CalibrationScores
-from .drawing import save_figure
+from .drawing import DPI, save_figure
 
-DPI = 120
 MAX_NUMBERS = 30  # classes up to which each cell of the matrix shows its number
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..colors import as_rgb
 from ..data import SegmentationDataset
 from ..data.loader import OnBadSample, read_sample, report_skipped
 from ..evaluation.evaluator import check_classes
@@ -31,12 +32,12 @@ def make_sample(
 
     Args:
         name: the label of the row.
-        image: uint8 (3, H, W), on any device.
+        image: uint8 (C, H, W), on any device, shown by `as_rgb`.
         truth: the class ids (H, W), or None.
         output: the network's output for the image alone.
         config: how boundary pixels are refined; whether they are (`refine`) does not count.
     """
-    size = (image.shape[1], image.shape[2])
+    size, image = (image.shape[1], image.shape[2]), as_rgb(image)
     plain = class_ids(output, size, None)[0]
     boundary = boundary_probability(output, size)
     if boundary is None:
@@ -103,10 +104,12 @@ def draw_worst(
         DatasetError: a file of the dataset breaks a rule.
     """
     samples = []
-    for index, mean_iou in images:
-        image, labels = (tensor.as_subclass(Tensor) for tensor in dataset[index])
+    for score in images:
+        image, labels = (tensor.as_subclass(Tensor) for tensor in dataset[score.index])
         output = infer(model, image.to(device), config)
-        samples.append(make_sample(f"{dataset.name(index)}\nmIoU {mean_iou:.1%}", image, labels, output, config))
+        samples.append(
+            make_sample(f"{dataset.name(score.index)}\nmIoU {score.mean_iou:.1%}", image, labels, output, config)
+        )
     drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
 
