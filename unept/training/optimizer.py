@@ -20,7 +20,7 @@ def build_optimizer(model: TrainableModel, config: TrainConfig) -> torch.optim.A
         {"params": [p for p in model.parameters() if id(p) not in ids], "lr": config.lr},
         {"params": backbone, "lr": config.backbone_lr},
     ]
-    on_gpu = all(p.is_cuda for group in groups for p in group["params"])
+    on_gpu = all(p.is_cuda for p in model.parameters())
     return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=on_gpu or None)
 
 

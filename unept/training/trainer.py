@@ -71,6 +71,8 @@ class Trainer:
         weights = distributed.run_on_main(lambda: class_weights(config, self.train_set))
         self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index, weights).to(self.device)
         cuda = self.device.type == "cuda"
+        if config.matmul_precision == "high":
+            torch.set_float32_matmul_precision("high")
         self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
         if self.amp and not cuda:
             prepare_for_cpu_bfloat16(self.model)
