@@ -20,6 +20,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import unept.kernels
 from unept import UNEPT, evaluate, export, predict, submission, train, visualize
+from unept.config import ModelConfig
 from unept.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -109,9 +110,11 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_command_parses(page):
+def test_every_command_parses(page, monkeypatch):
+    monkeypatch.setattr(train, "network_of", lambda source: ModelConfig())  # a run that the page has made
     for module, *args in commands(page):
-        PARSERS[module](args)
+        if "--import" not in args:  # a module that the page writes
+            PARSERS[module](args)
 
 
 def test_there_are_commands_to_parse():
