@@ -19,7 +19,7 @@ import tyro
 from torchvision.transforms.v2.functional import to_pil_image
 
 import unept.kernels
-from unept import UNEPT, evaluate, export, predict, submission, train, visualize
+from unept import UNEPT, demo, evaluate, export, predict, submission, train, visualize
 from unept.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,7 @@ PARSERS = {
     "unept.train": train.parse,
     "unept.evaluate": lambda args: tyro.cli(evaluate.EvaluateConfig, args=args),
     "unept.predict": lambda args: tyro.cli(predict.PredictConfig, args=args),
+    "unept.demo": lambda args: tyro.cli(demo.DemoConfig, args=args),
     "unept.visualize": lambda args: tyro.cli(visualize.VisualizeConfig, args=args),
     "unept.submission": lambda args: tyro.cli(submission.SubmissionConfig, args=args),
     "unept.export": lambda args: tyro.cli(export.ExportConfig, args=args),

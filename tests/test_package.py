@@ -116,7 +116,7 @@ def test_wheel(wheel):
     assert {Path(name).name for name in metadata} == expected
     scripts = dict(re.findall(r"^([\w-]+) = (.+)$", entry_points, re.M))
     commands = set(re.findall(r"-m unept\.(\w+)", (ROOT / "README.md").read_text()))
-    assert commands == {"train", "evaluate", "predict", "visualize", "submission", "export"}
+    assert commands == {"train", "evaluate", "predict", "demo", "visualize", "submission", "export"}
     assert scripts == {f"unept-{name}": f"unept.{name}:main" for name in commands}
     for name in commands:
         assert callable(importlib.import_module(f"unept.{name}").main)
