@@ -115,6 +115,13 @@ def test_every_command_parses(page):
         PARSERS[module](args)
 
 
+def test_every_command_in_a_table_parses():
+    lines = re.findall(r"^\|.*?`python -m (.+?)`", (ROOT / "docs" / "features.md").read_text(), re.M)
+    for module, *args in map(shlex.split, lines):
+        PARSERS[module](args)
+    assert len(lines) > 20
+
+
 def test_there_are_commands_to_parse():
     assert len([command for page in PAGES for command in commands(page)]) > 15
 

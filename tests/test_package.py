@@ -17,7 +17,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"unept": "unept", "kernels": "unept/kernels"}
-TESTED_TOO = ("tests", "bench", "docs", ".ci", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")  # an sdist has them
+TESTED_TOO = (
+    "tests",
+    "bench",
+    "docs",
+    ".ci",
+    ".dockerignore",
+    "Dockerfile",
+    "mkdocs.yml",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+)  # an sdist has them
 DISTRIBUTED = ("unept", "kernels", *TESTED_TOO, "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE")
 
 # Run by a Python that has an installation of this project already: forget it, so that only what is tested is found.
