@@ -121,6 +121,8 @@ class DataConfig:
     is repaired. skip: train on the next image instead, leave the file out of evaluations, and count how often."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.dataset, str):
+            find_dataset(self.dataset)  # whose message lists the names
         check_fields(self)
         for name, low, high in (("workers", 0, 1024), ("short_side", 8, 1 << 16)):
             if getattr(self, name) is not None:
