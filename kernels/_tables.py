@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_BYTES = 64 << 20
+MAX_BYTES = 32 << 20
 """What the tables of one function may take on one device. When it is passed, the least recently used half goes."""
 
 
