@@ -27,6 +27,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Bytes a second that a GPU's data sheet promises, by the name that torch.cuda.get_device_name gives.
 BANDWIDTH = {
     "NVIDIA B200": 8.0e12,
+    "AMD Instinct MI300X": 5.3e12,
+    "NVIDIA GH200 144G HBM3e": 4.9e12,
+    "NVIDIA GH200 480GB": 4.0e12,
     "NVIDIA H200": 4.8e12,
     "NVIDIA H100 80GB HBM3": 3.35e12,
     "NVIDIA H100 PCIe": 2.0e12,
@@ -39,6 +42,8 @@ BANDWIDTH = {
 MIB = 2**20
 MIN_ROUND = 5e-3  # seconds; synchronising costs microseconds
 ROUNDS = (3, 30)  # the fewest and the most
+FLUSHED_BYTES = 256 * MIB  # more than any L2 cache holds
+MAX_CLOCK = 2e9  # cycles a second, at the most
 SECONDS = 4.0  # that a group's rounds take about, unless the fewest take longer
 
 # What a variant may raise and thereby fail its own row only, not the other variants' of its group.
@@ -92,10 +97,14 @@ class Group:
 
 @dataclass
 class Measured:
-    """Seconds a step, a round each, and the peak of its memory beyond what was allocated before it."""
+    """What a variant took."""
 
     seconds: list[float]
+    """A step, a round each, as the host's clock sees them: small problems take as long as the host needs to launch."""
     peak_mib: float
+    """Memory beyond what was allocated before a step."""
+    device_seconds: float = math.nan
+    """See `device_seconds`."""
 
 
 class ReplayClock:
@@ -132,6 +141,33 @@ def timed(step: Callable[[], object], iterations: int) -> float:
         step()
     synchronize()
     return (perf_counter() - start) / iterations
+
+
+def device_seconds(step: Callable[[], object], host_seconds: float, rounds: int = 10) -> float:
+    """Seconds that the GPU works on a step, whatever the host takes to launch it; NaN without a GPU.
+
+    The median over rounds in which nothing of the step lies in the GPU's L2 cache at first.
+
+    Args:
+        step: must not wait for the GPU.
+        host_seconds: a step takes at most, of the host's time. The GPU sleeps for twice as long in each round, so that
+            everything is queued before it begins.
+        rounds: how many.
+    """
+    if DEVICE != "cuda":
+        return math.nan
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=DEVICE)
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(2 * host_seconds * MAX_CLOCK))
+        flushed.zero_()
+        start.record()
+        step()
+        end.record()
+        synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
 
 
 def interleaved(variants: dict[str, Variant], max_rounds: int = ROUNDS[1]) -> dict[str, list[float]]:
@@ -202,6 +238,8 @@ def measure(group: Group, names: Iterable[str]) -> dict[str, Measured | Exceptio
             torch.cuda.empty_cache()
     for name, seconds in interleaved(ready, group.max_rounds).items():
         results[name].seconds.extend(seconds)
+        with ready[name].context():
+            results[name].device_seconds = device_seconds(ready[name].step, statistics.median(seconds))
     return results
 
 
@@ -286,9 +324,11 @@ def extra_info(group: Group, name: str, measured: Measured, package: str | None 
         info["package"] = f"{package} {version(package)}"
     if group.images:
         info["images_per_second"] = group.images / median
+    if not math.isnan(measured.device_seconds):
+        info["device_seconds"] = measured.device_seconds
     if group.min_bytes:
-        rate = group.min_bytes / median
-        info["gb_per_second"] = rate / 1e9
-        if DEVICE == "cuda" and (bandwidth := BANDWIDTH.get(device_name())):
-            info["share_of_bound"] = rate / bandwidth
+        info["gb_per_second"] = group.min_bytes / median / 1e9
+        if "device_seconds" in info and (bandwidth := BANDWIDTH.get(device_name())):
+            # Of the GPU's own time: where the host is slower, its time says nothing about the kernels.
+            info["share_of_bound"] = group.min_bytes / measured.device_seconds / bandwidth
     return info

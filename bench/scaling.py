@@ -3,8 +3,8 @@
 Measured: the bytes of gradients that every process sends, the layers of synchronised batch normalisation, and the time
 of one process's step on this machine's device. Assumed, and settable: bandwidths and latencies between GPUs. A ring
 all-reduce moves 2 (W - 1) / W of the gradients through each of W processes' links; DistributedDataParallel hides it
-behind the backward, which is taken as 2/3 of the step. Batch normalisation waits for one collective a layer in each
-direction: that is not hidden.
+behind the backward, which is taken as 2/3 of the step. Batch normalisation (`unept.sync_batch_norm`) waits for one
+collective a layer in each direction, of 2 C + 1 and 2 C numbers: that is not hidden, and the host does not wait for it.
 """
 
 import argparse

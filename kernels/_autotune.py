@@ -3,21 +3,29 @@
 Each is measured once for every key and device, and the choice is kept in Triton's cache on disk.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from ._triton import INTERPRETED, triton
+from ._triton import HAS_TRITON, INTERPRETED, jit, refuse_capture, triton
 
 # UNEPT_AUTOTUNE=0 takes the first configuration of each pool and the first of several ways, without measuring.
 TUNES = os.environ.get("UNEPT_AUTOTUNE", "1") != "0"
 
+LOCK_SECONDS = 120
+
 _choices: dict[tuple[Any, ...], str] = {}
+_announced: list[bool] = []
+_forced: int | None = None
 
 
 def forget_choices() -> None:
@@ -25,9 +33,47 @@ def forget_choices() -> None:
     _choices.clear()
 
 
-def autotune_pool(*configs: "triton.Config") -> list["triton.Config"]:
-    """The configurations to try, the best guess first; only that one in the interpreter, which cannot be timed."""
-    return list(configs if TUNES and not INTERPRETED else configs[:1])
+def announce() -> None:
+    """Say once per process what its user waits for."""
+    if not _announced:
+        _announced.append(True)
+        print(
+            f"Compiling and timing kernels for this GPU; what is chosen is kept in {triton.knobs.cache.dir}. "
+            "UNEPT_AUTOTUNE=0 takes the best guesses instead.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def one_process_at_a_time(what: str) -> Iterator[None]:
+    """Let one process of those that share Triton's cache on disk run the block for `what`, while the others wait.
+
+    They wait for two minutes at most, since the one inside may itself wait for a collective of theirs, and not at all
+    where the file system has no locks.
+    """
+    folder = Path(triton.knobs.cache.dir) / "unept-locks"
+    lock = FileLock(folder / f"{hashlib.sha256(what.encode()).hexdigest()}.lock", timeout=LOCK_SECONDS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (Timeout, OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def force_configuration(number: int) -> Iterator[None]:
+    """Launch kernels in the configuration with this number of their pool, or its last, inside a block: for tests."""
+    global _forced
+    before, _forced = _forced, number
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def _brief_bench(run: Callable[[], Any], quantiles: Sequence[float] | None = None) -> Any:
@@ -57,26 +103,99 @@ def fastest(name: str, candidates: Mapping[str, Callable[[], Any]], key: tuple[A
         return next(iter(candidates.values()))
     if key not in _choices:
         identity = repr((key, triton.__version__, torch.__version__, list(candidates)))
-        cache = triton.runtime.cache.get_cache_manager(hashlib.sha256(identity.encode()).hexdigest())
-        path = cache.get_file(f"{name}.json")
-        if path is None:
-            time_of = {candidate: _brief_bench(run) for candidate, run in candidates.items()}
-            cache.put(json.dumps({"times": time_of}), f"{name}.json", binary=False)
-        else:
-            time_of = json.loads(Path(path).read_text())["times"]
+        with one_process_at_a_time(identity):
+            time_of = _times_on_disk(name, identity, candidates)
         _choices[key] = min(time_of, key=time_of.__getitem__)
     return candidates[_choices[key]]
 
 
-def size_bucket(lanes: int) -> int:
-    """The size of a problem as a part of every autotune key: 0 leaves a GPU mostly idle, 1 is an image, 2 a batch.
+def _times_on_disk(name: str, identity: str, candidates: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """The time of each candidate, read from Triton's cache, or measured and written there."""
+    cache = triton.runtime.cache.get_cache_manager(hashlib.sha256(identity.encode()).hexdigest())
+    path = cache.get_file(f"{name}.json")
+    if path is not None:
+        return json.loads(Path(path).read_text())["times"]
+    time_of = {candidate: _brief_bench(run) for candidate, run in candidates.items()}
+    cache.put(json.dumps({"times": time_of}), f"{name}.json", binary=False)
+    return time_of
+
+
+def size_bucket(lanes: int, turns: int = 1) -> int:
+    """The size of a problem as a part of every autotune key: 0 leaves a GPU mostly idle, 1 is an image, 2 a batch; and
+    3 more, or 6, for loops of more turns.
 
     Choices are kept on disk: a tiny problem must not decide for the real ones, nor may each image size tune anew.
 
     Args:
         lanes: the number of elements that run side by side, such as pixels or queries of all heads.
+        turns: how often each loops, such as over channels or classes; up to 32, up to 256, or more.
     """
-    return (lanes >= 1 << 14) + (lanes >= 1 << 18)
+    return (lanes >= 1 << 14) + (lanes >= 1 << 18) + 3 * ((turns > 32) + (turns > 256))
+
+
+class Tuner(triton.runtime.autotuner.Autotuner):
+    """Triton's autotuner, which compiles a pool side by side before it is timed, and fits what is not tuned too.
+
+    Processes that share Triton's cache on disk compile and time a pool once: the others wait for the first, and read.
+    """
+
+    fit: Callable[["triton.Config", Mapping[str, Any]], "triton.Config"] | None = None
+    """See `autotuned`."""
+    chosen: dict[tuple[Any, ...], dict[str, Any]]
+    """The options of the configuration that was chosen, by what the choice depends on."""
+    pointers: list[str]
+    """The names of the arguments that are tensors."""
+
+    def prune_configs(self, kwargs: dict[str, Any]) -> list["triton.Config"]:
+        """The configurations to try for a launch with these arguments."""
+        arguments = {**self.nargs, **kwargs}
+        fitted = self.configs if self.fit is None else [self.fit(config, arguments) for config in self.configs]
+        return list(dict.fromkeys(fitted))
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Launch the kernel in the fastest configuration."""
+        # What Triton looks a choice up by takes it as long as the launch: the same, without making strings.
+        key = (_forced, *map(kwargs.get, self.keys), *[getattr(kwargs[name], "dtype", None) for name in self.pointers])
+        chosen = self.chosen.get(key)
+        if chosen is not None:
+            return self.fn.run(*args, **kwargs, **chosen)
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        if _forced is None and TUNES and not INTERPRETED:
+            self.launch = kwargs
+            try:
+                launched = super().run(*args, **kwargs)
+            finally:
+                self.launch = {}  # or its tensors would live on
+            if best := getattr(self, "best_config", None):
+                self.chosen[key] = best.all_kwargs()
+            return launched
+        pool = self.prune_configs(kwargs)
+        config = pool[min(_forced or 0, len(pool) - 1)]
+        return self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    def check_disk_cache(self, tuning_key: Any, configs: list["triton.Config"], bench_fn: Callable[[], None]) -> Any:
+        """Take the choice from disk, or measure and keep it."""
+        refuse_capture(f"{self.base_fn.__name__} has not been tuned for these sizes")
+
+        def bench() -> None:
+            announce()
+            self.compile(configs)
+            bench_fn()
+
+        with one_process_at_a_time(repr((self.base_fn.__name__, tuning_key))):
+            return super().check_disk_cache(tuning_key, configs, bench)
+
+    def compile(self, configs: list["triton.Config"]) -> None:
+        """Compile the kernel for the arguments of this launch in all configurations, in threads.
+
+        LLVM and ptxas, which take most of the time, hold no lock of Python's.
+        """
+        launch = {name: argument for name, argument in self.launch.items() if name != "warmup"}
+        workers = min(len(configs), len(os.sched_getaffinity(0)))
+        # What cannot be compiled raises where it is timed, and is then passed over.
+        with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for config in configs:
+                self.fn.warmup(**launch, **config.all_kwargs())
 
 
 def autotuned(
@@ -89,28 +208,31 @@ def autotuned(
     """Compile a kernel for each new `key` and `size_bucket`, an argument that it takes, with the fastest of `configs`.
 
     Args:
-        configs: an `autotune_pool`.
+        configs: the pool, the best guess first: that one is taken where nothing can be timed.
         key: names of the kernel's arguments, whose values JSON can hold: choices are kept on disk.
         adds_into: those that are a `ScatterBuffer`'s data, which every trial has to find at zero.
-        unspecialised: names of integer arguments of which all values share one compiled kernel: Triton otherwise
-            compiles anew where one is 1 or a multiple of 16. `size_bucket` always is.
+        unspecialised: see `jit`; `size_bucket` always is.
         fit: makes the configuration to try of one in the pool and the kernel's arguments by name; the same one is tried
             once.
     """
 
-    def fitted(pool: list["triton.Config"], arguments: Mapping[str, Any], **more: Any) -> list["triton.Config"]:
-        return list(dict.fromkeys(fit(config, {**arguments, **more}) for config in pool)) if fit else pool
-
     def decorate(kernel: Callable) -> Any:
-        compiled = triton.jit(kernel, do_not_specialize=[*unspecialised, "size_bucket"])
-        key_names = [*key, "size_bucket"]
-        return triton.autotune(
+        compiled = jit(unspecialised=[*unspecialised, "size_bucket"])(kernel)
+        if not HAS_TRITON:
+            return compiled
+        tuner = Tuner(
+            compiled,
+            compiled.arg_names,
             list(configs),
-            key_names,
-            prune_configs_by={"early_config_prune": fitted} if fit else None,
+            [*key, "size_bucket"],
             reset_to_zero=list(adds_into),
+            restore_value=None,
             do_bench=_brief_bench,
             cache_results=True,
-        )(compiled)
+        )
+        tuner.fit = fit
+        tuner.chosen = {}
+        tuner.pointers = [name for name in compiled.arg_names if name.endswith("_ptr")]
+        return tuner
 
     return decorate

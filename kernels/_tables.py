@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._triton import refuse_capture
+
 MAX_BYTES = 32 << 20
 """What the tables of one function may take on one device. When it is passed, the least recently used half goes."""
 
@@ -47,9 +49,9 @@ class TableCache:
             key = tuple(sizes)
             table = tables.get(key)
             if table is None:
+                refuse_capture(f"the table {self._make.__name__} of these sizes is not on the device yet")
                 table = tables[key] = _Table(self._make(*arguments))
-                if not capturing:
-                    _drop_oldest(tables, device)
+                _drop_oldest(tables, device)
             else:
                 tables.move_to_end(key)
             table.pinned = table.pinned or capturing

@@ -1,6 +1,9 @@
 """Triton, or a stand-in where it is not installed, and what all kernels take from it."""
 
 import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +26,9 @@ except ModuleNotFoundError:
         def __call__(self, *args: object, **kwargs: object) -> "_Absent":
             return self
 
+        def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[type, ...]:
+            return ()
+
     triton = tl = _Absent()
     HAS_TRITON = INTERPRETED = False
 
@@ -38,6 +44,44 @@ PRECISION = "ieee" if torch.version.hip else "tf32x3"
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's GPU the current one, where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def refuse_capture(what: str) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: `what` says what is missing."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what}, which cannot be done while a CUDA graph is captured: run the same step once, with the same "
+            "sizes, before the capture"
+        )
+
+
+def jit(unspecialised: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Callable[[Callable], Any]:
+    """`triton.jit` for kernels that sizes of images do not compile anew.
+
+    Triton compiles a kernel anew where an integer is 1 or a multiple of 16 and before was not. Strides that are
+    arguments of their own, `x_stride_b`, are only known to be 1 or not. Those in a tuple are looked at in full,
+    whatever one asks for: they are for tensors of which several elements are loaded at a time.
+
+    Args:
+        unspecialised: names of integers of which all values share one compiled kernel.
+        unaligned: names of pointers and integers of which it does not matter whether they are multiples of 16.
+    """
+
+    def decorate(kernel: Callable) -> Any:
+        single_strides = [name for name in inspect.signature(kernel).parameters if "_stride_" in name]
+        return triton.jit(
+            kernel,
+            do_not_specialize=list(unspecialised),
+            do_not_specialize_on_alignment=[*single_strides, *unaligned],
+        )
+
+    return decorate
+
+
+def strides(name: str, dimensions: str, tensor: Tensor | None) -> dict[str, int]:
+    """The strides of a tensor as a kernel's arguments `name_stride_b`, ...; zeros for one that is not there."""
+    numbers = (0,) * len(dimensions) if tensor is None else tensor.stride()
+    return {f"{name}_stride_{dimension}": n for dimension, n in zip(dimensions, numbers, strict=True)}
 
 
 def operand(dtype: torch.dtype) -> "tl.dtype":

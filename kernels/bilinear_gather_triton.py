@@ -15,24 +15,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._autotune import autotune_pool, autotuned, size_bucket
+from ._autotune import autotuned, size_bucket
 from ._scatter import ScatterBuffer, scatter_add
-from ._triton import device_guard, tl, triton
+from ._triton import device_guard, strides, tl, triton
 
 # Where a point that reads nothing is put: both of its corners lie outside any map.
 NOWHERE = tl.constexpr(-2.0)
 
-GATHER_POOL = autotune_pool(
+GATHER_POOL = [
     triton.Config({"BLOCK_P": 128, "BLOCK_C": 16}, num_warps=4),
     triton.Config({"BLOCK_P": 128, "BLOCK_C": 64}, num_warps=4),
     triton.Config({"BLOCK_P": 512, "BLOCK_C": 16}, num_warps=4),
-)
+]
 
-GATHER_BACKWARD_POOL = autotune_pool(
+GATHER_BACKWARD_POOL = [
     triton.Config({"BLOCK_P": 64}, num_warps=2),
     triton.Config({"BLOCK_P": 128}, num_warps=4),
     triton.Config({"BLOCK_P": 256}, num_warps=4),
-)
+]
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -95,13 +95,22 @@ def load_corners(pointers, features_strides, in_bounds):
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@autotuned(GATHER_POOL, key=["C", "BORDER"])
+@autotuned(
+    GATHER_POOL,
+    key=["BORDER"],
+    unspecialised=["C", "H", "W", "P"],
+)
 def gather_kernel(
     features_ptr,  # (B, C, H, W)
     points_ptr,  # (B, P, 2)
     out_ptr,  # (B, C, P), contiguous
-    features_strides,
-    points_strides,
+    features_stride_b,
+    features_stride_c,
+    features_stride_h,
+    features_stride_w,
+    points_stride_b,
+    points_stride_p,
+    points_stride_i,
     C,
     H,
     W,
@@ -112,6 +121,8 @@ def gather_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """out[b, c, p] for BLOCK_P points and BLOCK_C channels."""
+    features_strides = (features_stride_b, features_stride_c, features_stride_h, features_stride_w)
+    points_strides = (points_stride_b, points_stride_p, points_stride_i)
     point_tiles, channel_tiles = tl.cdiv(P, BLOCK_P), tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
     p = program % point_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -134,8 +145,9 @@ def gather_kernel(
 
 @autotuned(
     GATHER_BACKWARD_POOL,
-    key=["C", "BORDER", "NEEDS_FEATURES", "NEEDS_POINTS"],
+    key=["BORDER", "NEEDS_FEATURES", "NEEDS_POINTS"],
     adds_into=["grad_features_ptr"],
+    unspecialised=["grad_stride_c", "C", "H", "W", "P"],
 )
 def gather_backward_kernel(
     grad_out_ptr,  # (B, C, P)
@@ -144,9 +156,16 @@ def gather_backward_kernel(
     grad_features_ptr,  # (B, C, H, W), contiguous, a ScatterBuffer
     grad_points_ptr,  # (B, P, 2), contiguous
     scale_ptr,  # (2,): the ScatterBuffer's scale, or None
-    grad_out_strides,
-    features_strides,
-    points_strides,
+    grad_out_stride_b,
+    grad_out_stride_c,
+    grad_out_stride_p,
+    features_stride_b,
+    features_stride_c,
+    features_stride_h,
+    features_stride_w,
+    points_stride_b,
+    points_stride_p,
+    points_stride_i,
     grad_stride_c,  # H * W, of grad_features; a product in the kernel costs the loop registers
     C,
     H,
@@ -160,6 +179,9 @@ def gather_backward_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """Both gradients for BLOCK_P points; all channels in one program, so that the points' gradient has one writer."""
+    grad_out_strides = (grad_out_stride_b, grad_out_stride_c, grad_out_stride_p)
+    features_strides = (features_stride_b, features_stride_c, features_stride_h, features_stride_w)
+    points_strides = (points_stride_b, points_stride_p, points_stride_i)
     point_tiles = tl.cdiv(P, BLOCK_P)
     p = tl.program_id(0) % point_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     b = (tl.program_id(0) // point_tiles).to(tl.int64)
@@ -212,13 +234,13 @@ def forward(features: Tensor, points: Tensor, padding: str) -> Tensor:
             features_ptr=features,
             points_ptr=points,
             out_ptr=out,
-            features_strides=features.stride(),
-            points_strides=points.stride(),
+            **strides("features", "bchw", features),
+            **strides("points", "bpi", points),
             C=C,
             H=H,
             W=W,
             P=P,
-            size_bucket=size_bucket(B * P),
+            size_bucket=size_bucket(B * P, C),
             BORDER=padding == "border",
             enable_fp_fusion=True,
         )
@@ -248,15 +270,15 @@ def backward(
             grad_features_ptr=buffer.data,
             grad_points_ptr=grad_points,
             scale_ptr=buffer.scale,
-            grad_out_strides=grad_out.stride(),
-            features_strides=features.stride(),
-            points_strides=points.stride(),
+            **strides("grad_out", "bcp", grad_out),
+            **strides("features", "bchw", features),
+            **strides("points", "bpi", points),
             grad_stride_c=H * W,
             C=C,
             H=H,
             W=W,
             P=P,
-            size_bucket=size_bucket(B * P),
+            size_bucket=size_bucket(B * P, C),
             BORDER=padding == "border",
             NEEDS_FEATURES=needs_features,
             NEEDS_POINTS=needs_points,

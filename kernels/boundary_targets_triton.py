@@ -18,17 +18,18 @@ import math
 import torch
 from torch import Tensor
 
-from ._autotune import autotune_pool, autotuned, size_bucket
-from ._triton import device_guard, tl, triton
+from ._autotune import autotuned, size_bucket
+from ._tables import cached_table
+from ._triton import device_guard, strides, tl, triton
 
 NO_DIRECTION = tl.constexpr(255)
 # More directions than these are read from a table in a loop: unrolled, 255 of them take the compiler 39 seconds.
 MAX_UNROLLED = 16
 
-TILE_POOL = autotune_pool(
+TILE_POOL = [
     triton.Config({"BLOCK_H": 4, "BLOCK_W": 128}, num_warps=4),
     triton.Config({"BLOCK_H": 2, "BLOCK_W": 128}, num_warps=4),
-)
+]
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -56,19 +57,31 @@ def load_neighbour(image_ptr, strides, distance_ptr, y, x, H, W, ignore_index, c
     return tl.where(label == ignore_index, distance, near)
 
 
+@triton.jit
+def strides_of_labels(stride_b, stride_h, stride_w, UNIT: tl.constexpr):
+    """The strides in elements; the first two are passed in UNITs: 16 where rows start at multiples of it, otherwise 1.
+
+    So Triton compiles once for either, and loads several labels at a time only for the first.
+    """
+    return tl.cast(stride_b, tl.int64) * UNIT, tl.cast(stride_h, tl.int64) * UNIT, stride_w
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@autotuned(TILE_POOL, key=["REACH"])
+@autotuned(TILE_POOL, key=["REACH"], unspecialised=["labels_stride_b", "labels_stride_h", "H"])
 def column_kernel(
     labels_ptr,  # (B, H, W)
     nearest_ptr,  # (B, H, W), contiguous int32
     squares_ptr,  # (B, H, W), contiguous int32
-    labels_strides,
+    labels_stride_b,
+    labels_stride_h,
+    labels_stride_w,
     ignore_index,
     H,
     W,
     size_bucket,
+    UNIT: tl.constexpr,
     SATURATION: tl.constexpr,
     REACH: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -76,6 +89,7 @@ def column_kernel(
 ):
     """nearest and squares. Where a row is outside, the last one inside stands for it, farther off than it is: that
     changes nothing, as it is met again where it is."""
+    labels_strides = strides_of_labels(labels_stride_b, labels_stride_h, labels_stride_w, UNIT)
     b, y, x = pixels_of_tile(H, W, BLOCK_H, BLOCK_W)
     pointers = labels_ptr + b * labels_strides[0] + x.to(tl.int64) * labels_strides[2]
     # [BLOCK_H, BLOCK_W]
@@ -97,7 +111,7 @@ def column_kernel(
     tl.store(squares_ptr + at, second << 16 | first, mask=in_bounds)
 
 
-@autotuned(TILE_POOL, key=["REACH"])
+@autotuned(TILE_POOL, key=["REACH"], unspecialised=["H"])
 def row_kernel(
     nearest_ptr,  # (B, H, W), contiguous int32
     squares_ptr,  # (B, H, W), contiguous int32
@@ -129,24 +143,28 @@ def row_kernel(
     tl.store(distance_ptr + at, tl.sqrt_rn(squared.to(tl.float32)), mask=in_bounds)
 
 
-@autotuned(TILE_POOL, key=["NUM_DIRECTIONS"])
+@autotuned(TILE_POOL, key=["NUM_DIRECTIONS"], unspecialised=["labels_stride_b", "labels_stride_h", "H"])
 def direction_kernel(
     labels_ptr,  # (B, H, W)
     distance_ptr,  # (B, H, W), contiguous float32
     direction_ptr,  # (B, H, W), contiguous int64
     centres_ptr,  # (n, 2) float32, contiguous: x and y of the unit vector at the centre of each bin; or None
-    labels_strides,
+    labels_stride_b,
+    labels_stride_h,
+    labels_stride_w,
     ignore_index,
     H,
     W,
     largest_distance,
     size_bucket,
+    UNIT: tl.constexpr,
     CENTRES: tl.constexpr,  # the same, 2 n numbers, if centres_ptr is None
     NUM_DIRECTIONS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """The direction where the distance is at most largest_distance: the bin nearest in angle to the gradient."""
+    labels_strides = strides_of_labels(labels_stride_b, labels_stride_h, labels_stride_w, UNIT)
     b, y, x = pixels_of_tile(H, W, BLOCK_H, BLOCK_W)
     labels_ptr += b * labels_strides[0]
     distance_ptr += b * H * W
@@ -192,6 +210,12 @@ def direction_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
+@cached_table
+def table_of_centres(centres: tuple[float, ...], device: torch.device) -> Tensor:
+    """The same (2 n,) numbers on a device."""
+    return torch.tensor(centres, dtype=torch.float32, device=device)
+
+
 def forward(
     labels: Tensor, *, saturation: int, largest_distance: float, centres: tuple[float, ...], ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -209,21 +233,27 @@ def forward(
     direction = labels.new_empty(labels.shape, dtype=torch.int64)
     if labels.numel() == 0:
         return distance, direction
-    nearest, squares = labels.new_empty((2, B, H, W), dtype=torch.int32)
+    # Two allocations: the second half of one might not be aligned, which would compile the kernels anew.
+    nearest, squares = (labels.new_empty(labels.shape, dtype=torch.int32) for _ in range(2))
     grid = lambda meta: (B * triton.cdiv(H, meta["BLOCK_H"]) * triton.cdiv(W, meta["BLOCK_W"]),)
     bucket, reach = size_bucket(labels.numel()), math.isqrt(saturation - 1)
+    unit = 1 if any(stride % 16 for stride in labels.stride()[:2]) else 16
+    labels_strides = strides("labels", "bhw", labels)
+    for name in ("labels_stride_b", "labels_stride_h"):
+        labels_strides[name] //= unit
     unrolled = len(centres) <= 2 * MAX_UNROLLED
-    table = None if unrolled else torch.tensor(centres, dtype=torch.float32, device=labels.device)
+    table = None if unrolled else table_of_centres(centres, labels.device)
     with device_guard(labels):
         column_kernel[grid](
             labels_ptr=labels,
             nearest_ptr=nearest,
             squares_ptr=squares,
-            labels_strides=labels.stride(),
+            **labels_strides,
             ignore_index=ignore_index,
             H=H,
             W=W,
             size_bucket=bucket,
+            UNIT=unit,
             SATURATION=saturation,
             REACH=reach,
             enable_fp_fusion=False,
@@ -244,12 +274,13 @@ def forward(
             distance_ptr=distance,
             direction_ptr=direction,
             centres_ptr=table,
-            labels_strides=labels.stride(),
+            **labels_strides,
             ignore_index=ignore_index,
             H=H,
             W=W,
             largest_distance=largest_distance,
             size_bucket=bucket,
+            UNIT=unit,
             CENTRES=centres if unrolled else None,
             NUM_DIRECTIONS=len(centres) // 2,
             enable_fp_fusion=False,  # fused, products would be rounded otherwise than on a CPU

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 import tyro
+from tqdm import tqdm
 
 from .data import DatasetError
 from .data.finding import FoundImage, find_images
@@ -53,7 +54,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     This package reports bad input as ValueError, a disk or a network its failures as OSError, training a loss that is
     not finite as FloatingPointError, and too large a batch is a MemoryError. Any other exception is a bug, and its
-    traceback is shown.
+    traceback is shown. Ctrl-C exits with 130 (128 + SIGINT).
     """
     try:
         with out_of_memory("of the device or of the machine: --help names options that take less, such as --window"):
@@ -63,6 +64,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         for line in (f"error: {error}" if rank == "0" else f"error of rank {rank}: {error}").split("\n"):
             say(line, sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     raise SystemExit(status)
 
 
@@ -77,7 +81,7 @@ def refuse_several_processes() -> None:
 
 
 def open_model(
-    run: Path | None, device: Device, inference: InferenceOptions, out: Path
+    run: Path | None, device: Device, inference: InferenceOptions, out: Path | None
 ) -> tuple[UNEPT, InferenceConfig]:
     """Load the model with which a command sees images, create the folder for the results, and print what is loaded.
 
@@ -85,7 +89,7 @@ def open_model(
         run: what `unept.pretrained.load` takes; None means the newest run folder.
         device: the option of that name.
         inference: the options for inference.
-        out: the folder for the results.
+        out: the folder for the results; None where a command has none.
 
     Returns:
         The model in evaluation mode, and how it sees images.
@@ -96,7 +100,8 @@ def open_model(
     source = newest_run() if run is None else run
     model = load(source, choose_device(device))
     config = resolve(inference, model)
-    out.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     say(f"Model of {source}")
     return model, config
 
@@ -109,7 +114,8 @@ def say(text: object, file: TextIO | None = None) -> None:
     file = sys.stdout if file is None else file
     line = "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in str(text))
     encoding = getattr(file, "encoding", None) or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=file)  # above a bar of progress
+    file.flush()
 
 
 def find_named_images(paths: Sequence[Path], recursive: bool, out: Path) -> tuple[list[FoundImage], int]:
@@ -134,13 +140,6 @@ def find_named_images(paths: Sequence[Path], recursive: bool, out: Path) -> tupl
     return found.images, min(1, len(found.problems))
 
 
-def result_path(out: Path, image: FoundImage, kind: str) -> Path:
-    """The path of a picture of an image in the folder `out`; its folder is created."""
-    path = out / image.name.with_name(f"{image.name.name}_{kind}.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage], Iterable[str]], failure: str) -> int:
     """Process images one after another, and go on after one that can't be processed.
 
@@ -158,7 +157,7 @@ def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage],
         OSError: the disk is full or not writable.
     """
     failed, printed = 0, set()
-    for image in images:
+    for image in tqdm(images, unit="image", disable=True if len(images) < 2 else None, leave=False):
         try:
             with out_of_memory(f"with {image.path}: make the image smaller, or ask for less of it"):
                 for line in process(image):
@@ -171,7 +170,8 @@ def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage],
         except OSError as error:
             if error.errno in DISK_ERRORS:
                 raise
-            say(f"error: the results of {image.path} can't be written ({error.strerror}): rename it", sys.stderr)
+            reason = os.strerror(error.errno or errno.EIO)
+            say(f"error: the results of {image.path} can't be written ({reason}): rename it", sys.stderr)
             failed += 1
     if failed:
         say(f"error: {failed} of {len(images)} images could not be {failure}", sys.stderr)

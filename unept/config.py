@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .data.base import SegmentationDataset
-from .data.registry import DATASETS, DatasetName, build_dataset, find_dataset
+from .data.registry import DATASETS, build_dataset, find_dataset
 from .distributed import Device
 from .inference import InferenceConfig
 from .model.limits import check_sizes
 from .model.loss import PAPER_WEIGHTS, LossWeights
+from .plugins import import_modules
+from .precision import Amp
+from .recipe import RecipeConfig
 from .validation import check_fields, check_range, check_type
 
 
@@ -62,6 +65,12 @@ class ModelConfig:
     logits_stride: Literal[1, 2, 4, 8] = 8
     """Image pixels per pixel of the class logits, along each axis: 8, as in the paper, or finer, where the classifier
     predicts every pixel of a block."""
+    in_chans: int = 3
+    """Number of channels of an image. Others than 3 need mean and std, and --no-photometric."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, of images in [0, 1]. None: that of the backbone's pretrained weights."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, likewise."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -80,8 +89,9 @@ class ModelConfig:
 class DataConfig:
     """The data set and its augmentation (Sec. 4.2, Training)."""
 
-    dataset: DatasetName = "shapes"
-    """Name of the data set; see `unept.data.registry`."""
+    dataset: str = "shapes"
+    """Name of the data set: shapes, camvid, folder, ade20k, cityscapes, pascal_context, or one that a module registers
+    (`unept.register_dataset`)."""
     root: Path | None = None
     """Folder of the data set on disk. `shapes` is made in memory and has none."""
     images: str = "images/{split}"
@@ -114,6 +124,11 @@ class DataConfig:
     """Mirror half of the training images."""
     photometric: bool = True
     """Random brightness, contrast, saturation and hue."""
+    augmentation: str | None = None
+    """module:object of a transform of torchvision.transforms.v2 or a Compose of Albumentations, instead of the options
+    short_side to photometric: it must give samples of crop_size."""
+    imports: tuple[str, ...] = ()
+    """Modules that are imported first, such as one that registers a data set (--import my_module)."""
     workers: int = 2
     """Number of processes that load training data; 0 loads in the main process."""
     on_bad_sample: Literal["error", "skip"] = "error"
@@ -121,6 +136,8 @@ class DataConfig:
     is repaired. skip: train on the next image instead, leave the file out of evaluations, and count how often."""
 
     def __post_init__(self) -> None:
+        check_type("imports", self.imports, tuple[str, ...])
+        import_modules(self.imports)
         if isinstance(self.dataset, str):
             find_dataset(self.dataset)  # whose message lists the names
         check_fields(self)
@@ -141,11 +158,11 @@ class DataConfig:
     def _check_dataset_options(self) -> None:
         """Raise ValueError for an option that is set although the data set does not have it, and would not heed it."""
         own = find_dataset(self.dataset).options
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for entry_name, entry in DATASETS.items():
-            for name in set(entry.options) - set(own):
-                default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+            for name in sorted((set(entry.options) - set(own)) & defaults.keys()):
                 _require(
-                    getattr(self, name) == default,
+                    getattr(self, name) == defaults[name],
                     f"{name} is {getattr(self, name)!r}, but it is an option of the data set {entry_name!r} and not of "
                     f"{self.dataset!r}: omit it, or choose that data set",
                 )
@@ -164,6 +181,8 @@ class TrainConfig:
     """The network."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    """What the paper's recipe does not have."""
     out: Path | None = None
     """Run folder. None: runs/PRESET, or runs/PRESET-2 and so on if that folder exists."""
     resume: Literal["auto", "never"] = "never"
@@ -186,8 +205,9 @@ class TrainConfig:
     """Running average coefficients of AdamW."""
     warmup: int = 0
     """Steps over which the learning rates rise from zero; the paper has none."""
-    schedule: Literal["step", "cosine"] = "step"
-    """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero."""
+    schedule: Literal["step", "cosine", "poly"] = "step"
+    """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero. poly: down to
+    zero as (1 - step / iterations)^0.9."""
     loss_weights: LossWeights = PAPER_WEIGHTS
     """lambda_1..4 of Eq. 7: segmentation, refined segmentation, boundary, direction."""
     class_weights: Literal["none", "auto"] | tuple[float, ...] = "none"
@@ -200,8 +220,8 @@ class TrainConfig:
     """Seed of initialisation, data order and augmentation."""
     device: Device = "auto"
     """auto: CUDA if there is a device."""
-    amp: Literal["auto", "bf16", "off"] = "auto"
-    """Autocast to bfloat16. auto: on CUDA only."""
+    amp: Amp = "auto"
+    """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of model and loss. auto: on CUDA only."""
     log_every: int = 20
@@ -248,6 +268,11 @@ class TrainConfig:
                 all(0 <= weight < math.inf for weight in self.class_weights),
                 f"class_weights are {self.class_weights}; give 'none', 'auto' or numbers that are 0 or more",
             )
+        _require(
+            self.model.in_chans == 3 or not self.data.photometric,
+            f"in_chans is {self.model.in_chans}, but the photometric distortion is one of RGB: omit it with "
+            "--no-photometric",
+        )
         self.inference()  # which checks its options
 
     def inference(self) -> InferenceConfig:
@@ -291,9 +316,9 @@ class TrainConfig:
             raise ValueError(f"{path} cannot be used: {error}") from error
 
 
-_PARTS = {"model": ModelConfig, "data": DataConfig}
+_PARTS = {"model": ModelConfig, "data": DataConfig, "recipe": RecipeConfig}
 # Old names of options, which stored config.json files and command lines may have.
-RENAMED = {"category_cap": "cat_max_ratio"}
+RENAMED = {"category_cap": "cat_max_ratio", "import": "imports"}
 
 
 def _from_dict(kind: type, stored: Any) -> Any:

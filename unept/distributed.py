@@ -13,9 +13,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from .sync_batch_norm import synchronise
 
 Device = Literal["auto", "cuda", "cpu"]
 # The other ranks wait while rank 0 draws pictures and writes, and at a cold start each waits while others compile.
@@ -171,59 +172,6 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    if device.type == "cuda":
-        model = convert_sync_batchnorm(model)  # timm's: torch's own drops the activation of timm's layers
-        return DistributedDataParallel(model, device_ids=[device.index], gradient_as_bucket_view=True)
-    for module in model.modules():  # torch's SyncBatchNorm refuses a CPU
-        if (synchronised := _ON_CPU.get(type(module))) is not None:
-            module.__class__ = synchronised
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Sum a tensor over the ranks, differentiably: the gradient is the sum of all ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        """Sum the tensor over the ranks."""
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """Sum the gradient over the ranks."""
-        return _SumOverRanks.apply(grad.contiguous())
-
-
-def _synchronised_batch_norm(norm: nn.BatchNorm2d, input: Tensor) -> Tensor:
-    """Normalise (B, C, H, W) by the statistics of all ranks' batches, and update the running statistics."""
-    assert norm.num_batches_tracked is not None
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
-    x = input if input.dtype == torch.float64 else input.float()
-    count = x.new_tensor(x.numel() // x.shape[1])
-    dist.all_reduce(count)
-    mean = _SumOverRanks.apply(x.sum((0, 2, 3))) / count
-    centred = x - mean[:, None, None]
-    variance = _SumOverRanks.apply(centred.square().sum((0, 2, 3))) / count
-    with torch.no_grad():
-        norm.running_mean.lerp_(mean, momentum)
-        norm.running_var.lerp_(variance * (count / (count - 1)), momentum)
-    normalised = centred * (variance + norm.eps).rsqrt()[:, None, None]
-    return (normalised * norm.weight[:, None, None] + norm.bias[:, None, None]).to(input.dtype)
-
-
-class _SyncBatchNorm(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return _synchronised_batch_norm(self, input) if self.training else super().forward(input)
-
-
-class _SyncBatchNormAct(BatchNormAct2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(_synchronised_batch_norm(self, x))) if self.training else super().forward(x)
-
-
-_ON_CPU: dict[type, type] = {nn.BatchNorm2d: _SyncBatchNorm, BatchNormAct2d: _SyncBatchNormAct}
+    synchronise(model)
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)

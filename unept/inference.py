@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from .model.finite import require_numbers
 from .model.output import (
     STRIDE,
     AveragedOutput,
+    DenseOutput,
     SegmentationModel,
     UNEPTOutput,
     boundary_probability,
@@ -33,9 +34,8 @@ from .model.output import (
     padded_size,
     read_offset,
 )
+from .precision import Amp, uses_bfloat16
 from .validation import check_fields, check_range
-
-Amp = Literal["auto", "bf16", "off"]
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
 
@@ -66,7 +66,7 @@ class InferenceConfig:
     short_side: int = 0
     """Pixels of the image's short side at scale 1. 0: as many as it has."""
     amp: Amp = "auto"
-    """Autocast to bfloat16. auto: on CUDA only."""
+    """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
 
     def __post_init__(self) -> None:
         if None in vars(self).values():
@@ -152,7 +152,8 @@ class InferenceOptions:
     short_side: int | None = None
     """Pixels of the image's short side at scale 1. 0: as many as it has. None: as the run was trained, else 0."""
     amp: Amp | None = None
-    """Autocast to bfloat16; auto is on CUDA only. None: as the run was trained, else auto."""
+    """Autocast to bfloat16; auto does on CUDA, and on CPUs with AVX512-BF16 or AMX. None: as the run was trained, else
+    auto."""
 
     def __post_init__(self) -> None:
         chosen = self.chosen()
@@ -203,6 +204,8 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
     """
     if images.dim() == 3:
         images = images[None]
+    if images.is_cuda:
+        images = images.to(memory_format=torch.channels_last)  # as convolutions on tensor cores read their input
     with evaluation_mode(model), _autocast(images.device.type, config.amp):
         if _is_plain(images, config):
             return model(images)
@@ -214,7 +217,7 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
             canvases = _canvases(maps, size, max(sizes), padded.shape[2:])
             resized = [_resize(m, canvas) for m, canvas in zip(maps, canvases, strict=True)]
             total = [a.add_(m) for a, m in zip(total, resized, strict=True)] if total else resized
-        return _as_output([m.div_(len(sizes)) for m in total])
+        return averaged_output([m.div_(len(sizes)) for m in total])
 
 
 def predict_ids(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Tensor:
@@ -247,18 +250,28 @@ def predict(model: SegmentationModel, images: Tensor, config: InferenceConfig) -
     """
     output = infer(model, images, config)
     require_numbers(output.scores)
-    height, width = images.shape[-2:]
-    padded = padded_size((height, width))
+    size = images.shape[-2:]
+    ids, confidence = read_prediction(output, size, config)
+    return Prediction(ids, confidence, boundary_probability(output, size))
+
+
+def read_prediction(output: DenseOutput, size: Sequence[int], config: InferenceConfig) -> tuple[Tensor, Tensor]:
+    """Class ids (B, H, W) int64 of images of `size` (H, W), and their probability (B, H, W) float32 there.
+
+    Args:
+        output: result of `infer`.
+        size: (H, W) of the images.
+        config: how boundary pixels are refined.
+    """
+    padded = padded_size(size)
     offset = read_offset(output, padded, config.refinement)
     ids = upsample_argmax(output.scores, padded, offset)
     confidence = output.confidence(ids, offset)
-    boundary = boundary_probability(output, (height, width))
-    return Prediction(ids[:, :height, :width], confidence[:, :height, :width], boundary)
+    return ids[:, : size[0], : size[1]], confidence[:, : size[0], : size[1]]
 
 
 def _autocast(device_type: str, amp: Amp) -> torch.autocast:
-    enabled = amp == "bf16" or (amp == "auto" and device_type == "cuda")
-    return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device_type, torch.bfloat16, enabled=uses_bfloat16(amp, device_type))
 
 
 def _is_plain(images: Tensor, config: InferenceConfig) -> bool:
@@ -315,11 +328,11 @@ def _canvases(
 
 def _probabilities(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Maps:
     """Maps of images (B, 3, 8 h, 8 w), averaged with those of their mirror images if `config` flips."""
-    maps = _as_maps(model(images))
-    if config.flip:
-        mirrored = _unmirror(_as_maps(model(images.flip(-1))))
-        maps = [(a + b) / 2 for a, b in zip(maps, mirrored, strict=True)]
-    return maps
+    if not config.flip:
+        return _as_maps(model(images))
+    both = [m.chunk(2) for m in _as_maps(model(torch.cat([images, images.flip(-1)])))]
+    mirrored = _unmirror([b for _, b in both])
+    return [(a + b) / 2 for (a, _), b in zip(both, mirrored, strict=True)]
 
 
 def _unmirror(maps: Maps) -> Maps:
@@ -347,8 +360,9 @@ def _view_probabilities(model: SegmentationModel, view: Tensor, config: Inferenc
     ]
     total: Maps = []
     count = torch.zeros(len(view), 1, height // STRIDE, width // STRIDE, device=view.device)
-    for start in range(0, len(corners), config.window_batch):
-        batch = corners[start : start + config.window_batch]
+    step = max(1, config.window_batch // 2) if config.flip else config.window_batch  # mirrored ones go along
+    for start in range(0, len(corners), step):
+        batch = corners[start : start + step]
         crops = torch.stack([view[b, :, y : y + rows, x : x + columns] for b, y, x in batch])
         maps = _probabilities(model, crops, config)
         if not total:
@@ -373,6 +387,12 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
+def window_maps(model: SegmentationModel, windows: Tensor, config: InferenceConfig) -> Maps:
+    """Probabilities of normalised windows (B, 3, 8 h, 8 w), mirrored ones included if `config` flips."""
+    with evaluation_mode(model), _autocast(windows.device.type, config.amp):
+        return _probabilities(model, windows, config)
+
+
 def _as_maps(output: UNEPTOutput) -> Maps:
     """The probabilities of a view."""
     maps = [output.logits.float().softmax(dim=1)]
@@ -381,8 +401,8 @@ def _as_maps(output: UNEPTOutput) -> Maps:
     return maps
 
 
-def _as_output(maps: Maps) -> AveragedOutput:
-    """The averages as an output."""
+def averaged_output(maps: Maps) -> AveragedOutput:
+    """Averages of the views' probabilities as an output."""
     if len(maps) == 1:
         return AveragedOutput(maps[0], None, None)
     return AveragedOutput(maps[0], *maps[1].split([1, len(DIRECTIONS)], dim=1))

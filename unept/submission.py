@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import cli
-from .colors import save_palette_png
+from .colors import save_palette_png, save_picture
 from .data import SegmentationDataset, image_loader
 from .evaluation.evaluator import check_classes
 from .files import write_atomically
@@ -64,7 +64,7 @@ def save_labels(ids: Tensor, dataset: SegmentationDataset, name: str, out: Path)
     file_ids = np.array(dataset.file_ids, dtype=np.uint8)
     labels = file_ids[ids.cpu().numpy()]
     if dataset.has_test_server:
-        Image.fromarray(labels).save(path)
+        save_picture(Image.fromarray(labels), path)
         save_palette_png(ids, dataset.palette, out / "view" / f"{name}.png")
     else:
         palette: np.ndarray = np.zeros((256, 3), dtype=np.uint8)

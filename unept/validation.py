@@ -6,14 +6,14 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, cast, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def check_fields(instance: Any) -> None:
     """Raise ValueError if a field of a dataclass has a value of another type than declared, or a number not finite."""
-    hints = _hints(cast(Hashable, type(instance)))
+    hints = _hints(instance.__class__)
     for field in dataclasses.fields(instance):
         check_type(field.name, getattr(instance, field.name), hints[field.name])
 

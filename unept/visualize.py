@@ -12,6 +12,7 @@ from .data import DatasetError
 from .data.finding import FoundImage
 from .data.reading import read_image
 from .evaluation.comparison import compare_classes, short_names
+from .files import result_path
 from .inference import InferenceConfig, InferenceOptions, infer
 from .model.attention import SparseSamplingAttention
 from .model.network import UNEPT
@@ -95,7 +96,7 @@ def draw_image(
     recording = record(model, image, config, query, layer)
     missing = []
     for picture in dict.fromkeys(options.pictures):
-        path = cli.result_path(options.out, found, picture)
+        path = result_path(options.out, found.name, f"{picture}.png")
         note = ""
         try:
             if picture == "refinement":

@@ -3,8 +3,10 @@
 `triton_common` has the legend.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from .._autotune import size_bucket
 from .._tables import cached_table
-from .._triton import device_guard, tl, triton
+from .._triton import device_guard, jit, strides, tl, triton
 from .levels import levels
 
 # Pixels of zeros around each level of the padded copy.
@@ -71,7 +73,7 @@ def query_order(shapes: tuple[int, ...], Q: int, device: torch.device) -> Tensor
 # --- the padded copy --------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["R"])
+@jit(unspecialised=["R"])
 def pad_kernel(
     padded_ptr,  # (B, M, R, BLOCK_D), contiguous
     value_ptr,  # (B, S, M, D)
@@ -158,10 +160,20 @@ class Samples:
     """The dtype of x and y in `pairs`."""
     size_bucket: int
 
-    @property
-    def reference_strides(self) -> tuple[int, ...]:
-        """The strides of the reference points, zeros if there are none."""
-        return (0, 0, 0) if self.reference is None else self.reference.stride()
+    @cached_property
+    def unit(self) -> int:
+        """The largest power of two, up to 16, that divides the strides of points and scores, but for the last."""
+        return math.gcd(16, *self.pairs.stride()[:-1], *self.scores.stride()[:-1])
+
+    @cached_property
+    def strides(self) -> dict[str, int]:
+        """Strides as kernels take them, those of points and scores in units."""
+        named = strides("reference", "bqi", self.reference)
+        for name, tensor in (("pairs", self.pairs), ("scores", self.scores)):
+            *outer, last = tensor.stride()
+            in_units = [stride // self.unit for stride in outer]
+            named |= {f"{name}_stride_{axis}": n for axis, n in zip("bqmln", [*in_units, last], strict=True)}
+        return named
 
     @property
     def per_image(self) -> int:

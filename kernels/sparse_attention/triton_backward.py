@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._autotune import autotune_pool, autotuned
+from .._autotune import autotuned
 from .._triton import LOWEST, device_guard, tl, triton
 from .forms import should_pad
 from .triton_arguments import make_maps, make_samples, pad_value, query_grid, scale_block_q
@@ -32,11 +32,11 @@ from .triton_common import (
 )
 from .triton_value import value_gradient
 
-POINTS_POOL = autotune_pool(
+POINTS_POOL = [
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 4}, num_warps=4),
     triton.Config({"BLOCK_Q": 64, "BLOCK_N": 4}, num_warps=8),
     triton.Config({"BLOCK_Q": 8, "BLOCK_N": 4}, num_warps=1),
-)
+]
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -57,7 +57,9 @@ def softmax_statistics(scores, L, N: tl.constexpr, BLOCK_Q: tl.constexpr, INT64_
             total = total * tl.exp2((largest - larger) * LOG2_E) + tl.exp2((logits - larger) * LOG2_E)
             largest = larger
     overall = tl.max(largest, 0)[None, :]
-    total = tl.sum(total * tl.exp2((largest - overall) * LOG2_E), 0)[None, :]
+    # Zero is added so that the products are rounded. The compiler otherwise makes multiply-adds of them and the sum
+    # over lanes, another one in each lane: the copies of one sum would differ, and which is stored is undefined.
+    total = tl.sum(total * tl.exp2((largest - overall) * LOG2_E) + 0.0, 0)[None, :]
     return overall, 1.0 / total
 
 
@@ -80,7 +82,12 @@ def corner_dot(
 ):
     """The pixels (x, y) times grad_out, [BLOCK_N, BLOCK_Q]; grad is what `load_grad_out` gives."""
     even, odd = channels(load_corner(pointers, x, y, level, D, WORDS, PADDED), PACKED)
-    return tl.sum(even * grad[0] + odd * grad[1] if PACKED else even * grad[0], 2)
+    products = even * grad[0]
+    if PACKED:
+        products += odd * grad[1]
+    elif not PADDED:
+        products += 0.0  # as in `softmax_statistics`: a lane may hold a single channel
+    return tl.sum(products, 2)
 
 
 @triton.jit
@@ -132,9 +139,19 @@ def points_backward_kernel(
     order_ptr,
     geometry_ptr,
     value_strides,
-    pairs_strides,
-    scores_strides,
-    reference_strides,
+    pairs_stride_b,
+    pairs_stride_q,
+    pairs_stride_m,
+    pairs_stride_l,
+    pairs_stride_n,
+    scores_stride_b,
+    scores_stride_q,
+    scores_stride_m,
+    scores_stride_l,
+    scores_stride_n,
+    reference_stride_b,
+    reference_stride_q,
+    reference_stride_i,
     M,
     Q,
     L,
@@ -142,6 +159,7 @@ def points_backward_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     WORDS: tl.constexpr,
+    UNIT: tl.constexpr,
     POINT_TYPE: tl.constexpr,
     LOCATIONS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -152,7 +170,12 @@ def points_backward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """The gradients of points, scores and reference points for BLOCK_Q queries."""
-    tile = load_tile(order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, BLOCK_Q)
+    reference_strides = (reference_stride_b, reference_stride_q, reference_stride_i)
+    pairs_strides = (pairs_stride_b, pairs_stride_q, pairs_stride_m, pairs_stride_l, pairs_stride_n)
+    scores_strides = (scores_stride_b, scores_stride_q, scores_stride_m, scores_stride_l, scores_stride_n)
+    tile = load_tile(
+        order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, UNIT, BLOCK_Q, INT64_INDEX
+    )
     maps = head_maps(value_ptr, value_strides, tile.batch, tile.head, WORDS, PADDED)
     row, mask = tile.row[None, :], tile.mask[None, :]  # [1, BLOCK_Q]
     grad_pairs_ptr += row * (L * N)
@@ -261,9 +284,7 @@ def backward(
             order_ptr=samples.order,
             geometry_ptr=maps.geometry,
             value_strides=maps.value.stride(),
-            pairs_strides=samples.pairs.stride(),
-            scores_strides=samples.scores.stride(),
-            reference_strides=samples.reference_strides,
+            **samples.strides,
             M=M,
             Q=Q,
             L=L,
@@ -271,6 +292,7 @@ def backward(
             N=N,
             D=maps.D,
             WORDS=maps.words,
+            UNIT=samples.unit,
             POINT_TYPE=samples.point_type,
             LOCATIONS=reference is None,
             PADDED=maps.padded,

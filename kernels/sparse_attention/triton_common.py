@@ -15,6 +15,8 @@ Legend (`op` has the equation and the letters B, S, M, D, Q, L, N)
     R          rows of one head's padded maps
     WORDS      loads per pixel: D up to a power of two, half of that where two channels make one word (PACKED)
     pairs      (B, Q, M, L, N)      points as integers: x in the lower half, y in the upper
+    UNIT       a power of two that divides the strides of points and scores, but for the last: what Triton may know of
+               them whatever Q is. Strides are passed as multiples of it
     geometry   (L, 5) int32         the columns height, width, pitch, first_row, first_cell of each `Level`
     order      (Q,) int32           a permutation of the queries
 """
@@ -91,14 +93,15 @@ def program_ids(order_ptr, M, Q, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def query_points(pointer, strides, batch, query, head):
-    """The points of queries [1, BLOCK_Q] in a tensor (B, Q, M, L, N)."""
-    pointers = pointer + batch * strides[0] + head * strides[2] + query * strides[1]
-    return QueryPoints(pointers=pointers, stride_l=strides[3], stride_n=strides[4])
+def query_points(pointer, strides, batch, query, head, UNIT: tl.constexpr, INT64_INDEX: tl.constexpr):
+    """The points of queries [1, BLOCK_Q] in a tensor (B, Q, M, L, N); strides but the last are in UNITs."""
+    pointers = pointer + (batch * strides[0] + head * strides[2] + query * strides[1]) * UNIT
+    stride_l = tl.cast(strides[3], tl.int64 if INT64_INDEX else tl.int32) * UNIT
+    return QueryPoints(pointers=pointers, stride_l=stride_l, stride_n=strides[4])
 
 
 @triton.jit
-def load_tile(order_ptr, pairs, scores, M, Q, BLOCK_Q: tl.constexpr):
+def load_tile(order_ptr, pairs, scores, M, Q, UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, INT64_INDEX: tl.constexpr):
     """The program's work; pairs and scores are (pointer, strides)."""
     batch, head, query, mask = program_ids(order_ptr, M, Q, BLOCK_Q)
     return Tile(
@@ -107,8 +110,8 @@ def load_tile(order_ptr, pairs, scores, M, Q, BLOCK_Q: tl.constexpr):
         query=query,
         mask=mask,
         row=(batch * Q + query) * M + head,
-        pairs=query_points(pairs[0], pairs[1], batch, query[None, :], head),
-        scores=query_points(scores[0], scores[1], batch, query[None, :], head),
+        pairs=query_points(pairs[0], pairs[1], batch, query[None, :], head, UNIT, INT64_INDEX),
+        scores=query_points(scores[0], scores[1], batch, query[None, :], head, UNIT, INT64_INDEX),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._autotune import autotune_pool, autotuned
+from .._autotune import autotuned
 from .._triton import LOWEST, device_guard, tl, triton
 from .forms import should_pad
 from .triton_arguments import make_maps, make_samples, pad_value, query_grid, scale_block_q
@@ -24,12 +24,12 @@ from .triton_common import (
     split_position,
 )
 
-FORWARD_POOL = autotune_pool(
+FORWARD_POOL = [
     triton.Config({"BLOCK_Q": 64, "BLOCK_N": 2}, num_warps=4),
     triton.Config({"BLOCK_Q": 64, "BLOCK_N": 4}, num_warps=8),
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 2}, num_warps=2),
     triton.Config({"BLOCK_Q": 16, "BLOCK_N": 2}, num_warps=1),
-)
+]
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -52,7 +52,12 @@ def largest_score(scores, L, N: tl.constexpr, BLOCK_Q: tl.constexpr, INT64_INDEX
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@autotuned(FORWARD_POOL, key=["N", "D", "LOCATIONS", "PADDED"], unspecialised=["Q", "L"], fit=scale_block_q)
+@autotuned(
+    FORWARD_POOL,
+    key=["N", "D", "LOCATIONS", "PADDED"],
+    unspecialised=["Q", "L"],
+    fit=scale_block_q,
+)
 def forward_kernel(
     out_ptr,  # (B, Q, M, D), contiguous
     value_ptr,  # (B, M, R, WORDS), or (B, M, S, D) with any strides
@@ -62,9 +67,19 @@ def forward_kernel(
     order_ptr,  # (Q,)
     geometry_ptr,  # (L, 5)
     value_strides,
-    pairs_strides,
-    scores_strides,
-    reference_strides,
+    pairs_stride_b,
+    pairs_stride_q,
+    pairs_stride_m,
+    pairs_stride_l,
+    pairs_stride_n,
+    scores_stride_b,
+    scores_stride_q,
+    scores_stride_m,
+    scores_stride_l,
+    scores_stride_n,
+    reference_stride_b,
+    reference_stride_q,
+    reference_stride_i,
     M,
     Q,
     L,
@@ -72,6 +87,7 @@ def forward_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     WORDS: tl.constexpr,
+    UNIT: tl.constexpr,
     POINT_TYPE: tl.constexpr,
     LOCATIONS: tl.constexpr,  # no reference: points are in [0, 1] and scores are weights
     PADDED: tl.constexpr,
@@ -81,7 +97,12 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """The weighted sum of the samples of BLOCK_Q queries; logits become weights on the way."""
-    tile = load_tile(order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, BLOCK_Q)
+    reference_strides = (reference_stride_b, reference_stride_q, reference_stride_i)
+    pairs_strides = (pairs_stride_b, pairs_stride_q, pairs_stride_m, pairs_stride_l, pairs_stride_n)
+    scores_strides = (scores_stride_b, scores_stride_q, scores_stride_m, scores_stride_l, scores_stride_n)
+    tile = load_tile(
+        order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, UNIT, BLOCK_Q, INT64_INDEX
+    )
     maps = head_maps(value_ptr, value_strides, tile.batch, tile.head, WORDS, PADDED)
     if LOCATIONS:
         largest = 0.0
@@ -146,9 +167,7 @@ def forward(value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor
             order_ptr=samples.order,
             geometry_ptr=maps.geometry,
             value_strides=maps.value.stride(),
-            pairs_strides=samples.pairs.stride(),
-            scores_strides=samples.scores.stride(),
-            reference_strides=samples.reference_strides,
+            **samples.strides,
             M=M,
             Q=Q,
             L=L,
@@ -156,6 +175,7 @@ def forward(value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor
             N=N,
             D=D,
             WORDS=maps.words,
+            UNIT=samples.unit,
             POINT_TYPE=samples.point_type,
             LOCATIONS=reference is None,
             PADDED=maps.padded,

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._autotune import autotune_pool, autotuned, fastest
+from .._autotune import autotuned, fastest
 from .._scatter import ScatterBuffer, scatter_add
 from .._triton import tl, triton
 from .forms import forced_value_gradient
@@ -24,11 +24,11 @@ from .triton_arguments import Samples, geometry, query_grid, scale_block_q
 from .triton_common import load_level, load_sample, load_tile, split_position
 from .triton_value_binned import fits_bins, value_gradient_binned
 
-SCATTER_POOL = autotune_pool(
+SCATTER_POOL = [
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 1}, num_warps=4),
     triton.Config({"BLOCK_Q": 16, "BLOCK_N": 2}, num_warps=4),
     triton.Config({"BLOCK_Q": 16, "BLOCK_N": 1}, num_warps=2),
-)
+]
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -51,9 +51,19 @@ def scatter_backward_kernel(
     reference_ptr,  # (B, Q, 2), or None
     order_ptr,  # (Q,)
     geometry_ptr,  # (L, 5), of maps that are not padded
-    pairs_strides,
-    scores_strides,
-    reference_strides,
+    pairs_stride_b,
+    pairs_stride_q,
+    pairs_stride_m,
+    pairs_stride_l,
+    pairs_stride_n,
+    scores_stride_b,
+    scores_stride_q,
+    scores_stride_m,
+    scores_stride_l,
+    scores_stride_n,
+    reference_stride_b,
+    reference_stride_q,
+    reference_stride_i,
     S,
     M,
     Q,
@@ -61,6 +71,7 @@ def scatter_backward_kernel(
     size_bucket,
     N: tl.constexpr,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     POINT_TYPE: tl.constexpr,
     LOCATIONS: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
@@ -70,7 +81,12 @@ def scatter_backward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Add what the samples of BLOCK_Q queries give to their four corners."""
-    tile = load_tile(order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, BLOCK_Q)
+    reference_strides = (reference_stride_b, reference_stride_q, reference_stride_i)
+    pairs_strides = (pairs_stride_b, pairs_stride_q, pairs_stride_m, pairs_stride_l, pairs_stride_n)
+    scores_strides = (scores_stride_b, scores_stride_q, scores_stride_m, scores_stride_l, scores_stride_n)
+    tile = load_tile(
+        order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, UNIT, BLOCK_Q, INT64_INDEX
+    )
     reference = (reference_ptr, reference_strides)
     channel = tl.arange(0, BLOCK_D)[None, :]
     # [BLOCK_Q, BLOCK_D]
@@ -128,9 +144,7 @@ def value_gradient_atomic(
         reference_ptr=samples.reference,
         order_ptr=samples.order,
         geometry_ptr=geometry(tuple(shapes), False, value.device),
-        pairs_strides=samples.pairs.stride(),
-        scores_strides=samples.scores.stride(),
-        reference_strides=samples.reference_strides,
+        **samples.strides,
         S=S,
         M=M,
         Q=Q,
@@ -138,6 +152,7 @@ def value_gradient_atomic(
         size_bucket=samples.size_bucket,
         N=N,
         D=D,
+        UNIT=samples.unit,
         POINT_TYPE=samples.point_type,
         LOCATIONS=samples.reference is None,
         DETERMINISTIC=buffer.deterministic,

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autotune import autotune_pool, autotuned
+from .._autotune import autotuned
 from .._tables import cached_table
-from .._triton import PRECISION, operand, tl, triton
+from .._triton import PRECISION, jit, operand, tl, triton
 from .levels import levels
 from .triton_arguments import Samples, geometry
 from .triton_common import load_level, load_sample, load_tile, pack_xy, split_position, unpack_xy
@@ -38,11 +38,11 @@ WINDOW_COLUMNS = tl.constexpr(16)  # what a tensor core multiplies at a time
 MAX_RECORD_BYTES = 1 << 28
 RECORD_BYTES = 16
 
-WINDOW_POOL = autotune_pool(
+WINDOW_POOL = [
     triton.Config({"BLOCK_R": 32}, num_warps=1),
     triton.Config({"BLOCK_R": 64}, num_warps=2),
     triton.Config({"BLOCK_R": 16}, num_warps=1),
-)
+]
 
 
 def scale_warps(config: "triton.Config", arguments: Mapping[str, Any]) -> "triton.Config":
@@ -66,7 +66,7 @@ def load_records(records_ptr, record, valid):
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["C", "Q", "L"])
+@jit(unspecialised=["C", "Q", "L"], unaligned=["reference_ptr"])
 def bin_backward_kernel(
     cursor_ptr,  # (B, M, C) int32: COUNT adds the samples of each cell; otherwise the next free record
     records_ptr,  # (samples, 2) int64; None if COUNT
@@ -76,14 +76,25 @@ def bin_backward_kernel(
     reference_ptr,  # (B, Q, 2), or None
     order_ptr,  # (Q,)
     geometry_ptr,  # (L, 5), of maps that are not padded
-    pairs_strides,
-    scores_strides,
-    reference_strides,
+    pairs_stride_b,
+    pairs_stride_q,
+    pairs_stride_m,
+    pairs_stride_l,
+    pairs_stride_n,
+    scores_stride_b,
+    scores_stride_q,
+    scores_stride_m,
+    scores_stride_l,
+    scores_stride_n,
+    reference_stride_b,
+    reference_stride_q,
+    reference_stride_i,
     C,
     M,
     Q,
     L,
     N: tl.constexpr,
+    UNIT: tl.constexpr,
     POINT_TYPE: tl.constexpr,
     LOCATIONS: tl.constexpr,
     COUNT: tl.constexpr,
@@ -92,7 +103,12 @@ def bin_backward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Count the samples of BLOCK_Q queries in each cell, or write them to the cell's records."""
-    tile = load_tile(order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, BLOCK_Q)
+    reference_strides = (reference_stride_b, reference_stride_q, reference_stride_i)
+    pairs_strides = (pairs_stride_b, pairs_stride_q, pairs_stride_m, pairs_stride_l, pairs_stride_n)
+    scores_strides = (scores_stride_b, scores_stride_q, scores_stride_m, scores_stride_l, scores_stride_n)
+    tile = load_tile(
+        order_ptr, (pairs_ptr, pairs_strides), (scores_ptr, scores_strides), M, Q, UNIT, BLOCK_Q, INT64_INDEX
+    )
     reference = (reference_ptr, reference_strides)
     cursor_ptr += (tile.batch * M + tile.head) * C
 
@@ -231,14 +247,13 @@ def bin_samples(shapes: Sequence[int], samples: Samples, normaliser: Tensor | No
             reference_ptr=samples.reference,
             order_ptr=samples.order,
             geometry_ptr=geometry(tuple(shapes), False, device),
-            pairs_strides=samples.pairs.stride(),
-            scores_strides=samples.scores.stride(),
-            reference_strides=samples.reference_strides,
+            **samples.strides,
             C=C,
             M=M,
             Q=Q,
             L=L,
             N=N,
+            UNIT=samples.unit,
             POINT_TYPE=samples.point_type,
             LOCATIONS=samples.reference is None,
             COUNT=records is None,

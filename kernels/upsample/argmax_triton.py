@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 from .._autotune import autotuned
-from .._triton import device_guard, tl, triton
+from .._triton import device_guard, strides, tl, triton
 from .tiles_triton import (
     CLASS_POOL,
     GATHERED_K,
+    SIZES,
     Strided,
     Tiles,
     channels_last,
     corner_pointers,
     corners_of_pixels,
     pixels_of_tile,
-    strides,
     window_of_corners,
     z_of_corners,
     z_of_window,
@@ -37,12 +37,15 @@ def take_classes(largest, best, z, first):
     return tl.where(better, found, largest), tl.where(better, first + position, best)
 
 
-@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"])
+@autotuned(CLASS_POOL, key=["HAS_OFFSET"], unspecialised=SIZES)
 def argmax_kernel(
     table_ptr,  # (B, h, w, padded_K), contiguous: logits
     offset_ptr,  # (B, 2, H, W) or None
     best_ptr,  # (B, H, W), contiguous int64
-    offset_strides,
+    offset_stride_b,
+    offset_stride_i,
+    offset_stride_h,
+    offset_stride_w,
     K,
     padded_K,
     h,
@@ -50,7 +53,8 @@ def argmax_kernel(
     H,
     W,
     scales,
-    shifts,
+    shift_y,
+    shift_x,
     size_bucket,
     HAS_OFFSET: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -58,7 +62,8 @@ def argmax_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """The classes of one tile."""
-    pixels = pixels_of_tile((H, W), shifts)
+    offset_strides = (offset_stride_b, offset_stride_i, offset_stride_h, offset_stride_w)
+    pixels = pixels_of_tile((H, W), (shift_y, shift_x))
     mask = pixels.in_bounds
     corners = corners_of_pixels(
         Strided(ptr=offset_ptr, strides=offset_strides), pixels, mask, (h, w), (H, W), scales, HAS_OFFSET
@@ -103,7 +108,7 @@ def forward(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Ten
             table_ptr=table,
             offset_ptr=offset,
             best_ptr=best,
-            offset_strides=strides(offset, 4),
+            **strides("offset", "bihw", offset),
             K=tiles.K,
             padded_K=tiles.padded_K,
             h=tiles.h,
@@ -111,7 +116,8 @@ def forward(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Ten
             H=tiles.H,
             W=tiles.W,
             scales=tiles.scales,
-            shifts=tiles.shifts,
+            shift_y=tiles.shifts[0],
+            shift_x=tiles.shifts[1],
             size_bucket=tiles.size_bucket,
             HAS_OFFSET=offset is not None,
             OPERAND=tiles.operand,

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from .._autotune import autotuned
 from .._scatter import ScatterBuffer, scatter_add
-from .._triton import INTERPRETED, LOWEST, PRECISION, device_guard, tl, triton
+from .._triton import INTERPRETED, LOWEST, PRECISION, device_guard, strides, tl, triton
 from .tiles_triton import (
     CLASS_POOL,
     GATHERED_K,
     PIXELS,
+    SIZES,
     Strided,
     Tiles,
     channels_last,
@@ -32,7 +33,6 @@ from .tiles_triton import (
     exp,
     limit_classes_per_warp,
     pixels_of_tile,
-    strides,
     window_of_corners,
     z_of_corners,
     z_of_window,
@@ -198,16 +198,26 @@ def add_through_corners(
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"], fit=limit_classes_per_warp)
+@autotuned(
+    CLASS_POOL,
+    key=["HAS_OFFSET"],
+    unspecialised=SIZES,
+    fit=limit_classes_per_warp,
+)
 def losses_kernel(
     table_ptr,  # (B, h, w, padded_K), contiguous: logits
     target_ptr,  # (B, H, W)
     offset_ptr,  # (B, 2, H, W) or None
     class_weights_ptr,  # (K,) or None
     losses_ptr,  # (B, H, W), contiguous float32
-    target_strides,
-    offset_strides,
-    class_weights_strides,
+    target_stride_b,
+    target_stride_h,
+    target_stride_w,
+    offset_stride_b,
+    offset_stride_i,
+    offset_stride_h,
+    offset_stride_w,
+    class_weights_stride_k,
     ignore_index,
     K,
     padded_K,
@@ -216,7 +226,8 @@ def losses_kernel(
     H,
     W,
     scales,
-    shifts,
+    shift_y,
+    shift_x,
     size_bucket,
     HAS_OFFSET: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -225,12 +236,14 @@ def losses_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """The losses of one tile."""
+    target_strides = (target_stride_b, target_stride_h, target_stride_w)
+    offset_strides = (offset_stride_b, offset_stride_i, offset_stride_h, offset_stride_w)
     tile = load_tile(
         Strided(ptr=target_ptr, strides=target_strides),
-        Strided(ptr=class_weights_ptr, strides=class_weights_strides),
+        Strided(ptr=class_weights_ptr, strides=(class_weights_stride_k,)),
         ignore_index,
         Strided(ptr=offset_ptr, strides=offset_strides),
-        K, padded_K, (h, w), (H, W), scales, shifts, HAS_OFFSET, HAS_WEIGHTS, OPERAND,
+        K, padded_K, (h, w), (H, W), scales, (shift_y, shift_x), HAS_OFFSET, HAS_WEIGHTS, OPERAND,
     )  # fmt: skip
     image_ptr = table_ptr + tile.first_element
     largest, total, z_label, _ = sum_exp(
@@ -242,7 +255,13 @@ def losses_kernel(
     tl.store(losses_ptr + pixels.b * H * W + pixels.y * W + pixels.x, loss, mask=pixels.in_bounds)
 
 
-@autotuned(CLASS_POOL, key=["K", "HAS_OFFSET"], adds_into=["grad_table_ptr"], fit=limit_classes_per_warp)
+@autotuned(
+    CLASS_POOL,
+    key=["HAS_OFFSET"],
+    adds_into=["grad_table_ptr"],
+    unspecialised=SIZES,
+    fit=limit_classes_per_warp,
+)
 def losses_backward_kernel(
     grad_losses_ptr,  # (B, H, W)
     table_ptr,  # (B, h, w, padded_K), contiguous: logits
@@ -251,10 +270,17 @@ def losses_backward_kernel(
     class_weights_ptr,  # (K,) or None
     grad_table_ptr,  # (B, h, w, padded_K), contiguous, a ScatterBuffer
     scale_ptr,  # (2,): the ScatterBuffer's scale, or None
-    grad_losses_strides,
-    target_strides,
-    offset_strides,
-    class_weights_strides,
+    grad_losses_stride_b,
+    grad_losses_stride_h,
+    grad_losses_stride_w,
+    target_stride_b,
+    target_stride_h,
+    target_stride_w,
+    offset_stride_b,
+    offset_stride_i,
+    offset_stride_h,
+    offset_stride_w,
+    class_weights_stride_k,
     ignore_index,
     K,
     padded_K,
@@ -263,7 +289,8 @@ def losses_backward_kernel(
     H,
     W,
     scales,
-    shifts,
+    shift_y,
+    shift_x,
     size_bucket,
     HAS_OFFSET: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -275,12 +302,15 @@ def losses_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """The part that one tile has in the gradient."""
+    grad_losses_strides = (grad_losses_stride_b, grad_losses_stride_h, grad_losses_stride_w)
+    target_strides = (target_stride_b, target_stride_h, target_stride_w)
+    offset_strides = (offset_stride_b, offset_stride_i, offset_stride_h, offset_stride_w)
     tile = load_tile(
         Strided(ptr=target_ptr, strides=target_strides),
-        Strided(ptr=class_weights_ptr, strides=class_weights_strides),
+        Strided(ptr=class_weights_ptr, strides=(class_weights_stride_k,)),
         ignore_index,
         Strided(ptr=offset_ptr, strides=offset_strides),
-        K, padded_K, (h, w), (H, W), scales, shifts, HAS_OFFSET, HAS_WEIGHTS, OPERAND,
+        K, padded_K, (h, w), (H, W), scales, (shift_y, shift_x), HAS_OFFSET, HAS_WEIGHTS, OPERAND,
     )  # fmt: skip
     pixels, valid = tile.pixels, tile.labels.valid
     pointers = grad_losses_ptr + pixels.b * grad_losses_strides[0] + pixels.y.to(tl.int64) * grad_losses_strides[1]
@@ -325,9 +355,9 @@ def forward(
             offset_ptr=offset,
             class_weights_ptr=class_weights,
             losses_ptr=losses,
-            target_strides=target.stride(),
-            offset_strides=strides(offset, 4),
-            class_weights_strides=strides(class_weights, 1),
+            **strides("target", "bhw", target),
+            **strides("offset", "bihw", offset),
+            **strides("class_weights", "k", class_weights),
             ignore_index=ignore_index,
             K=tiles.K,
             padded_K=tiles.padded_K,
@@ -336,7 +366,8 @@ def forward(
             H=tiles.H,
             W=tiles.W,
             scales=tiles.scales,
-            shifts=tiles.shifts,
+            shift_y=tiles.shifts[0],
+            shift_x=tiles.shifts[1],
             size_bucket=tiles.size_bucket,
             HAS_OFFSET=offset is not None,
             HAS_WEIGHTS=class_weights is not None,
@@ -376,10 +407,10 @@ def backward(
             class_weights_ptr=class_weights,
             grad_table_ptr=buffer.data,
             scale_ptr=buffer.scale,
-            grad_losses_strides=grad_losses.stride(),
-            target_strides=target.stride(),
-            offset_strides=strides(offset, 4),
-            class_weights_strides=strides(class_weights, 1),
+            **strides("grad_losses", "bhw", grad_losses),
+            **strides("target", "bhw", target),
+            **strides("offset", "bihw", offset),
+            **strides("class_weights", "k", class_weights),
             ignore_index=ignore_index,
             K=tiles.K,
             padded_K=tiles.padded_K,
@@ -388,7 +419,8 @@ def backward(
             H=tiles.H,
             W=tiles.W,
             scales=tiles.scales,
-            shifts=tiles.shifts,
+            shift_y=tiles.shifts[0],
+            shift_x=tiles.shifts[1],
             size_bucket=tiles.size_bucket,
             HAS_OFFSET=offset is not None,
             HAS_WEIGHTS=class_weights is not None,

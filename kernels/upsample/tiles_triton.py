@@ -30,14 +30,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autotune import autotune_pool, size_bucket
+from .._autotune import size_bucket
 from .._triton import INTERPRETED, operand, tl, triton
 
-CLASS_POOL = autotune_pool(
+CLASS_POOL = [
     triton.Config({"BLOCK_K": 32}, num_warps=2),
     triton.Config({"BLOCK_K": 16}, num_warps=2),
     triton.Config({"BLOCK_K": 32}, num_warps=4),
-)
+]
 
 
 def limit_classes_per_warp(config: "triton.Config", arguments: Mapping[str, Any]) -> "triton.Config":
@@ -51,6 +51,8 @@ def limit_classes_per_warp(config: "triton.Config", arguments: Mapping[str, Any]
 TILE = 8
 PIXELS = TILE * TILE
 CLASS_PADDING = 16
+# All values of these arguments share one compiled kernel: neither another size nor another number of classes compiles.
+SIZES = ("K", "h", "w", "H", "W", "shift_y", "shift_x")
 
 _TILE = tl.constexpr(TILE)
 _PIXELS = tl.constexpr(PIXELS)
@@ -268,7 +270,7 @@ class Tiles:
     @property
     def size_bucket(self) -> int:
         """The part of the autotune key that tells sizes apart."""
-        return size_bucket(self.B * self.H * self.W)
+        return size_bucket(self.B * self.H * self.W, self.K)
 
 
 def channels_last(logits: Tensor) -> Tensor:
@@ -294,8 +296,3 @@ def no_class(dtype: torch.dtype) -> float:
 def tile_shift(size: int, low_size: int) -> int:
     """How far before the first pixel the tiles start, so that an edge lies half-way between two low-size pixels."""
     return -(size // low_size // 2) % TILE if size % low_size == 0 else 0
-
-
-def strides(tensor: Tensor | None, dim: int) -> tuple[int, ...]:
-    """The strides of a tensor of `dim` dimensions; zeros for one that is not there."""
-    return (0,) * dim if tensor is None else tensor.stride()

@@ -140,11 +140,14 @@ def test_ratios_refer_to_the_baseline_of_the_same_group(tmp_path):
     first = write(
         tmp_path / "1.json", [("g", "slow", 0.2, {}), ("g", "fast", 0.05, {"peak_mib": 12.4}), ("h", "fast", 1.0, {})]
     )
-    second = write(tmp_path / "2.json", [("g", "fast", 0.1, {"share_of_bound": 0.5, "gb_per_second": 1234.5})])
+    second = write(
+        tmp_path / "2.json",
+        [("g", "fast", 0.1, {"share_of_bound": 0.5, "gb_per_second": 1234.5, "device_seconds": 0.02})],
+    )
     text = report.table(report.read([first, second]))
-    assert "| g | slow | 200 ms | 10% | 1.00 |" in text
-    assert "| g | fast | 100 ms | 10% | 2.00 |  |  | 1.23e+03 | 50% |" in text  # the later file's
-    assert "| h | fast | 1 s | 10% |  |" in text  # its group has no baseline
+    assert "| g | slow | 200 ms |  | 10% | 1.00 |" in text
+    assert "| g | fast | 100 ms | 20 ms | 10% | 2.00 |  |  | 1.23e+03 | 50% |" in text  # the later file's
+    assert "| h | fast | 1 s |  | 10% |  |" in text  # its group has no baseline
 
 
 def test_results_of_two_devices_are_kept_apart_and_named(tmp_path):

@@ -14,6 +14,8 @@ sm_90 it also says what the machine code does:
                     in a turn: what the kernel costs the GPU's schedulers. Where the compiler unrolls a loop, all its
                     turns count
     opcodes         how often the hot loop reads, writes and adds to memory, by instruction
+    layouts_across_barrier    of what a thread writes, and reads after a barrier: one layout, or it reads what another
+                    thread wrote, which on AMD's GPUs takes more than a barrier
     differences     how often the kernel subtracts a value from itself. That is zero, or NaN, only while the compiler
                     does not make one multiply-add of a product and the subtraction: no test may rest on it
 
@@ -33,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,10 +46,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelParam
 
 import unept.kernels
 from tests.helpers.offline_ops import OPS
+from unept.kernels._autotune import Tuner
 from unept.kernels._scatter import ScatterBuffer
 
 TARGETS = {
@@ -79,33 +83,43 @@ def recorded_launches(call: Callable[[], None]) -> tuple[list[tuple[Any, dict[st
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append((self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}))
 
-    originals = Autotuner.run, JITFunction.run
+    originals = Tuner.run, JITFunction.run
     make_buffer = ScatterBuffer.__init__
-    Autotuner.run = JITFunction.run = record
+    Tuner.run = JITFunction.run = record
     ScatterBuffer.__init__ = make
     try:
         call()
     finally:
-        Autotuner.run, JITFunction.run = originals
+        Tuner.run, JITFunction.run = originals
         ScatterBuffer.__init__ = make_buffer
     return launches, buffers
 
 
-def specialised(argument: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
-    """The type that Triton's launcher gives an argument; fills in constants and known divisibility by 16."""
-    if isinstance(argument, tuple):
-        return tuple(specialised(item, (*path, i), constants, attributes) for i, item in enumerate(argument))
-    if isinstance(argument, Tensor):
-        attributes[path] = [["tt.divisibility", 16]]
-        return POINTER_TYPES[argument.dtype]
-    if isinstance(argument, float):
-        return "fp32"
-    if argument is None or argument == 1:
-        constants[path] = argument
-        return "constexpr"
-    if argument % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    return "i32" if -(2**31) <= argument < 2**31 else "i64"
+@dataclass
+class Specialisation:
+    """What Triton's launcher says to the compiler about one parameter's arguments."""
+
+    parameter: KernelParam
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+
+    def type_of(self, argument: Any, path: tuple[int, ...]) -> Any:
+        """The argument's type; fills in constants and known divisibility by 16."""
+        if isinstance(argument, tuple):
+            return tuple(self.type_of(item, (*path, i)) for i, item in enumerate(argument))
+        if isinstance(argument, Tensor):
+            self.attributes[path] = [["tt.divisibility", 16]]
+            return POINTER_TYPES[argument.dtype]
+        if isinstance(argument, float):
+            return "fp32"
+        if argument is None or (argument == 1 and not self.parameter.do_not_specialize):
+            self.constants[path] = argument
+            return "constexpr"
+        if argument % 16 == 0 and not (
+            self.parameter.do_not_specialize or self.parameter.do_not_specialize_on_alignment
+        ):
+            self.attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= argument < 2**31 else "i64"
 
 
 def compiled(kernel: JITFunction, arguments: dict[str, Any], config: triton.Config, target: GPUTarget) -> Any:
@@ -121,7 +135,7 @@ def compiled(kernel: JITFunction, arguments: dict[str, Any], config: triton.Conf
         if parameter.is_constexpr:
             signature[parameter.name], constants[(i,)] = "constexpr", argument
         else:
-            signature[parameter.name] = specialised(argument, (i,), constants, attributes)
+            signature[parameter.name] = Specialisation(parameter, constants, attributes).type_of(argument, (i,))
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {name: option for name, option in arguments.items() if option is not None}
     return triton.compile(source, target=target, options=options)
@@ -164,6 +178,18 @@ MEMORY = re.compile(r"LD|ST|RED|ATOM|BAR|SHFL")
 
 
 SELF_DIFFERENCE = re.compile(r"arith\.subf (%[\w#]+), \1 ")
+
+
+BARRIER = re.compile(r"^\s+(?:ttg|gpu)\.barrier", re.M)
+# The last store before a barrier, and the loads of `grad_weight` after it, each with its layout.
+STORE = re.compile(r"tt\.store .*!tt\.ptr<\w+>, (#\w+)>")
+LOAD_AGAIN = re.compile(r"%grad_weight\w* = tt\.load .*!tt\.ptr<\w+>, (#\w+)>")
+
+
+def layouts_across_barrier(ttgir: str) -> list[str]:
+    """In which layouts a kernel writes and then reads what lies between its passes; empty without two passes."""
+    before, *after = BARRIER.split(ttgir)
+    return sorted({*STORE.findall(before)[-1:], *LOAD_AGAIN.findall("".join(after))}) if after else []
 
 
 # Kernels that execute one atomic instruction per element: their number tells how often the assembler unrolled the loop.
@@ -209,19 +235,21 @@ def compiled_rows(launched: Any, arguments: dict[str, Any], everything: bool) ->
         cubin, differences = assembly["cubin"], len(SELF_DIFFERENCE.findall(assembly["ttir"]))
         sizes = {**config.kwargs, "num_warps": config.num_warps}
         found = {**resources(cubin), **work(kernel.__name__, cubin, config), "differences": differences}
+        found["layouts_across_barrier"] = layouts_across_barrier(assembly["ttgir"])
         yield {"target": "sm_90", "config": sizes, **found}
     for name, target in list(TARGETS.items())[1:] if everything else []:
         binary = compiled(kernel, arguments, configs[0], target)
         used = resources(binary.asm["cubin"]) if target.backend == "cuda" else {}
-        yield {"target": name, "config": configs[0].kwargs, **used}
+        layouts = layouts_across_barrier(binary.asm["ttgir"])
+        yield {"target": name, "config": configs[0].kwargs, "layouts_across_barrier": layouts, **used}
 
 
 def configurations(launched: Any, arguments: dict[str, Any]) -> list[triton.Config]:
     """The configurations of a launch, as they are tried."""
     if not isinstance(launched, Autotuner):
         return [fixed_config(arguments)]
-    fit = getattr(launched, "early_config_prune", None)
-    return fit(launched.configs, {}, **arguments) if fit else launched.configs
+    launched.nargs = {}
+    return launched.prune_configs(arguments)
 
 
 def fixed_config(arguments: dict[str, Any]) -> triton.Config:

@@ -16,14 +16,14 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _encoder(dtype: torch.dtype, channels: int = 32) -> tuple[Any, ...]:
+def _encoder(dtype: torch.dtype, points_dtype: torch.dtype, channels: int = 32) -> tuple[Any, ...]:
     """grad_out, value, shapes, points and scores of the ResNet-50 variant's encoder at 480x480, as its layers call it.
 
-    B=2, L=3, N=16, M=8, D=32, 60x60 pixels per level, points and scores are views of one projection.
+    B=2, L=3, N=16, M=8, D=32, 60x60 pixels per level, points and scores are views of one projection, a plane per head.
     """
     shapes, length = [60, 60] * 3, 3 * 60 * 60
-    projection = _meta(2, length, 8, 3 * 48, dtype=dtype)
-    points, scores = projection[..., :96].view(2, length, 8, 3, 16, 2), projection[..., 96:].view(2, length, 8, 3, 16)
+    projection = _meta(8, 2, length, 3 * 48, dtype=points_dtype).permute(1, 2, 0, 3)
+    points, scores = projection[..., :96].unflatten(-1, (3, 16, 2)), projection[..., 96:].unflatten(-1, (3, 16))
     return (
         _meta(2, length, 8 * channels, dtype=dtype),
         _meta(2, length, 8, channels, dtype=dtype),
@@ -41,9 +41,13 @@ def _attention(
     reference: bool = True,
     gradient: bool = False,
     channels: int = 32,
+    points: torch.dtype = torch.float32,
 ) -> None:
-    """The encoder's attention, forward and backward, with maps and gradient of the value in a given form."""
-    grad_out, *inputs = _encoder(dtype, channels)
+    """The encoder's attention, forward and backward, with maps and gradient of the value in a given form.
+
+    Whatever the dtype of the value, the network computes points and scores in float32.
+    """
+    grad_out, *inputs = _encoder(dtype, points, channels)
     centres = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32) if reference else None
     with force_form(padded=padded, value_gradient=method):
         triton_forward.forward(*inputs, centres)
@@ -53,6 +57,11 @@ def _attention(
 def sparse_sampling(dtype: torch.dtype) -> None:
     """Maps padded, the value's gradient binned."""
     _attention(dtype)
+
+
+def sparse_sampling_one_dtype(dtype: torch.dtype) -> None:
+    """Points and scores in the dtype of the value, as models of other libraries pass them."""
+    _attention(dtype, points=dtype)
 
 
 def sparse_sampling_masked(dtype: torch.dtype) -> None:
@@ -160,6 +169,7 @@ def sizes_of_one(dtype: torch.dtype) -> None:
 OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
     "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
     "sparse_sampling, masked": (sparse_sampling_masked, ("bf16", "fp32")),
+    "sparse_sampling, one dtype": (sparse_sampling_one_dtype, ("bf16",)),
     "sparse_sampling, wide": (sparse_sampling_wide, ("bf16",)),
     "sparse_sampling, deterministic": (sparse_sampling_deterministic, ("fp32",)),
     "sparse_sampling, sizes of one": (sparse_sampling_sizes_of_one, ("fp32",)),

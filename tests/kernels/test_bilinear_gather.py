@@ -187,7 +187,7 @@ def test_saves_its_inputs_and_nothing_else(backend):
 
 
 @pytest.mark.parametrize("needed", ["features", "points"])
-def test_one_gradient_alone(backend, needed):
+def test_one_gradient_alone(backend, deterministic, needed):
     features, points = make_inputs(torch.float32, backend[1])
     grad = torch.randn(2, 5, 13, device=backend[1])
     both = dict(zip(("features", "points"), run(bilinear_gather, features, points, grad)[1:], strict=True))
@@ -210,7 +210,7 @@ def test_custom_ops_are_well_formed(backend):
 
 
 @pytest.mark.slow_interpreted
-def test_compiles_without_a_graph_break(backend):
+def test_compiles_without_a_graph_break(backend, deterministic):
     features, points = make_inputs(torch.float32, backend[1])
     grad = torch.randn(2, 5, 13, device=backend[1])
     compiled = torch.compile(bilinear_gather, fullgraph=True, backend="aot_eager")

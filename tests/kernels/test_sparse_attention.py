@@ -126,7 +126,7 @@ def test_a_query_whose_logits_are_all_the_lowest_number(backend):
 
 
 @pytest.mark.parametrize("num_points", [2, 3])
-def test_nan_in_a_map_does_not_reach_samples_outside_it(backend, num_points):
+def test_nan_in_a_map_does_not_reach_samples_outside_it(backend, deterministic, num_points):
     case = make_case(batch=2, queries=9, heads=2, num_points=num_points).to(backend[1], torch.float32)
     height, width = case.spatial_shapes[0]
 

@@ -1,12 +1,19 @@
 """Choices by measurement: made once, kept on disk, and none where nothing can be measured."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
+import triton.language as tl
 
-from unept.kernels import _autotune
+from tests.helpers.attention import attention, check, make_case
+from tests.kernels import test_bilinear_gather as gather
+from tests.kernels import test_upsample_cross_entropy as cross_entropy
+from unept.kernels import _autotune, boundary_targets, use_backend
+from unept.kernels.sparse_attention import force_form
+from unept.kernels.sparse_attention.triton_arguments import geometry
 
 SECONDS = {"slow": 2.0, "fast": 1.0}
 
@@ -60,12 +67,53 @@ def test_nothing_is_timed_while_a_graph_is_captured_or_when_told_not_to(timed, m
     assert not timed
 
 
-def test_a_pool_without_tuning_is_its_first_configuration(monkeypatch):
-    configs = [triton.Config({"BLOCK_Q": size}) for size in (64, 32)]
-    monkeypatch.setattr(_autotune, "INTERPRETED", False)
-    assert _autotune.autotune_pool(*configs) == configs
+def test_what_is_missing_while_a_graph_is_captured_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"the table geometry of these sizes .* run the same step once"):
+        geometry((123, 7), False, torch.device("cpu"))
+
+
+@_autotune.autotuned(
+    [triton.Config({"BLOCK": 8}), triton.Config({"BLOCK": 4})],
+    key=[],
+    fit=lambda config, arguments: triton.Config({"BLOCK": config.kwargs["BLOCK"] // arguments["factor"]}),
+)
+def fill_kernel(out_ptr, factor, size_bucket, BLOCK: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, BLOCK), BLOCK)
+
+
+def test_without_tuning_the_first_configuration_is_fitted_and_taken(monkeypatch):
     monkeypatch.setattr(_autotune, "TUNES", False)
-    assert _autotune.autotune_pool(*configs) == configs[:1]
+
+    def block() -> int:
+        out = torch.zeros(8, device="cuda" if torch.cuda.is_available() else "cpu")
+        fill_kernel[(1,)](out_ptr=out, factor=2, size_bucket=0)
+        return int(out[0])
+
+    assert block() == 4
+    with _autotune.force_configuration(1):
+        assert block() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(4))
+def test_every_configuration_of_every_pool(number):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with use_backend("triton"), _autotune.force_configuration(number):
+        for padded, method in itertools.product((True, False), ("binned", "atomic")):
+            with force_form(padded=padded, value_gradient=method):
+                check(attention, make_case(queries=70, num_points=5, channels=7).to(device, torch.float32))
+                check(attention, make_case(queries=9, num_points=4, channels=64, heads=1).to(device, torch.float32))
+        for padding in ("zeros", "border"):
+            gather.assert_matches_reference(*gather.make_inputs(torch.float32, device), padding)
+        arguments = cross_entropy.make_inputs(device, offset="float", weighted=True)
+        cross_entropy.assert_matches_reference(arguments)
+        labels = torch.randint(0, 3, (2, 19, 23), dtype=torch.uint8, device=device)
+        with use_backend("torch"):
+            expected = boundary_targets(labels)
+        for found, want in zip(boundary_targets(labels), expected, strict=True):
+            assert torch.equal(found, want)
 
 
 def test_tuning_of_a_tiny_problem_does_not_decide_for_real_ones():

@@ -236,7 +236,7 @@ def test_offsets_within_and_beyond_a_tile_s_window(backend, reach, h, w):
 
 @pytest.mark.parametrize("K", [11, 16, slow(48)])
 @pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float16)], ids=str)
-def test_channels_last_logits_read_in_place_or_padded(backend, dtype, K):
+def test_channels_last_logits_read_in_place_or_padded(backend, deterministic, dtype, K):
     arguments = make_inputs(backend[1], dtype, shape=(1, K, 2, 3), size=(8, 12))
     want = run(upsample_cross_entropy, arguments)
     arguments["logits"] = arguments["logits"].detach().contiguous(memory_format=torch.channels_last)

@@ -101,6 +101,22 @@ def test_what_a_model_says_about_itself_comes_back(saved):
     }  # fmt: skip
 
 
+def test_one_changed_bit_in_the_weights_is_noticed(saved, tmp_path, hub):
+    """safetensors has no checksum: config.json holds that of the file."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    shutil.copytree(folder, hub / "org" / "damaged")
+    for source, where in ((str(folder), folder), ("org/damaged", hub / "org" / "damaged")):
+        with pytest.raises(
+            ValueError, match=f"{where}/model.safetensors is damaged: its SHA-256 .* remove weights_sha256"
+        ):
+            load(source, torch.device("cpu"))
+    edit_config(folder, lambda stored: stored.pop("weights_sha256"))  # as of a model of an older version
+    assert load(folder, torch.device("cpu")).num_classes == 3
+
+
 def test_stored_mean_and_deviation_count(saved, tmp_path):
     """Another version of timm may have others for the backbone's name."""
     folder = shutil.copytree(saved, tmp_path / "model")

@@ -103,7 +103,11 @@ def pair_with_labels(files: list[Path], labels: Path, image_ending: str = "", la
     Raises:
         DatasetError: if the folder `labels` is missing, or an image has no label or several.
     """
-    require_folder(labels)
+    if not labels.is_dir():
+        raise DatasetError(
+            f"there is no folder {labels}: check the dataset's root folder and split. Training and evaluation need a "
+            f"label of each of the {len(files)} images; without labels, segment images with `python -m unept.predict`"
+        )
     exact = label_ending.lower().endswith(LABEL_SUFFIXES)
     existing: dict[str, list[Path]] = {}
     for path in sorted(labels.iterdir()):

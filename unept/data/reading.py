@@ -166,8 +166,8 @@ def read_label(path: Path, colors: bool = False) -> np.ndarray:
 
 def _rawmode(image: Image.Image) -> str:
     """How the pixels lie in the file, in PIL's words, such as "L;4" for gray of 4 bits; empty if PIL does not say."""
-    tiles: list[Any] = getattr(image, "tile", [])  # of images that come from files
-    arguments = tiles[0][3] if tiles else ""
+    tile: Any = getattr(image, "tile", None)
+    arguments = tile[0][3] if tile else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
 

@@ -12,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
+# Numbers that a GPU counts in at a time: 8 MB.
+COUNTERS = 1 << 20
+
 
 @dataclass(frozen=True)
 class RegionScores:
@@ -356,8 +359,13 @@ def _validate(
 def _bincount(values: Tensor, length: int) -> Tensor:
     """Count how often each of 0..length-1 occurs, int64 (length,); the value `length` is not counted."""
     # torch.bincount waits for a GPU, because its result's size depends on the values.
-    counts = torch.zeros(length + 1, dtype=torch.int64, device=values.device)
-    return counts.index_add_(0, values.flatten(), torch.ones_like(values.flatten()))[:length]
+    values = values.flatten()
+    copies = max(1, min(256, COUNTERS // (length + 1))) if values.is_cuda else 1
+    if copies > 1:
+        # Most pixels of an image have few values: they would add millions of times to one address, one after another.
+        values = values + torch.arange(len(values), device=values.device).remainder_(copies) * (length + 1)
+    counts = torch.zeros(copies * (length + 1), dtype=torch.int64, device=values.device)
+    return counts.index_add_(0, values, torch.ones_like(values)).view(copies, length + 1).sum(0)[:length]
 
 
 def _check_inputs(prediction: Tensor, target: Tensor, counts: Tensor) -> None:

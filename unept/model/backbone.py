@@ -4,12 +4,14 @@ import difflib
 import inspect
 import math
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from .finite import require_finite
@@ -101,6 +103,7 @@ class Backbone(nn.Module):
             for ResNets, as in the paper, and the backbone's own for others.
         pretrained: load timm's ImageNet weights from its hub.
         weights: load them from this file instead (.safetensors, or a .pth of tensors).
+        in_chans: channels of the images, C; timm adapts pretrained weights to other numbers than 3.
         image_size: for models that see images of one size only: the side in pixels of the squares into which images
             are cut, each of which the model sees alone; timm's `img_size` where the model takes it. None: whole images.
 
@@ -126,14 +129,19 @@ class Backbone(nn.Module):
         output_stride: int | None = None,
         pretrained: bool = False,
         weights: str | Path | None = None,
+        in_chans: int = 3,
         image_size: int | None = None,
     ):
         super().__init__()
+        if in_chans < 1:
+            raise ValueError(f"in_chans is {in_chans}; an image has at least 1 channel")
         self.image_size = image_size
         probe = _probe(name)
         info = probe.feature_info
         reductions = [item["reduction"] for item in (info if isinstance(info, list) else info.info)]
         options: dict = {"out_indices": _pyramid_indices(reductions, num_levels, name)}
+        if in_chans != 3:
+            options["in_chans"] = in_chans
         if output_stride is None and isinstance(probe, timm.models.ResNet):
             output_stride = 8
         if output_stride is not None:
@@ -148,13 +156,14 @@ class Backbone(nn.Module):
             _check_weights(Path(weights), probe, name)
             options["pretrained_cfg_overlay"] = {"file": str(weights)}
         del probe
+        self.name = name
         self.features = self._create(name, pretrained or weights is not None, options)
         self.channels: list[int] = self.features.feature_info.channels()
         self.strides: list[int] = self.features.feature_info.reduction()
         self.channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
         preprocessing = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
         own_size = max(preprocessing.input_size[1:])
-        self.divisor = find_divisor(self.features, math.lcm(*self.strides), own_size, name, image_size)
+        self.divisor = find_divisor(self.features, math.lcm(*self.strides), own_size, name, in_chans, image_size)
         self.mean: tuple[float, ...] = tuple(preprocessing.mean)
         self.std: tuple[float, ...] = tuple(preprocessing.std)
 
@@ -179,11 +188,40 @@ class Backbone(nn.Module):
                 "(--no-pretrained-backbone)"
             ) from error
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the stages again in the backward instead of keeping what they computed.
+
+        Raises:
+            ValueError: timm has no such option for this model.
+        """
+        module = self.features if hasattr(self.features, "set_grad_checkpointing") else self.features.model
+        try:
+            module.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f"timm's {self.name} has no gradient checkpointing: train without it") from error
+
+    def layers(self, coarse: bool = False) -> dict[str, int]:
+        """Number the layers of the backbone from 0, the stem, for the parameters by their names in `features`.
+
+        Args:
+            coarse: number stages instead of layers; blocks of a ViT in either case.
+        """
+        names = [name for name, _ in self.features.named_parameters()]
+        known = {name: re.sub(r"([a-z])_(\d+)\.", r"\1.\2.", name.removeprefix("model.")) for name in names}
+        probe = _probe(self.name)
+        if not hasattr(probe, "group_matcher"):
+            raise ValueError(
+                f"timm does not say what the layers of {self.name} are: train without layer_decay and freeze_stages"
+            )
+        pairs = [(known[name], name) for name in names]
+        grouped = group_with_matcher(iter(pairs), probe.group_matcher(coarse=coarse), return_values=True)
+        return {name: layer for layer, members in grouped.items() for name in members}
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the feature maps.
 
         Args:
-            images: (B, 3, H, W), normalised; H and W are multiples of `divisor`.
+            images: (B, C, H, W), normalised; H and W are multiples of `divisor`.
 
         Returns:
             L maps (B, C_l, H / stride_l, W / stride_l).

@@ -151,6 +151,9 @@ class TrainableModel(SegmentationModel, Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `nn.Module.parameters`."""
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """See `nn.Module.named_parameters`."""
+
     def state_dict(self) -> dict[str, Any]:
         """See `nn.Module.state_dict`."""
 

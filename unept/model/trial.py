@@ -21,16 +21,19 @@ REFUSALS = (
 )
 
 
-def find_divisor(features: nn.Module, divisor: int, own_size: int, name: str, image_size: int | None = None) -> int:
+def find_divisor(
+    features: nn.Module, divisor: int, own_size: int, name: str, in_chans: int = 3, image_size: int | None = None
+) -> int:
     """The number of which the sides of images must be multiples, and freeze what the feature maps do not depend on.
 
     Distributed training waits for the gradient of every parameter that is not frozen.
 
     Args:
-        features: the backbone, on the CPU; images (B, 3, H, W) to feature maps.
+        features: the backbone, on the CPU; images (B, C, H, W) to feature maps.
         divisor: the least common multiple of its strides.
         own_size: the side of the images that it was made for.
         name: its name, for the message.
+        in_chans: channels of its images, C.
         image_size: the side of the only images that it is to see; None for images of any size.
 
     Returns:
@@ -48,7 +51,7 @@ def find_divisor(features: nn.Module, divisor: int, own_size: int, name: str, im
         if height == width and not image_size:
             width += unit
         try:
-            reached = _reached_parameters(features, (height, width))
+            reached = _reached_parameters(features, (in_chans, height, width))
         except REFUSALS as error:
             refusal = refusal or error
             continue
@@ -67,21 +70,21 @@ def find_divisor(features: nn.Module, divisor: int, own_size: int, name: str, im
     ) from refusal
 
 
-def _reached_parameters(features: nn.Module, size: Sequence[int]) -> set[str]:
-    """Names of the parameters that the feature maps of an image of `size` (H, W) depend on."""
+def _reached_parameters(features: nn.Module, shape: Sequence[int]) -> set[str]:
+    """Names of the parameters that the feature maps of an image of `shape` (C, H, W) depend on."""
     modes = [(module, module.training) for module in features.modules()]
     features.eval()
     try:
         # Meta tensors have a shape and no values, so that this costs no arithmetic and no memory.
-        return _trace(features, size, "meta")
+        return _trace(features, shape, "meta")
     except REFUSALS:
-        return _trace(features, size, "cpu")  # perhaps it was the meta tensors that the model does not take
+        return _trace(features, shape, "cpu")  # perhaps it was the meta tensors that the model does not take
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _trace(features: nn.Module, size: Sequence[int], device: str) -> set[str]:
+def _trace(features: nn.Module, shape: Sequence[int], device: str) -> set[str]:
     tensors = {**dict(features.named_parameters()), **dict(features.named_buffers())}
     if device == "meta":
         parameters = {name for name, _ in features.named_parameters()}
@@ -89,7 +92,7 @@ def _trace(features: nn.Module, size: Sequence[int], device: str) -> set[str]:
         for name in parameters:
             tensors[name].requires_grad_()
     with torch.inference_mode(False), torch.enable_grad():
-        maps = torch.func.functional_call(features, tensors, (torch.zeros(1, 3, *size, device=device),))
+        maps = torch.func.functional_call(features, tensors, (torch.zeros(1, *shape, device=device),))
     leaves = {id(leaf) for leaf in _leaves(maps)}
     return {name for name, tensor in tensors.items() if id(tensor) in leaves}
 

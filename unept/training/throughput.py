@@ -35,7 +35,7 @@ class Throughput:
     """
 
     def __init__(self, device: torch.device, workers: int, ranks: int = 1):
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.workers = max(1, workers)
         self.ranks = ranks
         self.since: float | None = None
@@ -92,7 +92,7 @@ class Throughput:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # whichever device is the current one
         return event
 
     def _clear(self) -> None:
