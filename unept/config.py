@@ -47,6 +47,8 @@ class ModelConfig:
     """Number of hidden channels of the feed-forward networks."""
     dropout: float = 0.1
     """Dropout rate in the transformer."""
+    attention: Literal["sparse_sampling", "full", "sparse_transformer", "longformer", "reformer"] = "sparse_sampling"
+    """Attention of the transformer: sparse sampling, or one of those that Table 8 compares it with."""
     context_queries: Literal["spatial", "learned"] = "spatial"
     """Input of the decoder: the spatial branch, or the learned table of the paper's baseline (no refinement)."""
     boundary_upsampling: Literal["bilinear", "subpixel"] = "bilinear"

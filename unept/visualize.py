@@ -12,7 +12,6 @@ from .data import DatasetError
 from .data.files import find_images, read_image
 from .evaluation.comparison import compare_classes, short_names
 from .inference import InferenceConfig, InferenceOptions, infer
-from .model.attention import SparseSamplingAttention
 from .model.network import UNEPT
 from .pictures import drawing, figures
 from .pictures.recording import Attention, NotInModel, record, sampling_layer
@@ -68,9 +67,7 @@ class VisualizeConfig:
             raise ValueError("--no-refine leaves nothing to compare: choose other pictures with --pictures instead")
 
 
-def draw_image(
-    options: VisualizeConfig, config: InferenceConfig, model: UNEPT, layer: SparseSamplingAttention, file: Path
-) -> Iterator[str]:
+def draw_image(options: VisualizeConfig, config: InferenceConfig, model: UNEPT, file: Path) -> Iterator[str]:
     """Draw the pictures of one image that the options name.
 
     Yields:
@@ -88,8 +85,14 @@ def draw_image(
             f"the query ({query[0]:g}, {query[1]:g}) lies outside {file}, which has {width} x {height} pixels: give "
             f"--query X Y from 0 0 to {width - 1} {height - 1}"
         )
-    recording = record(model, image, config, query, layer)
     missing = []
+    try:
+        layer = sampling_layer(model, options.points_of, options.layer) if "points" in options.pictures else None
+    except NotInModel as error:
+        if len(set(options.pictures)) == 1:
+            raise
+        layer, missing = None, [str(error)]
+    recording = record(model, image, config, query, layer)
     for picture in dict.fromkeys(options.pictures):
         path = options.out / f"{file.stem}_{picture}.png"
         note = ""
@@ -102,7 +105,7 @@ def draw_image(
                 figures.draw_pyramid(image, recording, path)
             elif picture == "attention":
                 figures.draw_attention(model, image, recording, query, path)
-            else:
+            elif recording.points is not None:
                 caption = f"{file.stem}: what a query of the {ATTENTIONS[options.points_of]} reads"
                 drawing.sampled_points(recording.points, image.cpu(), caption, path)
         except NotInModel as error:
@@ -146,8 +149,7 @@ def visualize(options: VisualizeConfig) -> int:
         return 0
     files = find_images(options.images)
     model, config = cli.open_model(options.run, options.device, options.inference, options.out)
-    layer = sampling_layer(model, options.points_of, options.layer)
-    return cli.process_images(files, lambda file: draw_image(options, config, model, layer, file), failure="drawn")
+    return cli.process_images(files, lambda file: draw_image(options, config, model, file), failure="drawn")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ def runs(tmp_path_factory):
         "conv": small_model(),
         "vit": small_model(backbone="vit_tiny_patch16_224"),
         "learned": small_model(context_queries="learned"),
+        "full": small_model(attention="full"),
     }
     for name, network in networks.items():
         save_run(folder / name, network)
@@ -66,7 +67,14 @@ def test_what_a_network_does_not_have_is_said_once(runs, command, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("run", "picture"), [("conv", "attention"), ("learned", "refinement")])
+def test_a_network_of_another_attention_samples_no_points(runs, command, tmp_path):
+    status, out, _ = command("a.png", "--run", runs / "full", "--pictures", "points", "pyramid")
+    assert status == 0
+    assert written(tmp_path) == {"a_pyramid.png"}
+    assert "no points picture: this network's attention is 'full', which samples no points" in out
+
+
+@pytest.mark.parametrize(("run", "picture"), [("conv", "attention"), ("learned", "refinement"), ("full", "points")])
 def test_only_what_the_network_does_not_have(runs, command, run, picture):
     status, _, err = command("a.png", "--run", runs / run, "--pictures", picture)
     assert status == 2

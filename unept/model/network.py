@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..colors import default_palette
+from .attention_variants import ATTENTIONS
 from .backbone import Backbone, PyramidProjection
 from .boundary import DIRECTIONS, PixelHead, Refinement, SubpixelConv
 from .hub import HubMixin
@@ -38,6 +39,8 @@ class UNEPT(nn.Module, HubMixin):
         num_decoder_layers: layers of the decoder.
         ffn_dim: hidden channels of the transformer's feed-forward networks.
         dropout: dropout probability in the transformer.
+        attention: `"sparse_sampling"`, or one of those that Table 8 compares it with: `"full"`, `"sparse_transformer"`,
+            `"longformer"` or `"reformer"` (`unept.model.attention_variants`).
         context_queries: `"spatial"`, or `"learned"` for the paper's baseline without a spatial branch (Table 5), which
             predicts no boundary and does not refine.
         boundary_upsampling: how boundaries and directions come from 1/8 to the resolution of the image: `"bilinear"`,
@@ -78,6 +81,7 @@ class UNEPT(nn.Module, HubMixin):
         num_decoder_layers: int = 2,
         ffn_dim: int = 2048,
         dropout: float = 0.1,
+        attention: str = "sparse_sampling",
         context_queries: str = "spatial",
         boundary_upsampling: str = "bilinear",
         boundary_features: str = "spatial",
@@ -89,6 +93,7 @@ class UNEPT(nn.Module, HubMixin):
         _check_classes(num_classes, classes=classes, palette=palette)
         if d_model % 8:
             raise ValueError(f"d_model is {d_model}: it must be a multiple of 8")
+        _check_choice("attention", attention, *ATTENTIONS)
         _check_choice("context_queries", context_queries, "spatial", "learned")
         _check_choice("boundary_upsampling", boundary_upsampling, "bilinear", "subpixel")
         _check_choice("boundary_features", boundary_features, "spatial", "spatial+decoder")
@@ -113,6 +118,7 @@ class UNEPT(nn.Module, HubMixin):
             num_points=num_points,
             ffn_dim=ffn_dim,
             dropout=dropout,
+            attention=attention,
         )
         self.encoder = Encoder(num_encoder_layers, size)
         self.decoder = Decoder(num_decoder_layers, size)
