@@ -69,7 +69,7 @@ class Trainer:
         self.resumes = distributed.run_on_main(lambda: run_folder.should_resume(config, out))
         self.model = self.build_model().to(self.device)
         weights = distributed.run_on_main(lambda: class_weights(config, self.train_set))
-        self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index, weights).to(self.device)
+        self.loss = self.build_loss(weights).to(self.device)
         cuda = self.device.type == "cuda"
         self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
         if self.amp and not cuda:
@@ -108,6 +108,10 @@ class Trainer:
         return UNEPT(
             len(self.train_set.classes), classes=self.train_set.classes, palette=self.train_set.palette, **options
         )
+
+    def build_loss(self, class_weights: Tensor | None) -> UNEPTLoss:
+        """Return the loss. A subclass that trains another network may return another one."""
+        return UNEPTLoss(self.config.loss_weights, self.train_set.ignore_index, class_weights)
 
     def train(self) -> dict[str, Any]:
         """Train to the last step, from the last checkpoint if the run is continued.
