@@ -1,8 +1,8 @@
 """Tables of what `bench.ablations` found, and the targets of the project."""
 
-import statistics
-from collections.abc import Sequence
 from typing import Any
+
+from unept.evaluation.comparison import mean_and_deviation
 
 from .ablation_plan import BASELINES, FINAL, PAPER_GB, best_rate, plan
 
@@ -29,12 +29,11 @@ def report(results: Results) -> str:
     for name in sorted(rows, key=place):
         of = rows[name]
         title = name if len(of) == 1 else f"{name} ({len(of)} seeds)"
-        percent = [_spread([r[key] for r in of], 100, 2) for key in SCORES[:5]]
+        percent = [mean_and_deviation([r[key] for r in of], 100, 2) for key in SCORES[:5]]
         parameters = f"{of[0]['parameters'] / 1e6:.1f}"
         rest = ("training_images_per_s", "images_per_s", "peak_gib", "minutes")
-        lines.append(
-            f"| {' | '.join([title, *percent, parameters, *(_spread([r[key] for r in of], 1, 1) for key in rest)])} |"
-        )
+        rates = [mean_and_deviation([r[key] for r in of], 1, 1) for key in rest]
+        lines.append(f"| {' | '.join([title, *percent, parameters, *rates])} |")
     measured = {name: r for name, r in results.items() if "peak_gb" in r}
     if measured:
         lines += ["", "| training step | peak GB | M parameters | GMACs |", "|---|---:|---:|---:|"]
@@ -42,15 +41,6 @@ def report(results: Results) -> str:
             r = measured[name]
             lines.append(f"| {name} | {r['peak_gb']:.2f} | {r['parameters'] / 1e6:.1f} | {r['gmacs']:.1f} |")
     return "\n".join([*lines, "", *check_targets(results)])
-
-
-def _spread(values: Sequence[float | None], scale: float, digits: int) -> str:
-    """Format the mean of one value per seed, with the standard deviation if there are several; empty without values."""
-    known = [scale * value for value in values if value is not None]
-    if not known:
-        return ""
-    mean = f"{statistics.mean(known):.{digits}f}"
-    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
 def check_targets(results: Results) -> list[str]:

@@ -1,13 +1,14 @@
 """Evaluate a trained model: `python -m unept.evaluate RUN` prints a table and writes JSON and a picture (Sec. 4)."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 
 from . import cli, distributed
+from .evaluation.comparison import format_means
 from .evaluation.evaluator import check_classes as check_classes
 from .evaluation.evaluator import evaluate_model as evaluate_model
 from .evaluation.evaluator import format_table as format_table
@@ -26,6 +27,8 @@ class EvaluateConfig:
 
     run: tyro.conf.Positional[Path]
     """Run folder that unept.train wrote."""
+    others: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """More run folders, each of which is evaluated likewise; their means and standard deviations come last."""
     split: Literal["val", "train", "test"] = "val"
     """Part of the data set."""
     root: Path | None = None
@@ -46,6 +49,8 @@ class EvaluateConfig:
 def evaluate_run(options: EvaluateConfig) -> None:
     """Evaluate the best model of a run folder; print the table, write evaluation.json and evaluation.png.
 
+    Of several runs the means are printed too.
+
     Under torchrun each process evaluates its share; rank 0 prints and writes.
 
     Raises:
@@ -54,10 +59,12 @@ def evaluate_run(options: EvaluateConfig) -> None:
     """
     device = distributed.choose_device(options.device)
     with distributed.process_group(device):
-        _evaluate_run(options, device)
+        scores = [_evaluate_run(replace(options, run=run), device) for run in (options.run, *options.others)]
+        if len(scores) > 1 and distributed.is_main():
+            print(f"\n{format_means(scores)}")
 
 
-def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
+def _evaluate_run(options: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     trained, model = load_run(options.run, device)
     dataset = trained.data.build(options.split, options.root)
     config = resolve(options.inference, model)
@@ -74,13 +81,14 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
             on_bad_sample=options.on_bad_sample,
         )
     if not distributed.is_main():
-        return
+        return scores
     print(f"{format_table(scores, dataset.classes)}\nProtocol: {config.describe()}.")
     record = {"split": options.split, "classes": list(dataset.classes), **scores, "inference": asdict(config)}
     json_path, picture_path = options.run / "evaluation.json", options.run / "evaluation.png"
     write_json(json_path, record)
     drawing.class_bars(scores, dataset.classes, picture_path)
     print(f"Written: {json_path} and {picture_path}")
+    return scores
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from bench import ablation_plan, ablation_report, ablations, smp
+from bench import ablation_plan, ablation_report, ablations, pictures, smp
 from tests.helpers import layouts
 from tests.helpers.models import missing_members
 from unept.evaluation.comparison import load_evaluation as read_evaluation
@@ -65,6 +65,25 @@ def test_jobs_run_once_and_end_in_a_table(inputs, tmp_path, monkeypatch, capsys)
     assert run(monkeypatch, *both) == 0
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert "== " not in capsys.readouterr().out
+
+
+def test_trained_networks_are_drawn_side_by_side(inputs, tmp_path, monkeypatch, capsys):
+    """A compared network is loaded again as it was saved, and predicts what it did."""
+    pytest.importorskip("segmentation_models_pytorch")
+    torch.manual_seed(0)
+    small = [*inputs, tmp_path, "--iterations", 1, "--batch-size", 2, "--crop-size", 48, 64]
+    assert run(monkeypatch, *small, "--job", "CCNet") == 0
+    job = next(job for job in ablation_plan.plan({}) if job.name == "CCNet")
+    saved = torch.load(tmp_path / "runs" / "CCNet" / "model" / "model.pt", weights_only=True)
+    loaded = pictures.load(job, tmp_path)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    arguments = [inputs[1], "--out", tmp_path, "--pictures", tmp_path, "--samples", 1, "--names"]
+    monkeypatch.setattr(sys, "argv", ["bench.pictures", "--data", *map(str, [*arguments, "CCNet"])])
+    assert pictures.main() == 0
+    assert (tmp_path / "0_comparison.png").stat().st_size > 5000
+    monkeypatch.setattr(sys, "argv", ["bench.pictures", "--data", *map(str, [*arguments, "OCRNet"])])
+    assert pictures.main() == 2
+    assert "train it first by python -m bench.ablations --only OCRNet ..." in "".join(capsys.readouterr())
 
 
 def test_a_failed_job_does_not_stop_the_others(inputs, tmp_path, monkeypatch, capfd):
