@@ -174,7 +174,7 @@ def test_targets():
         "- pass: pyramid above baseline",
         "- MISS: unept above pyramid",
         "- MISS: resnet50: at most 40 % of 7.0 GB at batch 2",
-        "- not measured: deit_base_distilled_patch16_384: at most 40 % of 8.5 GB at batch 2",
+        "- not measured: deit_base_distilled_patch16_384.fb_in1k: at most 40 % of 8.5 GB at batch 2",
     ]
     assert json.dumps(results)
     assert "| memory resnet50 B=2 triton bf16 compiled | 2.90 | 30.0 | 134.1 |" in ablation_report.report(results)

@@ -5,11 +5,16 @@ import inspect
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.func import functional_call
+
+from .checks import check_choice
 
 
 def _probe(name: str) -> nn.Module:
@@ -96,6 +101,8 @@ class Backbone(nn.Module):
             for ResNets, as in the paper, and the backbone's own for others.
         pretrained: load timm's ImageNet weights from its hub.
         weights: load them from this file instead (.safetensors, or a .pth of tensors).
+        position_resize: how the position embedding of a ViT is resized to other images than it was trained on:
+            `"bicubic"`, with antialiasing, as timm does, or `"bilinear"`, as the paper says (Sec. 4.2).
 
     Attributes:
         channels: number of channels of each feature map.
@@ -117,8 +124,10 @@ class Backbone(nn.Module):
         output_stride: int | None = None,
         pretrained: bool = False,
         weights: str | Path | None = None,
+        position_resize: str = "bicubic",
     ):
         super().__init__()
+        check_choice("position_resize", position_resize, "bicubic", "bilinear")
         probe = _probe(name)
         info = probe.feature_info
         reductions = [item["reduction"] for item in (info if isinstance(info, list) else info.info)]
@@ -136,6 +145,9 @@ class Backbone(nn.Module):
             options["pretrained_cfg_overlay"] = {"file": str(weights)}
         del probe
         self.features = self._create(name, pretrained or weights is not None, options)
+        self.resizes_bilinearly = position_resize == "bilinear"
+        if self.resizes_bilinearly and getattr(getattr(self.features, "model", None), "pos_embed", None) is None:
+            raise ValueError(f"{name} has no position embedding to resize: omit position_resize")
         self.channels: list[int] = self.features.feature_info.channels()
         self.strides: list[int] = self.features.feature_info.reduction()
         self.channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
@@ -165,10 +177,27 @@ class Backbone(nn.Module):
         Returns:
             L maps (B, C_l, H / stride_l, W / stride_l).
         """
-        features = self.features(images)
+        features = self._with_bilinear_positions(images) if self.resizes_bilinearly else self.features(images)
         if self.channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return features
+
+    def _with_bilinear_positions(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of a ViT that is given its position embedding in the size of the images, so that timm resizes
+        nothing.
+        """
+        vit: Any = self.features.model
+        grid = vit.patch_embed.grid_size
+        size = [n // stride for n, stride in zip(images.shape[2:], vit.patch_embed.patch_size, strict=True)]
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        embedding = resample_abs_pos_embed(
+            vit.pos_embed, size, grid, num_prefix_tokens=prefix, interpolation="bilinear", antialias=False
+        )
+        vit.patch_embed.grid_size = tuple(size)
+        try:
+            return functional_call(self.features, {"model.pos_embed": embedding}, (images,))
+        finally:
+            vit.patch_embed.grid_size = grid
 
 
 class PyramidProjection(nn.Module):
@@ -179,13 +208,14 @@ class PyramidProjection(nn.Module):
     Args:
         channels: number of channels of each level.
         d_model: channels of the transformer, a multiple of 8.
+        norm: whether the normalisation is there; the paper and the released code have none.
     """
 
-    def __init__(self, channels: list[int], d_model: int):
+    def __init__(self, channels: list[int], d_model: int, norm: bool = True):
         super().__init__()
-        self.levels = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, d_model, 1), nn.GroupNorm(d_model // 8, d_model)) for c in channels
-        )
+        self.levels = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d_model, 1)) for c in channels)
+        for level in self.levels if norm else ():
+            level.append(nn.GroupNorm(d_model // 8, d_model))
         for level in self.levels:
             nn.init.xavier_uniform_(level[0].weight)
             nn.init.zeros_(level[0].bias)

@@ -43,10 +43,13 @@ class LayerSize:
     """Dropout probability after each attention and in the feed-forward network."""
     attention: str = "sparse_sampling"
     """Which attention, one of `unept.model.attention_variants.ATTENTIONS`."""
+    decoder_self_attention: str | None = None
+    """The one of the context queries among themselves; None means `attention`."""
 
-    def build_attention(self, num_levels: int, *, cross: bool = False) -> nn.Module:
+    def build_attention(self, num_levels: int, *, name: str | None = None, cross: bool = False) -> nn.Module:
         """A new attention of this size over `num_levels` levels; `cross` if queries and values are different tokens."""
-        return build_attention(self.attention, self.d_model, self.num_heads, num_levels, self.num_points, cross=cross)
+        name = name or self.attention
+        return build_attention(name, self.d_model, self.num_heads, num_levels, self.num_points, cross=cross)
 
 
 class EncoderLayer(nn.Module):
@@ -81,7 +84,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, size: LayerSize):
         super().__init__()
-        self.self_attention = size.build_attention(num_levels=1)
+        self.self_attention = size.build_attention(num_levels=1, name=size.decoder_self_attention)
         self.cross_attention = size.build_attention(size.num_levels, cross=True)
         self.dropout = nn.Dropout(size.dropout)
         self.norm1 = nn.LayerNorm(size.d_model)
@@ -122,11 +125,12 @@ class Encoder(nn.Module):
     Args:
         num_layers: number of layers.
         size: of each layer.
+        scale_encoding_std: standard deviation of the scale encoding at the start.
     """
 
-    def __init__(self, num_layers: int, size: LayerSize):
+    def __init__(self, num_layers: int, size: LayerSize, scale_encoding_std: float = 0.02):
         super().__init__()
-        self.scale_encoding = nn.Parameter(torch.randn(size.num_levels, size.d_model) * 0.02)
+        self.scale_encoding = nn.Parameter(torch.randn(size.num_levels, size.d_model) * scale_encoding_std)
         self.layers = nn.ModuleList(EncoderLayer(size) for _ in range(num_layers))
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:

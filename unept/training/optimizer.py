@@ -32,7 +32,7 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """Return the factor of the learning rates at a step, which counts from 0."""
     warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.schedule == "step":
-        return warmup * (0.1 if step >= config.iterations * 2 / 3 else 1.0)
+        return warmup * (0.1 if step >= config.iterations * config.lr_drop else 1.0)
     return warmup * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
 
 

@@ -111,7 +111,14 @@ class Trainer:
 
     def build_loss(self, class_weights: Tensor | None) -> UNEPTLoss:
         """Return the loss. A subclass that trains another network may return another one."""
-        return UNEPTLoss(self.config.loss_weights, self.train_set.ignore_index, class_weights)
+        return UNEPTLoss(
+            self.config.loss_weights,
+            self.train_set.ignore_index,
+            class_weights,
+            num_directions=self.config.model.num_directions,
+            direction_pixels=self.config.direction_pixels,
+            boundary_balance=self.config.boundary_balance,
+        )
 
     def train(self) -> dict[str, Any]:
         """Train to the last step, from the last checkpoint if the run is continued.
@@ -179,6 +186,7 @@ class Trainer:
         transform = train_transform(
             data.crop_size,
             short_side=data.short_side,
+            long_side=data.long_side,
             scale=data.scale,
             cat_max_ratio=data.cat_max_ratio,
             flip=data.flip,
