@@ -75,6 +75,17 @@ def test_command(run_folder, command):
     assert f"Expected calibration error {record['calibration']['ece']:.2%}" in out
 
 
+def test_several_runs_end_in_their_mean(run_folder, command, tmp_path):
+    save_run(tmp_path / "other", num_classes=8)
+    status, out, _ = command(run_folder, tmp_path / "other", "--window", "96")
+    assert status == 0
+    scores = [json.loads((run / "evaluation.json").read_text())["mIoU"] for run in (run_folder, tmp_path / "other")]
+    assert scores[0] != scores[1]
+    last = out[out.index("mean of 2 runs") :].splitlines()
+    assert last[1].split()[1] == f"{50 * sum(scores):.2f}"
+    assert len(last) == 5
+
+
 def test_command_line_wins_over_the_run(run_folder, command, tmp_path):
     options = ("--refine-scale", "1", "--boundary-tolerance", "1", "--split", "val", "--out", tmp_path / "new" / "out")
     before = {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}
