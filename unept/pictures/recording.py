@@ -72,7 +72,7 @@ def record(
     Args:
         model: a network in any mode; it is evaluated in `eval()` and left as it was.
         image: uint8 (3, H, W) on the model's device.
-        config: inference options, of which only `short_side` and `amp` count.
+        config: inference options, of which only `short_side`, `long_side` and `amp` count.
         query: a position (x, y) in pixels of the image.
         attention: the layer of `model` whose points to record; of its queries the nearest to `query` is taken. None
             records no points.
