@@ -91,7 +91,7 @@ def multi_scale(network: Network, images: Tensor) -> Variant:
     views = {"scales": PAPER_SCALES, "flip": True}
     with as_reference(network.module):
         expected = predict_ids(network.module, images.to(REFERENCE), InferenceConfig(**views, amp="off"))
-    step = partial(predict_ids, network.module, images, InferenceConfig(**views))
+    step = partial(predict_ids, network.module, images, InferenceConfig(**views, amp="bf16" if AMP else "off"))
     return Variant(step, partial(assert_agree, step, expected))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._triton import refuse_capture
 
-MAX_BYTES = 64 << 20
+MAX_BYTES = 32 << 20
 """What the tables of one function may take on one device. When it is passed, the least recently used half goes."""
 
 

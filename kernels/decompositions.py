@@ -49,7 +49,7 @@ def _upsample_cross_entropy(
 ) -> Tensor:
     logits = logits.to(compute_dtype(logits))
     weights = None if class_weights is None else class_weights.to(logits.dtype)
-    options = {"ignore_index": ignore_index, "class_weights": weights, "reduction": "none"}
+    options: dict[str, Any] = {"ignore_index": ignore_index, "class_weights": weights, "reduction": "none"}
     return reference.upsample_cross_entropy(logits, target, offset, **options)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {f"unept.{name}" for name in ("train", "evaluate", "predict", "visualize", "submission", "export")}
+COMMANDS = {f"unept.{name}" for name in ("train", "evaluate", "predict", "demo", "visualize", "submission", "export")}
 # Prints what `import unept` adds to torch and timm: seconds of CPU time, and those of the heavy modules that it loads.
 MEASURE = """
 import sys, time

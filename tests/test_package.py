@@ -17,7 +17,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"unept": "unept", "kernels": "unept/kernels"}
-TESTED_TOO = ("tests", "bench", "docs", ".ci", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")  # an sdist has them
+TESTED_TOO = (
+    "tests",
+    "bench",
+    "docs",
+    ".ci",
+    ".dockerignore",
+    "Dockerfile",
+    "mkdocs.yml",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+)  # an sdist has them
 DISTRIBUTED = ("unept", "kernels", *TESTED_TOO, "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE")
 
 # Run by a Python that has an installation of this project already: forget it, so that only what is tested is found.
@@ -116,7 +127,7 @@ def test_wheel(wheel):
     assert {Path(name).name for name in metadata} == expected
     scripts = dict(re.findall(r"^([\w-]+) = (.+)$", entry_points, re.M))
     commands = set(re.findall(r"-m unept\.(\w+)", (ROOT / "README.md").read_text()))
-    assert commands == {"train", "evaluate", "predict", "visualize", "submission", "export"}
+    assert commands == {"train", "evaluate", "predict", "demo", "visualize", "submission", "export"}
     assert scripts == {f"unept-{name}": f"unept.{name}:main" for name in commands}
     for name in commands:
         assert callable(importlib.import_module(f"unept.{name}").main)

@@ -157,7 +157,10 @@ class DataConfig:
     is repaired. skip: train on the next image instead, leave the file out of evaluations, and count how often."""
 
     def __post_init__(self) -> None:
+        check_type("imports", self.imports, tuple[str, ...])
         import_modules(self.imports)
+        if isinstance(self.dataset, str):
+            find_dataset(self.dataset)  # whose message lists the names
         check_fields(self)
         for name, low, high in (("workers", 0, 1024), ("short_side", 8, 1 << 16), ("long_side", 8, 1 << 16)):
             if getattr(self, name) is not None:
@@ -180,11 +183,11 @@ class DataConfig:
     def _check_dataset_options(self) -> None:
         """Raise ValueError for an option that is set although the data set does not have it, and would not heed it."""
         own = find_dataset(self.dataset).options
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for entry_name, entry in DATASETS.items():
-            for name in set(entry.options) - set(own):
-                default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+            for name in sorted((set(entry.options) - set(own)) & defaults.keys()):
                 _require(
-                    getattr(self, name) == default,
+                    getattr(self, name) == defaults[name],
                     f"{name} is {getattr(self, name)!r}, but it is an option of the data set {entry_name!r} and not of "
                     f"{self.dataset!r}: omit it, or choose that data set",
                 )
@@ -250,6 +253,9 @@ class TrainConfig:
     """auto: CUDA if there is a device."""
     amp: Amp = "auto"
     """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
+    matmul_precision: Literal["highest", "high"] = "highest"
+    """Of float32 products on a GPU. high: TensorFloat-32, whose factors have 11 bits. With bfloat16 autocast only the
+    projections to sampling points and their logits are float32: a point 16 pixels away moves by up to 1/128 pixel."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of model and loss. auto: on CUDA only."""
     log_every: int = 20

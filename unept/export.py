@@ -131,7 +131,8 @@ def check(network: WholeImage, function: Callable[[Tensor], Tensor], size: tuple
     divisor, device = network.model.divisor, network.model.mean.device
     for batch, rows, columns, *more in CHECKED:
         height, width = size or (divisor * rows + more[0], divisor * columns + more[1])
-        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator).to(device)
+        shape = (batch, network.model.in_chans, height, width)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
         with torch.no_grad():
             wanted, found = network(images), function(images)
         if found.shape != wanted.shape or found.dtype != wanted.dtype:

@@ -6,6 +6,7 @@ letters and the conventions are those of `op`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def sample(
     height, width = spatial_shapes.long()[:, :, None].unbind(1)  # (L, 1) each
     area = height * width
     start = area.cumsum(0) - area
-    out = 0
+    out: Any = 0
     for x, wx in ((x0, 1 - fx), (x0 + 1, fx)):
         for y, wy in ((y0, 1 - fy), (y0 + 1, fy)):
             in_bounds = valid & (x >= 0) & (x < width) & (y >= 0) & (y < height)

@@ -39,7 +39,7 @@ def _ints(spatial_shapes: Any) -> list[int]:
     if is_sequence and not (pairs and spatial_shapes):
         raise ValueError(_must_hold_pairs(spatial_shapes))
     try:
-        sizes = [size for shape in spatial_shapes for size in shape] if pairs else [None]
+        sizes: list[Any] = [size for shape in spatial_shapes for size in shape] if pairs else [None]
         return [size if isinstance(size, torch.SymInt) else operator.index(size) for size in sizes]
     except (TypeError, RuntimeError, ValueError):  # a tensor of several numbers raises any of these
         raise TypeError(

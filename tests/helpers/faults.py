@@ -28,7 +28,7 @@ def _train(options: list[str], folder: str, log: str, largest_file: int | None, 
     """Run the command in a folder, with its output in a file; the limits are those of `Training`."""
     torch.set_num_threads(1)
     os.chdir(folder)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115

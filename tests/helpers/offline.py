@@ -258,12 +258,14 @@ def fixed_config(arguments: dict[str, Any]) -> triton.Config:
     return triton.Config(blocks, num_warps=arguments.get("num_warps", 4))
 
 
-def autotuning(launched: Any, arguments: dict[str, Any], buffers: list[ScatterBuffer]) -> dict[str, list[str]]:
-    """The names of the arguments that are added into, that each trial finds at zero, and that a choice holds for."""
+def autotuning(launched: Any, arguments: dict[str, Any], buffers: list[ScatterBuffer]) -> dict[str, Any]:
+    """The names of the arguments that are added into, that each trial finds at zero, and that a choice holds for; and
+    whether the launch says if multiply-adds may be formed, whose default changes between versions of Triton."""
     data = {id(buffer.data) for buffer in buffers}
     return {
         "added_into": [name for name, argument in arguments.items() if id(argument) in data],
         "reset_to_zero": getattr(launched, "reset_to_zero", []),
+        "says_fusion": "enable_fp_fusion" in arguments,
         "key": getattr(launched, "keys", []),
         "key_values": [repr_or_value(arguments[name]) for name in getattr(launched, "keys", [])],
     }

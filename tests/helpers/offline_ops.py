@@ -41,13 +41,12 @@ def _attention(
     reference: bool = True,
     gradient: bool = False,
     channels: int = 32,
-    points: torch.dtype = torch.float32,
 ) -> None:
     """The encoder's attention, forward and backward, with maps and gradient of the value in a given form.
 
     Whatever the dtype of the value, the network computes points and scores in float32.
     """
-    grad_out, *inputs = _encoder(dtype, points, channels)
+    grad_out, *inputs = _encoder(dtype, torch.float32, channels)
     centres = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32) if reference else None
     with force_form(padded=padded, value_gradient=method):
         triton_forward.forward(*inputs, centres)
@@ -57,11 +56,6 @@ def _attention(
 def sparse_sampling(dtype: torch.dtype) -> None:
     """Maps padded, the value's gradient binned."""
     _attention(dtype)
-
-
-def sparse_sampling_one_dtype(dtype: torch.dtype) -> None:
-    """Points and scores in the dtype of the value, as models of other libraries pass them."""
-    _attention(dtype, points=dtype)
 
 
 def sparse_sampling_masked(dtype: torch.dtype) -> None:
@@ -169,7 +163,6 @@ def sizes_of_one(dtype: torch.dtype) -> None:
 OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
     "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
     "sparse_sampling, masked": (sparse_sampling_masked, ("bf16", "fp32")),
-    "sparse_sampling, one dtype": (sparse_sampling_one_dtype, ("bf16",)),
     "sparse_sampling, wide": (sparse_sampling_wide, ("bf16",)),
     "sparse_sampling, deterministic": (sparse_sampling_deterministic, ("fp32",)),
     "sparse_sampling, sizes of one": (sparse_sampling_sizes_of_one, ("fp32",)),

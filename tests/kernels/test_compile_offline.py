@@ -148,6 +148,7 @@ def test_autotuning_starts_from_zero_and_tells_sizes_apart(reports):
     assert adding == {"scatter_backward_kernel", "gather_backward_kernel", "losses_backward_kernel"}
     for row in launches:
         assert row["reset_to_zero"] == row["added_into"], row
+        assert row["says_fusion"], row
         assert "size_bucket" in row["key"] or not row["key"], row
         # Triton writes choices to disk as JSON, only where there is a GPU to choose for.
         assert all(isinstance(value, bool | int | str) for value in row["key_values"]), row

@@ -51,7 +51,7 @@ def chosen(request) -> random.Random:
     return random.Random(f"{SEED} {request.node.name}")
 
 
-def rounds(least: int = 2) -> Iterator[int]:
+def rounds(least: int = 1) -> Iterator[int]:
     """Numbers from 0, for SECONDS seconds."""
     start, done = time.monotonic(), 0
     while done < least or time.monotonic() - start < SECONDS:

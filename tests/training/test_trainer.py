@@ -159,6 +159,14 @@ def test_second_interrupt_ends_at_once(data, tmp_path, monkeypatch):
     assert not isinstance(raised.value, Stopped)
 
 
+@pytest.mark.parametrize(("precision", "asked_for"), [("highest", []), ("high", ["high"])])
+def test_precision_of_products_is_what_is_asked_for(data, tmp_path, monkeypatch, precision, asked_for):
+    seen: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
+    Trainer(config_of(data, matmul_precision=precision), tmp_path / "run")
+    assert seen == asked_for
+
+
 def test_averaged_weights_resume_exactly_and_are_the_model_that_is_kept(data, tmp_path):
     """In bfloat16 on the CPU, with class weights, as a recipe for small data sets has them."""
     recipe = {"ema": 0.9, "class_weights": "auto", "amp": "bf16", "device": "cpu", "iterations": 6, "eval_every": 6}

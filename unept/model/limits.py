@@ -7,6 +7,7 @@ from ..validation import check_range
 
 RANGES = {
     "num_classes": (1, 1 << 16),
+    "in_chans": (1, 1 << 10),
     "d_model": (8, 1 << 13),
     "num_heads": (1, 1 << 10),
     "num_points": (1, 1 << 10),

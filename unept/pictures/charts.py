@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -14,6 +16,11 @@ from ..evaluation.inspection import CalibrationScores
 from .drawing import DPI, save_figure
 
 MAX_NUMBERS = 30  # classes up to which each cell of the matrix shows its number
+
+
+def probability_colors(values: Tensor) -> Tensor:
+    """Turn probabilities (H, W) into colors, uint8 (3, H, W): dark blue is 0, yellow is 1."""
+    return torch.from_numpy(colormaps["viridis"](values.cpu().numpy(), bytes=True)[..., :3]).permute(2, 0, 1)
 
 
 def confusion_matrix(matrix: Tensor, classes: Sequence[str], path: Path) -> None:

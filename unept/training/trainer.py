@@ -84,6 +84,8 @@ class Trainer:
         self.model = self.build_model().to(self.device)
         freeze(self.model, config.recipe)
         self.loss = self.build_loss().to(self.device)
+        if config.matmul_precision == "high":
+            torch.set_float32_matmul_precision("high")
         self.amp = uses_bfloat16(config.amp, self.device.type)
         if self.amp and self.device.type == "cpu":
             prepare_for_cpu_bfloat16(self.model)
