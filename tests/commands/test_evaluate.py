@@ -86,6 +86,25 @@ def test_several_runs_end_in_their_mean(run_folder, command, tmp_path):
     assert len(last) == 5
 
 
+def test_several_runs_have_a_folder_each_below_out(run_folder, command, tmp_path):
+    other, out = tmp_path / "other", tmp_path / "out"
+    save_run(other, num_classes=8)
+    options = ("--window", "96", "--out", out)
+    before = {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}
+    status, printed, _ = command(run_folder, other, *options)
+    assert status == 0
+    for run in (run_folder, other):
+        names = {path.name for path in (out / run.name).iterdir()}
+        assert names == {*evaluate.FILES, "worst.png"}
+        assert f"Written: {out / run.name / 'evaluation.json'}, " in printed
+    assert "mean of 2 runs" in printed
+    assert before == {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}, "the run folder is left alone"
+    save_run(tmp_path / "more" / "other", num_classes=8)
+    status, printed, err = command(other, tmp_path / "more" / "other", *options)
+    assert (status, printed) == (2, "")
+    assert "would share one folder below" in err
+
+
 def test_command_line_wins_over_the_run(run_folder, command, tmp_path):
     options = ("--refine-scale", "1", "--boundary-tolerance", "1", "--split", "val", "--out", tmp_path / "new" / "out")
     before = {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}

@@ -5,15 +5,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision import tv_tensors
 
 from tests.helpers.runs import small_model
-from unept.config import DataConfig, TrainConfig
+from unept.config import DataConfig, ModelConfig, TrainConfig
+from unept.data.augmentation import build_transform
 from unept.inference import InferenceConfig, InferenceOptions, infer, resolve
 from unept.model.attention_variants import FullAttention
 from unept.model.backbone import Backbone
 from unept.model.boundary import DIRECTIONS, direction_steps, mirrored_directions
 from unept.model.loss import UNEPTLoss
-from unept.training.optimizer import learning_rate_factor
+from unept.model.pixel_loss import PixelLoss
+from unept.recipe import RecipeConfig
+from unept.training.losses import build_loss
+from unept.training.optimizer import describe_schedule, learning_rate_factor
 
 RELEASED = {
     "decoder_self_attention": "full",
@@ -102,6 +107,37 @@ def test_position_embeddings_are_resized_bilinearly():
         Backbone("resnet10t", position_resize="bilinear")
 
 
+def test_position_embeddings_are_resized_bilinearly_for_squares_too():
+    """Squares are seen one by one (`image_size`); timm is not left to resize the embedding for them."""
+    options = {"position_resize": "bilinear", "num_levels": 1}
+    whole, squares = (Backbone("vit_tiny_patch16_224", image_size=n, **options).eval() for n in (None, 64))
+    squares.load_state_dict(whole.state_dict())
+    images = torch.randn(1, 3, 64, 128)
+    with torch.no_grad():
+        expected = torch.cat([whole(half)[0] for half in images.split(64, dim=3)], dim=3)
+        torch.testing.assert_close(squares(images)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_of_a_run_has_its_options():
+    config = TrainConfig(
+        model=ModelConfig(num_directions=16),
+        recipe=RecipeConfig(segmentation_loss="focal"),
+        direction_pixels="predicted",
+        boundary_balance="classes",
+    )
+    loss = build_loss(config, config.data.build("val"))
+    assert (loss.num_directions, loss.direction_pixels, loss.boundary_balance) == (16, "predicted", "classes")
+    assert loss.pixel_loss == PixelLoss("focal")
+
+
+def test_training_images_are_resized_to_their_long_side():
+    data = DataConfig(long_side=32, crop_size=(32, 32), scale=(1, 1), photometric=False)
+    image, mask = torch.zeros(3, 64, 128, dtype=torch.uint8), torch.zeros(64, 128, dtype=torch.uint8)
+    _, mask = build_transform(data, (0.5,) * 3)(tv_tensors.Image(image), tv_tensors.Mask(mask))
+    assert (mask == 0).sum() == 16 * 32
+    assert (mask[16:] == 255).all()
+
+
 def test_images_are_seen_at_their_long_side():
     config = TrainConfig(data=DataConfig(long_side=80))
     model = small_model()
@@ -122,5 +158,6 @@ def test_the_step_of_the_learning_rate_can_be_elsewhere():
     config = TrainConfig(iterations=160, lr_drop=126 / 160)
     assert [learning_rate_factor(config, step) for step in (0, 125, 126, 159)] == [1.0, 1.0, 0.1, 0.1]
     assert [learning_rate_factor(TrainConfig(iterations=300), step) for step in (199, 200)] == [1.0, 0.1]
+    assert "falls to 1.0e-05 at step 126" in describe_schedule(config, 3)
     with pytest.raises(ValueError, match=r"lr_drop is 0; it must be in \(0, 1\]"):
         TrainConfig(lr_drop=0)
