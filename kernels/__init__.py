@@ -1,9 +1,10 @@
 """The ops of UN-EPT, each on two backends: Triton on GPUs, PyTorch anywhere. See `use_backend`."""
 
 if __name__ == "unept.kernels":
-    from .backend import BACKENDS, requested_backend, use_backend
+    from .backend import BACKENDS, requested_backend, set_default_backend, use_backend
     from .bilinear_gather import bilinear_gather
     from .boundary_targets import boundary_targets
+    from .decompositions import DECOMPOSITIONS
     from .sparse_attention import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
     from .upsample import upsample_argmax, upsample_cross_entropy
 else:
@@ -16,11 +17,13 @@ else:
 
 __all__ = [
     "BACKENDS",
+    "DECOMPOSITIONS",
     "MSDeformAttnFunction",
     "bilinear_gather",
     "boundary_targets",
     "ms_deform_attn",
     "requested_backend",
+    "set_default_backend",
     "sparse_sampling_attention",
     "upsample_argmax",
     "upsample_cross_entropy",

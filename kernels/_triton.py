@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -54,18 +53,6 @@ def refuse_capture(what: str) -> None:
             f"{what}, which cannot be done while a CUDA graph is captured: run the same step once, with the same "
             "sizes, before the capture"
         )
-
-
-def device_table(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep the tables that `make` copies to a device, by its arguments; a CUDA graph finds them made, or is refused."""
-
-    @cache
-    @wraps(make)
-    def made(*arguments: Any) -> Tensor:
-        refuse_capture(f"the table {make.__name__} of these sizes is not on the device yet")
-        return make(*arguments)
-
-    return made
 
 
 def jit(unspecialised: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Callable[[Callable], Any]:

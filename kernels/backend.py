@@ -1,12 +1,20 @@
-"""Which implementation the ops run on: `UNEPT_BACKEND` and `use_backend`.
+"""Which implementation the ops run on: `UNEPT_BACKEND`, `set_default_backend` and `use_backend`.
 
 `auto` (the default) runs CUDA tensors through Triton and everything else through PyTorch. `triton` and `torch` are
 requests, not hints: where one cannot be met, the op raises an error that says what to do.
+
+The choice of `use_backend` is a context variable: it holds in its thread or asyncio task and in no other. Below it lies
+one default for the whole process. A gradient is computed by autograd's own threads, which see neither the context nor
+its choice, so each op notes in its forward what its backward is to run on (`chosen_backend`, `run_on`).
 """
 
 import os
+from collections.abc import Callable
+from contextvars import ContextVar
 from types import TracebackType
+from typing import Any
 
+import torch
 from torch import Tensor, float64
 
 from ._triton import HAS_TRITON, INTERPRETED
@@ -20,11 +28,15 @@ def _validated(name: str, source: str) -> str:
     return name
 
 
-_requested = _validated(os.environ.get("UNEPT_BACKEND", "auto"), "UNEPT_BACKEND")
+_default = _validated(os.environ.get("UNEPT_BACKEND", "auto"), "UNEPT_BACKEND")
+_chosen: ContextVar[str | None] = ContextVar("unept_backend", default=None)  # None: as `_default` says
 
 
 class use_backend:
-    """Choose the backend of every op from now on, or inside a `with` block.
+    """Choose the backend of every op of this thread or asyncio task, from now on or inside a `with` block.
+
+    Other threads are not affected; see `set_default_backend`. The gradient of an op runs on the backend on which the op
+    ran, wherever `backward` is called.
 
     Args:
         name: `"auto"`, `"triton"` or `"torch"`.
@@ -38,9 +50,8 @@ class use_backend:
     """
 
     def __init__(self, name: str):
-        global _requested
-        self._previous = _requested
-        _requested = _validated(name, "use_backend's argument")
+        self._previous = _chosen.get()
+        _chosen.set(_validated(name, "use_backend's argument"))
 
     def __enter__(self) -> "use_backend":
         return self
@@ -48,13 +59,38 @@ class use_backend:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _requested
-        _requested = self._previous
+        _chosen.set(self._previous)
+
+
+def set_default_backend(name: str) -> None:
+    """Choose the backend of all threads that have not chosen one with `use_backend`, instead of `UNEPT_BACKEND`.
+
+    Args:
+        name: `"auto"`, `"triton"` or `"torch"`.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    global _default
+    _default = _validated(name, "set_default_backend's argument")
 
 
 def requested_backend() -> str:
-    """The backend that was requested: `auto`, `triton` or `torch`."""
-    return _requested
+    """The backend that this thread has requested: `auto`, `triton` or `torch`."""
+    return _chosen.get() or _default
+
+
+def chosen_backend() -> str | None:
+    """What this thread chose with `use_backend`, for `run_on`; None if nothing, and in code that is being compiled."""
+    return None if torch.compiler.is_compiling() else _chosen.get()
+
+
+def run_on(backend: str | None, op: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an op under the choice that `chosen_backend` returned in another thread."""
+    if backend is None:
+        return op(*arguments)
+    with use_backend(backend):
+        return op(*arguments)
 
 
 def runs_on_triton(tensor: Tensor) -> bool:
@@ -64,9 +100,10 @@ def runs_on_triton(tensor: Tensor) -> bool:
         RuntimeError: if the choice is `triton`, and Triton is not installed or cannot run on the tensor's device.
         TypeError: if the choice is `triton` and the tensor is float64.
     """
-    if _requested == "torch":
+    requested = requested_backend()
+    if requested == "torch":
         return False
-    if _requested == "auto":
+    if requested == "auto":
         return HAS_TRITON and tensor.is_cuda and tensor.dtype != float64
     if not HAS_TRITON:
         raise RuntimeError(

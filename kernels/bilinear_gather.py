@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import bilinear_gather_triton
-from .backend import runs_on_triton
+from . import reference as plain
+from ._registration import refuse_second_derivatives, register_autograd, register_vmap
+from .backend import chosen_backend, run_on, runs_on_triton
 from .checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
 
 PADDINGS = ("zeros", "border")
@@ -127,7 +128,7 @@ def _bilinear_gather(features: Tensor, points: Tensor, padding: str) -> Tensor:
 
 
 @_bilinear_gather.register_fake
-def _(features: Tensor, points: Tensor, padding: str) -> Tensor:
+def _bilinear_gather_fake(features: Tensor, points: Tensor, padding: str) -> Tensor:
     return features.new_empty(features.shape[0], features.shape[1], points.shape[1])
 
 
@@ -150,25 +151,27 @@ def _(
     )
 
 
-class BilinearGather(torch.autograd.Function):
-    """Saves features and points, and nothing else."""
+_run_backward = refuse_second_derivatives(_bilinear_gather_backward, "bilinear_gather")
 
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, points: Tensor, padding: str) -> Tensor:
-        """See `bilinear_gather`; points (B, P, 2)."""
-        ctx.save_for_backward(features, points)
-        ctx.padding = padding
-        return _bilinear_gather(features, points, padding)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Gradients of features and points."""
-        needs_features, needs_points = ctx.needs_input_grad[:2]
-        grad_features, grad_points = _bilinear_gather_backward(
-            grad_out, *ctx.saved_tensors, ctx.padding, needs_features, needs_points
-        )
-        return grad_features if needs_features else None, grad_points if needs_points else None, None
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """The forward saves features and points, and nothing else."""
+    features, points, ctx.padding = inputs
+    ctx.backend = chosen_backend()
+    ctx.save_for_backward(features, points)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    needs_features, needs_points = ctx.needs_input_grad[:2]
+    grad_features, grad_points = run_on(
+        ctx.backend, _run_backward, grad_out, *ctx.saved_tensors, ctx.padding, needs_features, needs_points
+    )
+    return grad_features if needs_features else None, grad_points if needs_points else None, None
+
+
+_run = register_autograd(_bilinear_gather, _save_inputs, _backward)
+register_vmap(_bilinear_gather)
+register_vmap(_bilinear_gather_backward)
 
 
 # --- public function --------------------------------------------------------------------------------------------------
@@ -195,6 +198,8 @@ def bilinear_gather(features: Tensor, points: Tensor, padding: str = "zeros") ->
         TypeError: features or points are not floating point.
         ValueError: shapes or devices do not fit, an image has more than 2**30 pixels or points, or padding is unknown.
     """
+    if torch.jit.is_tracing():  # sizes may be tensors now, which no check may read
+        return plain.bilinear_gather(features, points, padding)
     check_floating(features=features, points=points)
     check_same_device(features=features, points=points)
     check_shape("features", features, ("B", "C", "H", "W"))
@@ -208,5 +213,5 @@ def bilinear_gather(features: Tensor, points: Tensor, padding: str = "zeros") ->
     sizes = points.shape[1:-1]
     check_count("pixels in features", features.shape[2] * features.shape[3])
     check_count("points", math.prod(sizes))
-    gathered = BilinearGather.apply(features, points.reshape(B, math.prod(sizes), 2), padding)
+    gathered = _run(features, points.reshape(B, math.prod(sizes), 2), padding)
     return gathered.reshape(B, features.shape[1], *sizes)

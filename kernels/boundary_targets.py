@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from . import boundary_targets_triton
+from ._registration import register_vmap
 from .backend import runs_on_triton
 from .checks import check_count, check_integer, check_shape
 
@@ -209,6 +210,9 @@ def _boundary_targets(labels: Tensor, radius: float, num_directions: int, ignore
 @_boundary_targets.register_fake
 def _(labels: Tensor, radius: float, num_directions: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     return labels.new_empty(labels.shape, dtype=torch.float32), labels.new_empty(labels.shape, dtype=torch.int64)
+
+
+register_vmap(_boundary_targets)
 
 
 # --- public function --------------------------------------------------------------------------------------------------

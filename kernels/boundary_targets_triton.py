@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ._autotune import autotuned, size_bucket
-from ._triton import device_guard, device_table, strides, tl, triton
+from ._tables import cached_table
+from ._triton import device_guard, strides, tl, triton
 
 NO_DIRECTION = tl.constexpr(255)
 # More directions than these are read from a table in a loop: unrolled, 255 of them take the compiler 39 seconds.
@@ -209,7 +210,7 @@ def direction_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-@device_table
+@cached_table
 def table_of_centres(centres: tuple[float, ...], device: torch.device) -> Tensor:
     """The same (2 n,) numbers on a device."""
     return torch.tensor(centres, dtype=torch.float32, device=device)

@@ -60,3 +60,11 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _float32_by_default():
+    """`amp="auto"` computes in float32 on every CPU, so that tests see the same numbers wherever they run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unept.precision.cpu_multiplies_bfloat16", lambda: False)
+        yield

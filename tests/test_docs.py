@@ -168,7 +168,7 @@ def test_readme_lists_every_preset_and_operator():
     assert set(PRESETS) <= quoted
     assert {name for name in quoted if name.startswith(("ade20k", "cityscapes", "pascal_context"))} <= set(PRESETS)
     operators = {name for name in unept.kernels.__all__ if callable(getattr(unept.kernels, name))}
-    assert operators - {"use_backend", "requested_backend"} <= quoted
+    assert operators - {"use_backend", "requested_backend", "set_default_backend"} <= quoted
 
 
 # --- the drawing ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from .data.registry import register_dataset
 from .model.loss import UNEPTLoss
 from .model.network import UNEPT
 from .model.output import UNEPTOutput
@@ -12,4 +13,13 @@ try:
     __version__ = importlib.metadata.version("unept")
 except importlib.metadata.PackageNotFoundError:  # used from a clone without installing
     __version__ = "0+unknown"
-__all__ = ["UNEPT", "Segmentation", "Segmenter", "UNEPTLoss", "UNEPTOutput", "create_model", "list_models"]
+__all__ = [
+    "UNEPT",
+    "Segmentation",
+    "Segmenter",
+    "UNEPTLoss",
+    "UNEPTOutput",
+    "create_model",
+    "list_models",
+    "register_dataset",
+]

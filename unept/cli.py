@@ -1,15 +1,18 @@
 """What the commands share: how options are parsed, exit codes for errors, and loops over images."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import tyro
+from tqdm import tqdm
 
 from .data import DatasetError
+from .data.finding import FoundImage, find_images
 from .distributed import Device as Device
 from .distributed import choose_device as choose_device
 from .inference import InferenceConfig, InferenceOptions, resolve
@@ -23,6 +26,9 @@ from .pretrained import newest_run
 
 # The options of a command's `inference` field: without the field's name, and left out rather than given as None.
 InferenceArguments = tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[InferenceOptions]]
+
+# Errors of the disk, after which no other file could be written either.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
@@ -48,14 +54,19 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     This package reports bad input as ValueError, a disk or a network its failures as OSError, training a loss that is
     not finite as FloatingPointError, and too large a batch is a MemoryError. Any other exception is a bug, and its
-    traceback is shown.
+    traceback is shown. Ctrl-C exits with 130 (128 + SIGINT).
     """
     try:
-        status = main() or 0
+        with out_of_memory("of the device or of the machine: --help names options that take less, such as --window"):
+            status = main() or 0
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error of rank {rank}: {error}", file=sys.stderr)
+        for line in (f"error: {error}" if rank == "0" else f"error of rank {rank}: {error}").split("\n"):
+            say(line, sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     raise SystemExit(status)
 
 
@@ -70,7 +81,7 @@ def refuse_several_processes() -> None:
 
 
 def open_model(
-    run: Path | None, device: Device, inference: InferenceOptions, out: Path
+    run: Path | None, device: Device, inference: InferenceOptions, out: Path | None
 ) -> tuple[UNEPT, InferenceConfig]:
     """Load the model with which a command sees images, create the folder for the results, and print what is loaded.
 
@@ -78,7 +89,7 @@ def open_model(
         run: what `unept.pretrained.load` takes; None means the newest run folder.
         device: the option of that name.
         inference: the options for inference.
-        out: the folder for the results.
+        out: the folder for the results; None where a command has none.
 
     Returns:
         The model in evaluation mode, and how it sees images.
@@ -89,33 +100,79 @@ def open_model(
     source = newest_run() if run is None else run
     model = load(source, choose_device(device))
     config = resolve(inference, model)
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"Model of {source}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    say(f"Model of {source}")
     return model, config
 
 
-def process_images(files: Sequence[Path], process: Callable[[Path], Iterable[str]], failure: str) -> int:
-    """Process image files one after another, and go on after one that can't be processed.
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print one line, on stdout by default; what a terminal or its encoding does not take is escaped.
 
-    Args:
-        files: the image files.
-        process: processes one file, and yields lines to print; a line is printed only the first time. A `DatasetError`
-            that it raises is reported on stderr.
-        failure: what could not be done with such a file, for the last line on stderr, such as "read".
+    File names may hold line breaks, control characters and bytes that are no text.
+    """
+    file = sys.stdout if file is None else file
+    line = "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in str(text))
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=file)  # above a bar of progress
+    file.flush()
+
+
+def find_named_images(paths: Sequence[Path], recursive: bool, out: Path) -> tuple[list[FoundImage], int]:
+    """Find the images that a command is given (`find_images`); report on stderr what is left out.
+
+    Results in a folder `out` below the folders are not among them.
 
     Returns:
-        The exit status: 1 if any file could not be processed, else 0.
+        The images, and the exit status: 1 if a path is missing or a folder holds no image, else 0.
+
+    Raises:
+        FileNotFoundError, ValueError: see `find_images`.
+    """
+    found = find_images(paths, recursive)
+    results = out.resolve()
+    if recursive and results not in [path.resolve() for path in paths]:
+        found = found._replace(images=[i for i in found.images if results not in i.path.resolve().parents])
+    for line in found.problems:
+        say(f"error: {line}", sys.stderr)
+    for line in found.left_out:
+        say(f"note: {line}", sys.stderr)
+    return found.images, min(1, len(found.problems))
+
+
+def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage], Iterable[str]], failure: str) -> int:
+    """Process images one after another, and go on after one that can't be processed.
+
+    Args:
+        images: the images.
+        process: processes one of them, and yields lines to print; a line is printed only the first time. What it raises
+            about this image alone is reported on stderr: a `DatasetError`, a `MemoryError`, or an `OSError` about its
+            name or path, rather than about the disk.
+        failure: what could not be done with such an image, for the last line on stderr, such as "read".
+
+    Returns:
+        The exit status: 1 if any image could not be processed, else 0.
+
+    Raises:
+        OSError: the disk is full or not writable.
     """
     failed, printed = 0, set()
-    for file in files:
+    for image in tqdm(images, unit="image", disable=True if len(images) < 2 else None, leave=False):
         try:
-            for line in process(file):
-                if line not in printed:
-                    print(line)
-                    printed.add(line)
-        except DatasetError as error:
-            print(f"error: {error}", file=sys.stderr)
+            with out_of_memory(f"with {image.path}: make the image smaller, or ask for less of it"):
+                for line in process(image):
+                    if line not in printed:
+                        say(line)
+                        printed.add(line)
+        except (DatasetError, MemoryError) as error:
+            say(f"error: {error}", sys.stderr)
+            failed += 1
+        except OSError as error:
+            if error.errno in DISK_ERRORS:
+                raise
+            reason = os.strerror(error.errno or errno.EIO)
+            say(f"error: the results of {image.path} can't be written ({reason}): rename it", sys.stderr)
             failed += 1
     if failed:
-        print(f"error: {failed} of {len(files)} images could not be {failure}", file=sys.stderr)
+        say(f"error: {failed} of {len(images)} images could not be {failure}", sys.stderr)
     return min(failed, 1)

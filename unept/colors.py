@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .files import temporary_file
+
 Palette = Sequence[Sequence[int]]
 
 
@@ -32,11 +34,16 @@ def colorize(ids: Tensor, palette: Palette) -> Tensor:
     return table[torch.where(valid, ids.long(), len(palette))].permute(2, 0, 1)
 
 
+def as_rgb(image: Tensor) -> Tensor:
+    """Show an image of any number of channels, (C, H, W), as (3, H, W): the first three, of fewer the first."""
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+
+
 def overlay(image: Tensor, ids: Tensor, palette: Palette, alpha: float = 0.5) -> Tensor:
     """Mix an image with the colors of its class ids; ignored pixels stay as they are.
 
     Args:
-        image: uint8 (3, H, W), RGB.
+        image: uint8 (3, H, W), RGB; of other numbers of channels, what `as_rgb` shows.
         ids: (H, W), any integer dtype, on the same device.
         palette: K colors.
         alpha: the weight of the colors, from 0 to 1.
@@ -44,6 +51,7 @@ def overlay(image: Tensor, ids: Tensor, palette: Palette, alpha: float = 0.5) ->
     Returns:
         uint8 (3, H, W).
     """
+    image = as_rgb(image)
     valid = (ids >= 0) & (ids < len(palette))
     mixed = image.float().lerp(colorize(ids, palette).float(), alpha).round().to(torch.uint8)
     return torch.where(valid, mixed, image)
@@ -54,11 +62,22 @@ def to_pil(picture: Tensor) -> Image.Image:
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture as the suffix of the path says, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable; the file that was there before, if any, is intact.
+    """
+    with temporary_file(path) as temporary:
+        picture.save(temporary)
+
+
 def save_palette_png(ids: Tensor, palette: Palette, path: Path) -> None:
     """Write class ids (H, W) as a PNG whose pixels are the ids (mode P) and whose palette shows them in color.
 
     Raises:
         ValueError: if an id does not fit into 8 bits.
+        OSError: see `save_picture`.
     """
     if ids.numel() and (ids.min() < 0 or ids.max() > 255):
         raise ValueError(f"ids go from {int(ids.min())} to {int(ids.max())}; a palette PNG holds 0 to 255")
@@ -66,4 +85,4 @@ def save_palette_png(ids: Tensor, palette: Palette, path: Path) -> None:
     colors = torch.zeros(256, 3, dtype=torch.uint8)  # all 256: for a shorter palette PIL writes fewer bits per pixel
     colors[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
     picture.putpalette(colors.numpy().tobytes())
-    picture.save(path)
+    save_picture(picture, path)

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .data.base import SegmentationDataset
-from .data.registry import DatasetName, build_dataset, find_dataset
+from .data.registry import DATASETS, build_dataset, find_dataset
 from .distributed import Device
 from .inference import InferenceConfig
+from .model.limits import check_sizes
 from .model.loss import PAPER_WEIGHTS, LossWeights
+from .plugins import import_modules
+from .precision import Amp
+from .recipe import RecipeConfig
+from .validation import check_fields, check_range, check_type
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,6 +34,9 @@ class ModelConfig:
     """Start from the backbone's ImageNet weights, downloaded from timm's hub."""
     backbone_weights: Path | None = None
     """Start from the weights in this file instead (.safetensors or .pth); nothing is downloaded."""
+    backbone_image_size: int | None = None
+    """For backbones that see images of one size only: side in pixels of the squares into which images are cut for the
+    backbone. None: whole images."""
     output_stride: int | None = None
     """Stride of the backbone: 8, 16 or 32. None: 8 for ResNets, as in the paper, the backbone's own for others."""
     d_model: int = 256
@@ -57,14 +65,16 @@ class ModelConfig:
     logits_stride: Literal[1, 2, 4, 8] = 8
     """Image pixels per pixel of the class logits, along each axis: 8, as in the paper, or finer, where the classifier
     predicts every pixel of a block."""
+    in_chans: int = 3
+    """Number of channels of an image. Others than 3 need mean and std, and --no-photometric."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, of images in [0, 1]. None: that of the backbone's pretrained weights."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, likewise."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.d_model % self.num_heads == 0,
-            f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}: change one of them",
-        )
-        _require(self.d_model % 8 == 0, f"d_model is {self.d_model}; it must be a multiple of 8")
-        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
+        check_fields(self)
+        check_sizes(vars(self))
 
     def options(self) -> dict[str, Any]:
         """Return the options as arguments of `unept.model.UNEPT`."""
@@ -79,8 +89,9 @@ class ModelConfig:
 class DataConfig:
     """The data set and its augmentation (Sec. 4.2, Training)."""
 
-    dataset: DatasetName = "shapes"
-    """Name of the data set; see `unept.data.registry`."""
+    dataset: str = "shapes"
+    """Name of the data set: shapes, camvid, folder, ade20k, cityscapes, pascal_context, or one that a module registers
+    (`unept.register_dataset`)."""
     root: Path | None = None
     """Folder of the data set on disk. `shapes` is made in memory and has none."""
     images: str = "images/{split}"
@@ -89,6 +100,16 @@ class DataConfig:
     """Where the labels of `folder` are, under the root."""
     classes_file: str = "classes.txt"
     """Where the class list of `folder` is, under the root."""
+    label_suffix: str = ""
+    """What follows an image's name in the name of its label in `folder`, such as _mask."""
+    label_ids: tuple[str, ...] = ()
+    """ID=CLASS for each id in the labels of `folder`; CLASS is a name of the class list or its place in it, from 0. For
+    masks of 0 and 255: 0=0 255=1. Empty: the ids are the places."""
+    ignore_id: tuple[int, ...] = ()
+    """Ids in the labels of `folder` that are ignored, besides 255."""
+    label_format: Literal["auto", "ids", "colors"] = "auto"
+    """What the labels of `folder` hold. auto: the colors of the class list where an RGB label has only these, else an
+    id per pixel."""
     background: bool = True
     """Whether the background of `pascal_context` is a class (60 classes, as in the paper) or ignored (59)."""
     crop_size: tuple[int, int] = (480, 480)
@@ -103,6 +124,11 @@ class DataConfig:
     """Mirror half of the training images."""
     photometric: bool = True
     """Random brightness, contrast, saturation and hue."""
+    augmentation: str | None = None
+    """module:object of a transform of torchvision.transforms.v2 or a Compose of Albumentations, instead of the options
+    short_side to photometric: it must give samples of crop_size."""
+    imports: tuple[str, ...] = ()
+    """Modules that are imported first, such as one that registers a data set (--import my_module)."""
     workers: int = 2
     """Number of processes that load training data; 0 loads in the main process."""
     on_bad_sample: Literal["error", "skip"] = "error"
@@ -110,15 +136,33 @@ class DataConfig:
     is repaired. skip: train on the next image instead, leave the file out of evaluations, and count how often."""
 
     def __post_init__(self) -> None:
+        import_modules(self.imports)
+        check_fields(self)
+        for name, low, high in (("workers", 0, 1024), ("short_side", 8, 1 << 16)):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), low, high)
+        check_range("the longer side of crop_size", max(self.crop_size), 8, 1 << 16)
         _require(min(self.crop_size) >= 8, f"crop_size is {self.crop_size}; each side must be at least 8 pixels")
         _require(
             0 < self.scale[0] <= self.scale[1],
             f"scale is {self.scale}; it must be a range of positive numbers, the smaller first",
         )
         _require(0 < self.cat_max_ratio <= 1, f"cat_max_ratio is {self.cat_max_ratio}; it must be in (0, 1]")
-        _require(self.workers >= 0, f"workers is {self.workers}; it must be 0 or more")
+        self._check_dataset_options()
         in_memory = find_dataset(self.dataset).in_memory
         _require(not in_memory or self.root is None, f"dataset {self.dataset!r} is made in memory: omit --root")
+
+    def _check_dataset_options(self) -> None:
+        """Raise ValueError for an option that is set although the data set does not have it, and would not heed it."""
+        own = find_dataset(self.dataset).options
+        for entry_name, entry in DATASETS.items():
+            for name in set(entry.options) - set(own):
+                default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+                _require(
+                    getattr(self, name) == default,
+                    f"{name} is {getattr(self, name)!r}, but it is an option of the data set {entry_name!r} and not of "
+                    f"{self.dataset!r}: omit it, or choose that data set",
+                )
 
     def build(self, split: str, root: Path | None = None) -> SegmentationDataset:
         """Build one split of the data set, from another root if one is given; raises as `unept.data.build_dataset`."""
@@ -134,6 +178,8 @@ class TrainConfig:
     """The network."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    """What the paper's recipe does not have."""
     out: Path | None = None
     """Run folder. None: runs/PRESET, or runs/PRESET-2 and so on if that folder exists."""
     resume: Literal["auto", "never"] = "never"
@@ -156,8 +202,9 @@ class TrainConfig:
     """Running average coefficients of AdamW."""
     warmup: int = 0
     """Steps over which the learning rates rise from zero; the paper has none."""
-    schedule: Literal["step", "cosine"] = "step"
-    """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero."""
+    schedule: Literal["step", "cosine", "poly"] = "step"
+    """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero. poly: down to
+    zero as (1 - step / iterations)^0.9."""
     loss_weights: LossWeights = PAPER_WEIGHTS
     """lambda_1..4 of Eq. 7: segmentation, refined segmentation, boundary, direction."""
     class_weights: Literal["none", "auto"] | tuple[float, ...] = "none"
@@ -170,8 +217,8 @@ class TrainConfig:
     """Seed of initialisation, data order and augmentation."""
     device: Device = "auto"
     """auto: CUDA if there is a device."""
-    amp: Literal["auto", "bf16", "off"] = "auto"
-    """Autocast to bfloat16. auto: on CUDA only."""
+    amp: Amp = "auto"
+    """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
     matmul_precision: Literal["highest", "high"] = "highest"
     """Of float32 products on a GPU. high: TensorFloat-32, whose factors have 11 bits. With bfloat16 autocast only the
     projections to sampling points and their logits are float32: a point 16 pixels away moves by up to 1/128 pixel."""
@@ -200,6 +247,12 @@ class TrainConfig:
     """Number of validation images drawn into samples/ at each evaluation."""
 
     def __post_init__(self) -> None:
+        self.loss_weights = LossWeights.read(self.loss_weights)  # config.json has a dict, that of old runs a list
+        check_fields(self)
+        _require(self.lr > 0, f"lr is {self.lr}; it must be positive")
+        for name, high in (("backbone_lr", math.inf), ("weight_decay", math.inf), ("seed", (1 << 63) - 1)):
+            check_range(name, getattr(self, name), 0, high)
+        _require(all(0 <= beta < 1 for beta in self.betas), f"betas are {self.betas}; both must be in [0, 1)")
         _require(self.iterations > 0, f"iterations is {self.iterations}; it must be positive")
         _require(
             self.accumulate > 0 and self.batch_size % self.accumulate == 0,
@@ -215,7 +268,11 @@ class TrainConfig:
                 all(0 <= weight < math.inf for weight in self.class_weights),
                 f"class_weights are {self.class_weights}; give 'none', 'auto' or numbers that are 0 or more",
             )
-        self.loss_weights = LossWeights.read(self.loss_weights)  # config.json has a dict, that of old runs a list
+        _require(
+            self.model.in_chans == 3 or not self.data.photometric,
+            f"in_chans is {self.model.in_chans}, but the photometric distortion is one of RGB: omit it with "
+            "--no-photometric",
+        )
         self.inference()  # which checks its options
 
     def inference(self) -> InferenceConfig:
@@ -249,19 +306,23 @@ class TrainConfig:
                 f"{path} does not exist: give a folder that unept.train wrote, with config.json and model/"
             )
         try:
-            stored = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            check_type("its content", stored, dict)
+            parts = {name: _from_dict(kind, stored.pop(name, {})) for name, kind in _PARTS.items()}
+            return _from_dict(TrainConfig, {**stored, **parts})
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}): restore it, or train in another folder") from error
-        parts = {name: _from_dict(kind, stored.pop(name, {})) for name, kind in _PARTS.items()}
-        return _from_dict(TrainConfig, {**stored, **parts})
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from error
 
 
-_PARTS = {"model": ModelConfig, "data": DataConfig}
+_PARTS = {"model": ModelConfig, "data": DataConfig, "recipe": RecipeConfig}
 # Old names of options, which stored config.json files and command lines may have.
-RENAMED = {"category_cap": "cat_max_ratio"}
+RENAMED = {"category_cap": "cat_max_ratio", "import": "imports"}
 
 
-def _from_dict(kind: type, stored: dict[str, Any]) -> Any:
+def _from_dict(kind: type, stored: Any) -> Any:
+    check_type(f"the part for {kind.__name__}", stored, dict)
     known = {f.name: f for f in dataclasses.fields(kind)}
     values = {RENAMED.get(name, name): value for name, value in stored.items()}
     unknown = sorted(set(values) - set(known))

@@ -1,28 +1,36 @@
-"""Evaluate a trained model: `python -m unept.evaluate RUN` prints a table and writes JSON and a picture (Sec. 4)."""
+"""Evaluate a trained model: `python -m unept.evaluate RUN` prints a table, writes it and draws it (Sec. 4)."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 
 from . import cli, distributed
+from .data import SegmentationDataset
 from .evaluation.evaluator import check_classes as check_classes
 from .evaluation.evaluator import evaluate_model as evaluate_model
 from .evaluation.evaluator import format_table as format_table
+from .evaluation.inspection import Inspection, write_class_table
 from .files import json_ready as json_ready
 from .files import write_json
 from .inference import InferenceOptions, resolve
 from .memory import out_of_memory
-from .pictures import drawing
+from .pictures import charts, drawing
 from .pictures.figures import draw_samples as draw_samples
+from .pictures.figures import draw_worst
 from .pretrained import load_run
+from .validation import check_range
+
+FILES = ("evaluation.json", "evaluation.csv", "evaluation.png", "confusion.png", "calibration.png")
 
 
 @dataclass
 class EvaluateConfig:
-    """Evaluate a trained model; writes evaluation.json and evaluation.png into its run folder."""
+    """Evaluate a trained model. Writes into its run folder, or into --out: evaluation.json, evaluation.csv (a line per
+    class), evaluation.png (IoU per class), confusion.png, calibration.png and worst.png (images of the lowest mIoU).
+    """
 
     run: tyro.conf.Positional[Path]
     """Run folder that unept.train wrote."""
@@ -30,26 +38,40 @@ class EvaluateConfig:
     """Part of the data set."""
     root: Path | None = None
     """Folder of the data set. None: as in training."""
+    out: Path | None = None
+    """Folder for the two files. None: the run folder."""
     boundary_tolerance: int | None = None
     """Distance in pixels within which a boundary counts as found. None: as in training."""
     inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views and refinement."""
     device: distributed.Device = "auto"
     """auto: CUDA if there is a device."""
+    worst: int = 6
+    """Number of images of the lowest mIoU to draw into worst.png, with their truth; 0 draws none."""
     workers: int = 2
     """Number of processes that read the data; 0 reads in the main process."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """What to do with a file that cannot be read or breaks a rule. error: stop. skip: leave its image out, and say how
     many were left out."""
 
+    def __post_init__(self) -> None:
+        if self.worst < 0:
+            raise ValueError(f"worst is {self.worst}; give a number of images, or 0 for none")
+        check_range("workers", self.workers, 0, 1024)
+        if self.boundary_tolerance is not None:
+            check_range("boundary_tolerance", self.boundary_tolerance, 0, 1024)
+
 
 def evaluate_run(options: EvaluateConfig) -> None:
-    """Evaluate the best model of a run folder; print the table, write evaluation.json and evaluation.png.
+    """Evaluate the best model of a run folder; print the table, write the files that `EvaluateConfig` names.
+
+    The folder for them is created before the evaluation, so that one that cannot be written costs no evaluation.
 
     Under torchrun each process evaluates its share; rank 0 prints and writes.
 
     Raises:
         FileNotFoundError, ValueError: see `unept.pretrained.load_run`, `unept.data.build_dataset` and `evaluate_model`.
+        OSError: the folder for the results is not writable, or the disk is full.
         MemoryError: the memory of the GPU or of the machine is used up.
     """
     device = distributed.choose_device(options.device)
@@ -61,7 +83,10 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
     trained, model = load_run(options.run, device)
     dataset = trained.data.build(options.split, options.root)
     config = resolve(options.inference, model)
+    out = options.run if options.out is None else options.out
+    distributed.run_on_main(lambda: out.mkdir(parents=True, exist_ok=True))
     tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
+    inspection = Inspection(len(dataset.classes), dataset.ignore_index, device)
     with out_of_memory("with whole images: --window sees them in parts, --window-batch fewer of these at once"):
         scores = evaluate_model(
             model,
@@ -72,15 +97,53 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
             progress=distributed.is_main(),
             workers=options.workers,
             on_bad_sample=options.on_bad_sample,
+            inspection=inspection,
         )
     if not distributed.is_main():
         return
-    print(f"{format_table(scores, dataset.classes)}\nProtocol: {config.describe()}.")
     record = {"split": options.split, "classes": list(dataset.classes), **scores, "inference": asdict(config)}
-    json_path, picture_path = options.run / "evaluation.json", options.run / "evaluation.png"
-    write_json(json_path, record)
-    drawing.class_bars(scores, dataset.classes, picture_path)
-    print(f"Written: {json_path} and {picture_path}")
+    worst = inspection.worst(options.worst)
+    files = report(record, dataset, inspection, config.describe(), out)
+    if worst:
+        files.append(out / "worst.png")
+        draw_worst(model, dataset, worst, config, device, files[-1])
+    print(f"Written: {', '.join(map(str, files))}")
+
+
+def report(
+    record: dict[str, Any], dataset: SegmentationDataset, inspection: Inspection, protocol: str, folder: Path
+) -> list[Path]:
+    """Print, write and draw what was measured.
+
+    Args:
+        record: what evaluation.json holds besides the calibration and the confusion matrix, with the scores.
+        dataset: the data set that was evaluated.
+        inspection: what was counted.
+        protocol: how images were seen (`InferenceConfig.describe`).
+        folder: where the files are written.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: no pixel was counted.
+    """
+    if not inspection.images:
+        raise ValueError(
+            f"no pixel of the {record['images']} images has a class: all of their labels are {dataset.ignore_index}, "
+            "which is ignored. Label them, or evaluate another split"
+        )
+    calibration = inspection.calibration.scores()
+    print(f"{format_table(record, dataset.classes)}\nProtocol: {protocol}.")
+    print(f"Expected calibration error {calibration.ece:.2%}.")
+    record = record | {"calibration": asdict(calibration), "confusion": inspection.matrix.tolist()}
+    files = [folder / name for name in FILES]
+    write_json(files[0], record)
+    write_class_table(record, dataset.classes, files[1])
+    drawing.class_bars(record, dataset.classes, files[2])
+    charts.confusion_matrix(inspection.matrix, dataset.classes, files[3])
+    charts.calibration_curve(calibration, files[4])
+    return files
 
 
 def main() -> None:

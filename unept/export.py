@@ -20,6 +20,7 @@ import tyro
 from torch import Tensor
 
 from . import cli
+from .files import temporary_file
 from .inference import InferenceOptions, resolve
 from .model.exportable import WholeImage, explain_failure, export_program
 
@@ -69,8 +70,14 @@ def write(program: torch.export.ExportedProgram, format: Format, path: Path) -> 
     Raises:
         ValueError: a package is missing, and the message gives the command that installs it; or the format has no
             counterpart of what the network does, and the message gives the reason.
+        OSError: the disk is full or not writable; the file that was there before, if any, is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_file(path) as temporary:
+        _write(program, format, temporary)
+
+
+def _write(program: torch.export.ExportedProgram, format: Format, path: Path) -> None:
     if format == "torch-export":
         torch.export.save(program, path)
     elif format == "aoti":

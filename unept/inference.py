@@ -12,7 +12,8 @@ where the network predicts them finer than at 1/8 it has at most the resolution 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from .kernels import upsample_argmax
 from .model.boundary import DIRECTIONS, Refinement
+from .model.finite import require_numbers
 from .model.output import (
     STRIDE,
     AveragedOutput,
+    DenseOutput,
     SegmentationModel,
     UNEPTOutput,
     boundary_probability,
@@ -31,8 +34,8 @@ from .model.output import (
     padded_size,
     read_offset,
 )
-
-Amp = Literal["auto", "bf16", "off"]
+from .precision import Amp, uses_bfloat16
+from .validation import check_fields, check_range
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
 
@@ -63,14 +66,16 @@ class InferenceConfig:
     short_side: int = 0
     """Pixels of the image's short side at scale 1. 0: as many as it has."""
     amp: Amp = "auto"
-    """Autocast to bfloat16. auto: on CUDA only."""
+    """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
 
     def __post_init__(self) -> None:
         if None in vars(self).values():
             name = next(name for name, value in vars(self).items() if value is None)
             raise ValueError(f"{name} is None; give a value, or fill in what is left open with unept.inference.resolve")
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+        given = self.scales if isinstance(self.scales, Sequence) else ()
+        if not given or not all(isinstance(scale, Real) and 0 < scale < math.inf for scale in given):
             raise ValueError(f"scales are {self.scales}; give at least one, all of them positive")
+        check_fields(self)
         for name in ("window", "window_stride"):
             pixels = getattr(self, name)
             if pixels < 0 or pixels % STRIDE:
@@ -88,6 +93,7 @@ class InferenceConfig:
             raise ValueError(f"refine_steps is {self.refine_steps}; it must be between 1 and 127")
         if self.short_side < 0:
             raise ValueError(f"short_side is {self.short_side}; it must be at least 1, or 0 for the image's own")
+        check_range("short_side", self.short_side, 0, 1 << 16)
         object.__setattr__(self, "scales", tuple(self.scales))
         if self.window and not self.window_stride:
             object.__setattr__(self, "window_stride", max(STRIDE, self.window * 2 // 3 // STRIDE * STRIDE))
@@ -146,7 +152,8 @@ class InferenceOptions:
     short_side: int | None = None
     """Pixels of the image's short side at scale 1. 0: as many as it has. None: as the run was trained, else 0."""
     amp: Amp | None = None
-    """Autocast to bfloat16; auto is on CUDA only. None: as the run was trained, else auto."""
+    """Autocast to bfloat16; auto does on CUDA, and on CPUs with AVX512-BF16 or AMX. None: as the run was trained, else
+    auto."""
 
     def __post_init__(self) -> None:
         chosen = self.chosen()
@@ -210,12 +217,18 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
             canvases = _canvases(maps, size, max(sizes), padded.shape[2:])
             resized = [_resize(m, canvas) for m, canvas in zip(maps, canvases, strict=True)]
             total = [a.add_(m) for a, m in zip(total, resized, strict=True)] if total else resized
-        return _as_output([m.div_(len(sizes)) for m in total])
+        return averaged_output([m.div_(len(sizes)) for m in total])
 
 
 def predict_ids(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Tensor:
-    """Class ids (B, H, W) int64 of images (B, 3, H, W) or (3, H, W), refined as `config` says; see `infer`."""
-    return class_ids(infer(model, images, config), images.shape[-2:], config.refinement)
+    """Class ids (B, H, W) int64 of images (B, 3, H, W) or (3, H, W), refined as `config` says; see `infer`.
+
+    Raises:
+        FloatingPointError: the prediction holds NaN.
+    """
+    output = infer(model, images, config)
+    require_numbers(output.scores)
+    return class_ids(output, images.shape[-2:], config.refinement)
 
 
 class Prediction(NamedTuple):
@@ -230,20 +243,35 @@ class Prediction(NamedTuple):
 
 
 def predict(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Prediction:
-    """Class ids, their confidence and boundaries of images (B, 3, H, W) or (3, H, W); see `infer`."""
+    """Class ids, their confidence and boundaries of images (B, 3, H, W) or (3, H, W); see `infer`.
+
+    Raises:
+        FloatingPointError: the prediction holds NaN.
+    """
     output = infer(model, images, config)
-    height, width = images.shape[-2:]
-    padded = padded_size((height, width))
+    require_numbers(output.scores)
+    size = images.shape[-2:]
+    ids, confidence = read_prediction(output, size, config)
+    return Prediction(ids, confidence, boundary_probability(output, size))
+
+
+def read_prediction(output: DenseOutput, size: Sequence[int], config: InferenceConfig) -> tuple[Tensor, Tensor]:
+    """Class ids (B, H, W) int64 of images of `size` (H, W), and their probability (B, H, W) float32 there.
+
+    Args:
+        output: result of `infer`.
+        size: (H, W) of the images.
+        config: how boundary pixels are refined.
+    """
+    padded = padded_size(size)
     offset = read_offset(output, padded, config.refinement)
     ids = upsample_argmax(output.scores, padded, offset)
     confidence = output.confidence(ids, offset)
-    boundary = boundary_probability(output, (height, width))
-    return Prediction(ids[:, :height, :width], confidence[:, :height, :width], boundary)
+    return ids[:, : size[0], : size[1]], confidence[:, : size[0], : size[1]]
 
 
 def _autocast(device_type: str, amp: Amp) -> torch.autocast:
-    enabled = amp == "bf16" or (amp == "auto" and device_type == "cuda")
-    return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device_type, torch.bfloat16, enabled=uses_bfloat16(amp, device_type))
 
 
 def _is_plain(images: Tensor, config: InferenceConfig) -> bool:
@@ -359,6 +387,12 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, length - window, stride), length - window]
 
 
+def window_maps(model: SegmentationModel, windows: Tensor, config: InferenceConfig) -> Maps:
+    """Probabilities of normalised windows (B, 3, 8 h, 8 w), mirrored ones included if `config` flips."""
+    with evaluation_mode(model), _autocast(windows.device.type, config.amp):
+        return _probabilities(model, windows, config)
+
+
 def _as_maps(output: UNEPTOutput) -> Maps:
     """The probabilities of a view."""
     maps = [output.logits.float().softmax(dim=1)]
@@ -367,8 +401,8 @@ def _as_maps(output: UNEPTOutput) -> Maps:
     return maps
 
 
-def _as_output(maps: Maps) -> AveragedOutput:
-    """The averages as an output."""
+def averaged_output(maps: Maps) -> AveragedOutput:
+    """Averages of the views' probabilities as an output."""
     if len(maps) == 1:
         return AveragedOutput(maps[0], None, None)
     return AveragedOutput(maps[0], *maps[1].split([1, len(DIRECTIONS)], dim=1))

@@ -30,5 +30,5 @@ def memory_advice(config: TrainConfig, local_batch: int) -> str:
     )
     return (
         f"with {at_once} images of {height}x{width} at once (batch_size {config.batch_size}): {smaller}; --crop-size "
-        "makes images smaller; --amp bf16 halves most of the rest. --resume auto continues from the last checkpoint"
+        "makes images smaller; --amp bf16 halves most of the rest"
     )

@@ -1,16 +1,17 @@
 """Trained models: from a run folder, from a folder that `save_pretrained` wrote, or from the Hugging Face hub."""
 
-import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from .config import TrainConfig
+from .files import complete_folder
+from .memory import out_of_memory
+from .model.hub import REPOSITORY, DamagedWeights
 from .model.network import UNEPT
 
 RUNS = Path("runs")
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
@@ -37,7 +38,10 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
             f"{folder} has no model/ yet: training writes it after its first evaluation, at step "
             f"{min(config.eval_every, config.iterations)}; wait for it, or continue the run with --resume auto"
         )
-    model = _read_model(folder / "model", device)
+    try:
+        model = _read_model(complete_folder(folder / "model"), device)
+    except (DamagedWeights, FileNotFoundError):  # perhaps a run was replacing them just then
+        model = _read_model(complete_folder(folder / "model"), device)
     model.preprocessing = {**config.inference().protocol(), **model.preprocessing}  # old versions saved none
     return config, model
 
@@ -68,27 +72,24 @@ def load(source: str | Path, device: torch.device) -> UNEPT:
 def _read_model(source: str | Path, device: torch.device) -> UNEPT:
     """Load the model in a folder (a Path) or in a repository of the hub (a str)."""
     try:
-        return UNEPT.from_pretrained(str(source)).to(device).eval()
+        model = UNEPT.from_pretrained(str(source))
     except SafetensorError as error:
         raise ValueError(f"{source}/model.safetensors is damaged ({error}): restore it or train again") from error
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"out of memory while {source} was loaded: free memory, or use --device cpu") from error
     except RuntimeError as error:  # of load_state_dict
         raise ValueError(
             f"the weights in {source} do not fit the network that its config.json describes, as this version "
             f"of unept builds it: use the version that saved them, or train again. {error}"
         ) from error
-    except OSError as error:
-        if isinstance(source, Path):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise FileNotFoundError(
-            f"there is no folder {source}, and no model of that name could be loaded from the Hugging Face hub "
-            f"({reason}): check the name and the connection"
-        ) from error
+    with out_of_memory(f"while the model was moved to {device}: free the device, or use --device cpu"):
+        return model.to(device).eval()
 
 
 def has_model(folder: Path) -> bool:
     """Whether a run folder holds a saved model."""
-    return all((folder / "model" / name).is_file() for name in ("config.json", "model.safetensors"))
+    model = complete_folder(folder / "model")
+    return all((model / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
 def newest_run(runs: Path = RUNS) -> Path:
@@ -103,4 +104,4 @@ def newest_run(runs: Path = RUNS) -> Path:
             f"there is no run folder with a model under {runs}/: train one with `python -m unept.train`, "
             "or name one with --run"
         )
-    return max(folders, key=lambda folder: (folder / "model" / "model.safetensors").stat().st_mtime)
+    return max(folders, key=lambda folder: (complete_folder(folder / "model") / "model.safetensors").stat().st_mtime)

@@ -94,7 +94,8 @@ class Segmenter:
         Args:
             image: a path, a PIL image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8, RGB; a list of any of
                 these, which are seen one by one; an array (B, H, W, 3) or a tensor (B, 3, H, W), seen at once. Files
-                and PIL images are turned upright as their EXIF tag says.
+                and PIL images are turned upright as their EXIF tag says. A model with other channels than RGB takes
+                arrays and tensors of as many.
 
         Returns:
             A `Segmentation`; a list of them for a list or a batch.
@@ -104,10 +105,10 @@ class Segmenter:
             ValueError: another shape, or (DatasetError) a file that can't be read.
         """
         if isinstance(image, (list, tuple)):
-            return [result for item in image for result in self._segment(_one_image(item))]
+            return [result for item in image for result in self._segment(_one_image(item, self.model.in_chans))]
         if isinstance(image, (np.ndarray, Tensor)) and image.ndim == 4:
-            return self._segment(_batch(image))
-        return self._segment(_one_image(image))[0]
+            return self._segment(_batch(image, self.model.in_chans))
+        return self._segment(_one_image(image, self.model.in_chans))[0]
 
     def _segment(self, images: Tensor) -> list[Segmentation]:
         """Segment images (B, 3, H, W) uint8."""
@@ -121,8 +122,8 @@ class Segmenter:
         ]
 
 
-def _one_image(image: Any) -> Tensor:
-    """Convert a single image of any kind to (1, 3, H, W) uint8."""
+def _one_image(image: Any, channels: int) -> Tensor:
+    """Convert a single image of any kind to (1, 3, H, W) uint8; with other channels than 3 an array or a tensor."""
     if isinstance(image, (str, Path)):
         return read_image(Path(image))[None]
     if isinstance(image, Image.Image):
@@ -132,22 +133,24 @@ def _one_image(image: Any) -> Tensor:
             f"an image is of type {type(image).__name__}; give a path, a PIL image, a uint8 array (H, W, 3) or tensor "
             "(3, H, W), or a list of these"
         )
-    return _batch(image[None])
+    return _batch(image[None], channels)
 
 
-def _batch(images: Pixels) -> Tensor:
-    """Copy an array (B, H, W, 3) or tensor (B, 3, H, W) to a tensor (B, 3, H, W) uint8."""
-    wanted = "(H, W, 3)" if isinstance(images, np.ndarray) else "(3, H, W)"
+def _batch(images: Pixels, channels: int) -> Tensor:
+    """Copy an array (B, H, W, C) or tensor (B, C, H, W) to a tensor (B, C, H, W) uint8."""
+    wanted = f"(H, W, {channels})" if isinstance(images, np.ndarray) else f"({channels}, H, W)"
     axis = 3 if isinstance(images, np.ndarray) else 1
     if images.dtype not in (np.uint8, torch.uint8):
         raise TypeError(
             f"an image has dtype {images.dtype}; give uint8, 0 to 255; values from 0 to 1 become that by "
             "(255 * image).round()"
         )
-    if images.ndim != 4 or images.shape[axis] != 3 or 0 in images.shape[1:]:
-        turned = images.ndim == 4 and images.shape[4 - axis] == 3
+    if images.ndim != 4 or images.shape[axis] != channels or 0 in images.shape[1:]:
+        turned = images.ndim == 4 and images.shape[4 - axis] == channels
         hint = "; put the channels " + ("last" if axis == 3 else "first") if turned else ""
-        raise ValueError(f"an image has shape {tuple(images.shape[1:])}; it must be {wanted}, RGB{hint}")
+        raise ValueError(
+            f"an image has shape {tuple(images.shape[1:])}; it must be {wanted}{', RGB' * (channels == 3)}{hint}"
+        )
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     return images.clone(memory_format=torch.contiguous_format)  # one layout, so that results are the same to the bit

@@ -14,13 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import cli
-from .colors import save_palette_png
+from .colors import save_palette_png, save_picture
 from .data import SegmentationDataset, image_loader
 from .evaluation.evaluator import check_classes
 from .files import write_atomically
 from .inference import InferenceConfig, InferenceOptions, predict_ids, resolve
 from .model.output import SegmentationModel
 from .pretrained import load_run
+from .validation import check_range
 
 
 @dataclass
@@ -46,6 +47,9 @@ class SubmissionConfig:
     workers: int = 2
     """Processes that read the images; 0 reads in the main process."""
 
+    def __post_init__(self) -> None:
+        check_range("workers", self.workers, 0, 1024)
+
 
 def save_labels(ids: Tensor, dataset: SegmentationDataset, name: str, out: Path) -> Path:
     """Write the class ids (H, W) of an image as `out/labels/<name>.png`, in the ids of the dataset's label files.
@@ -60,7 +64,7 @@ def save_labels(ids: Tensor, dataset: SegmentationDataset, name: str, out: Path)
     file_ids = np.array(dataset.file_ids, dtype=np.uint8)
     labels = file_ids[ids.cpu().numpy()]
     if dataset.has_test_server:
-        Image.fromarray(labels).save(path)
+        save_picture(Image.fromarray(labels), path)
         save_palette_png(ids, dataset.palette, out / "view" / f"{name}.png")
     else:
         palette: np.ndarray = np.zeros((256, 3), dtype=np.uint8)
@@ -99,12 +103,19 @@ def write_submission(
         OSError: if the disk is full or not writable.
     """
     check_classes(model, dataset)
+    if max(dataset.file_ids) > 255:
+        raise ValueError(
+            f"the labels of the dataset have the id {max(dataset.file_ids)}, and the files that are written hold 0 to "
+            "255: predict with unept.predict, which writes class ids"
+        )
     archive = out / "labels.zip"
     archive.unlink(missing_ok=True)
     for folder in ("labels", "view") if dataset.has_test_server else ("labels",):
         (out / folder).mkdir(parents=True, exist_ok=True)
     paths = []
-    for i, image in enumerate(tqdm(image_loader(dataset, workers), desc="predict", unit="image", leave=False)):
+    for i, image in enumerate(
+        tqdm(image_loader(dataset, workers), desc="predict", unit="image", leave=False, disable=None)
+    ):
         ids = predict_ids(model, image.to(device, non_blocking=True), config)[0]
         paths.append(save_labels(ids, dataset, dataset.name(i), out))
     if not dataset.has_test_server:

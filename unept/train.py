@@ -10,7 +10,10 @@ from .config import RENAMED, TrainConfig
 from .data import check_splits
 from .evaluation.evaluator import format_table
 from .presets import PRESETS
-from .training.run_folder import choose_run_folder
+from .pretrained import has_model
+from .training.fine_tuning import network_of
+from .training.interruption import Stopped
+from .training.run_folder import reserved
 from .training.trainer import Trainer
 
 
@@ -21,6 +24,8 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
         args.insert(0, "shapes")
     # The help says what a preset is and what to expect of it; its docstring in unept/presets.py has the rest.
     presets = {name: ((inspect.getdoc(preset) or "").split("\nSize:")[0], preset()) for name, preset in PRESETS.items()}
+    if (source := _init_from(args)) is not None and args[0] in presets:
+        presets[args[0]][1].model = network_of(source)
     config = tyro.extras.overridable_config_cli(
         presets,
         prog="python -m unept.train",
@@ -29,6 +34,15 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
         registry=cli.REGISTRY,
     )
     return args[0], config
+
+
+def _init_from(args: list[str]) -> str | None:
+    """Return the value of --init-from, which says how the network is built unless other options do."""
+    for argument, value in zip(args, [*args[1:], ""], strict=True):
+        name, separator, inline = argument.partition("=")
+        if name.replace("_", "-") == "--init-from":
+            return inline if separator else value
+    return None
 
 
 def _current_name(argument: str) -> str:
@@ -40,7 +54,7 @@ def _current_name(argument: str) -> str:
     return name + separator + value
 
 
-def train(args: list[str] | None = None) -> None:
+def train(args: list[str] | None = None) -> int:
     """Train as a command line asks (`unept.config.TrainConfig`) and print the final table.
 
     Under torchrun every process runs this function; rank 0 writes and prints.
@@ -48,25 +62,46 @@ def train(args: list[str] | None = None) -> None:
     Args:
         args: the command line; None reads `sys.argv`.
 
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that has stopped the run.
+
     Raises:
         ValueError, OSError: options, data or weights cannot be used; the message says what to do.
-        FloatingPointError: a loss became NaN or infinite.
+        FloatingPointError: a loss or a weight became NaN or infinite.
         MemoryError: the memory of the GPU or of the machine is used up.
     """
     preset, config = parse(args)
     if config.check_data:
         cli.refuse_several_processes()
-        return check_splits(config.data.build, config.data.workers)
+        check_splits(config.data.build, config.data.workers)
+        return 0
     device = distributed.choose_device(config.device)
-    with distributed.process_group(device):
-        out = distributed.run_on_main(lambda: choose_run_folder(config, preset))
+    with distributed.process_group(device), reserved(config, preset) as out:
         trainer = Trainer(config, out, device)
-        scores = trainer.train()
+        try:
+            scores = trainer.train()
+        except Stopped as stopped:
+            if distributed.is_main():
+                print(stopped, file=sys.stderr)
+            return stopped.exit_status
         if distributed.is_main():
+            if trainer.step < config.iterations:
+                print(f"Stopped after step {trainer.step}: {trainer.stale} evaluations were not better than the best")
             print(format_table(scores, trainer.model.classes))
-            print(f"\nRun folder  {out}\nModel       {out / 'model'} (best validation mIoU {trainer.best:.4f})")
-            print(f"Pictures    {out / 'samples'}, {out / 'curves.png'}")
-            print(f"Try it      python -m unept.predict IMAGE --run {out}")
+            print_results(trainer)
+    return 0
+
+
+def print_results(trainer: Trainer) -> None:
+    """Print where the results of a run are, as far as they are there."""
+    out = trainer.out
+    print(f"\nRun folder  {out}")
+    if has_model(out):
+        print(f"Model       {out / 'model'} (best validation mIoU {trainer.best:.4f})")
+    if pictures := [path for path in (out / "samples", out / "curves.png") if path.is_file() or any(path.glob("*"))]:
+        print(f"Pictures    {', '.join(map(str, pictures))}")
+    if has_model(out):
+        print(f"Try it      python -m unept.predict IMAGE --run {out}")
 
 
 def main() -> None:

@@ -9,8 +9,10 @@ import tyro
 
 from . import cli
 from .data import DatasetError
-from .data.files import find_images, read_image
+from .data.finding import FoundImage
+from .data.reading import read_image
 from .evaluation.comparison import compare_classes, short_names
+from .files import result_path
 from .inference import InferenceConfig, InferenceOptions, infer
 from .model.attention import SparseSamplingAttention
 from .model.network import UNEPT
@@ -34,6 +36,8 @@ class VisualizeConfig:
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Image files, or folders of them."""
+    recursive: bool = False
+    """Also take the images in subfolders; their pictures go to subfolders of the same names."""
     run: Path | None = None
     """Run folder that unept.train wrote, folder that save_pretrained wrote, or ORG/NAME of a repository on the Hugging
     Face hub. None: the newest run folder with a model under runs/."""
@@ -69,7 +73,7 @@ class VisualizeConfig:
 
 
 def draw_image(
-    options: VisualizeConfig, config: InferenceConfig, model: UNEPT, layer: SparseSamplingAttention, file: Path
+    options: VisualizeConfig, config: InferenceConfig, model: UNEPT, layer: SparseSamplingAttention, found: FoundImage
 ) -> Iterator[str]:
     """Draw the pictures of one image that the options name.
 
@@ -80,6 +84,7 @@ def draw_image(
         DatasetError: if the image can't be read, or the query lies outside it.
         NotInModel: if the only picture asked for shows what the network does not have.
     """
+    file = found.path
     image = read_image(file).to(model.mean.device)
     height, width = image.shape[1:]
     query = options.query or ((width - 1) / 2, (height - 1) / 2)
@@ -91,7 +96,7 @@ def draw_image(
     recording = record(model, image, config, query, layer)
     missing = []
     for picture in dict.fromkeys(options.pictures):
-        path = options.out / f"{file.stem}_{picture}.png"
+        path = result_path(options.out, found.name, f"{picture}.png")
         note = ""
         try:
             if picture == "refinement":
@@ -144,10 +149,11 @@ def visualize(options: VisualizeConfig) -> int:
         draw_comparison(*options.compare, options.out)
     if not options.images:
         return 0
-    files = find_images(options.images)
+    images, missing = cli.find_named_images(options.images, options.recursive, options.out)
     model, config = cli.open_model(options.run, options.device, options.inference, options.out)
     layer = sampling_layer(model, options.points_of, options.layer)
-    return cli.process_images(files, lambda file: draw_image(options, config, model, layer, file), failure="drawn")
+    failed = cli.process_images(images, lambda found: draw_image(options, config, model, layer, found), failure="drawn")
+    return max(failed, missing)
 
 
 def main() -> None:

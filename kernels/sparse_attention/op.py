@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from ..backend import runs_on_triton
-from ..checks import check_count, check_floating, check_integer, check_same_device, check_shape, check_sides
-from . import torch_backend, triton_backward, triton_forward
-from .levels import levels
+from .. import reference as plain
+from .._registration import register_autograd, register_vmap
+from ..backend import chosen_backend, run_on, runs_on_triton
+from ..checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
+from . import differentiable, torch_backend, triton_backward, triton_forward
+from . import shapes as spatial
 
 # --- custom ops -------------------------------------------------------------------------------------------------------
 
@@ -36,16 +38,31 @@ from .levels import levels
 # Not in a CUDA graph of torch.compile: the first call of a size makes tables that outlive it.
 @torch.library.custom_op("unept::sparse_sampling", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _sparse_sampling(
-    value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference: Tensor | None
+    value: Tensor,
+    shapes: Sequence[int],
+    points: Tensor,
+    scores: Tensor,
+    reference: Tensor | None,
+    spatial_shapes: Tensor | None = None,
 ) -> Tensor:
+    """The output. A graph that was captured with spatial_shapes (L, 2) as a tensor has no shapes: it is read here."""
     if value.numel() == 0 or points.numel() == 0:
         return value.new_empty((value.shape[0], points.shape[1], value.shape[2] * value.shape[3]))
+    if spatial_shapes is not None:
+        shapes = spatial.flat_shapes(spatial_shapes.tolist(), value)
     run = (triton_forward if runs_on_triton(value) else torch_backend).forward
     return run(value, shapes, points, scores, reference)
 
 
 @_sparse_sampling.register_fake
-def _(value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference: Tensor | None) -> Tensor:
+def _sparse_sampling_fake(
+    value: Tensor,
+    shapes: Sequence[int],
+    points: Tensor,
+    scores: Tensor,
+    reference: Tensor | None,
+    spatial_shapes: Tensor | None = None,
+) -> Tensor:
     return value.new_empty((value.shape[0], points.shape[1], value.shape[2] * value.shape[3]))
 
 
@@ -59,12 +76,15 @@ def _sparse_sampling_backward(
     reference: Tensor | None,
     needs_value: bool,
     needs_reference: bool,
+    spatial_shapes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of value, points, scores and reference; empty tensors for value and reference if not needed."""
     if grad_out.numel() == 0:
         grad_value, grad_points, grad_scores = (t.new_zeros(t.shape) for t in (value, points, scores))
         grad_reference = None if reference is None else reference.new_zeros(reference.shape)
     else:
+        if spatial_shapes is not None:
+            shapes = spatial_shapes.flatten().tolist()
         run = (triton_backward if runs_on_triton(value) else torch_backend).backward
         grad_value, grad_points, grad_scores, grad_reference = run(
             grad_out, value, shapes, points, scores, reference, needs_value, needs_reference
@@ -88,6 +108,7 @@ def _(
     reference: Tensor | None,
     needs_value: bool,
     needs_reference: bool,
+    spatial_shapes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         value.new_empty(value.shape if needs_value else (0,)),
@@ -97,62 +118,57 @@ def _(
     )
 
 
-class _SparseSampling(torch.autograd.Function):
-    """The op with its gradient; it saves its inputs and nothing else."""
+# --- autograd and vmap ------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, shapes: list[int], points: Tensor, scores: Tensor, reference: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(value, points, scores, reference)
-        ctx.shapes = shapes
-        return _sparse_sampling(value, shapes, points, scores, reference)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        value, points, scores, reference = ctx.saved_tensors
-        needs_value, _, needs_points, needs_scores, needs_reference = ctx.needs_input_grad
-        grads = _sparse_sampling_backward(
-            grad_out, value, ctx.shapes, points, scores, reference, needs_value, needs_reference
-        )
-        return (
-            grads[0] if needs_value else None,
-            None,
-            grads[1] if needs_points else None,
-            grads[2] if needs_scores else None,
-            grads[3] if needs_reference else None,
-        )
+def _save_inputs_of_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_out, value, ctx.shapes, points, scores, reference, _, _, spatial_shapes = inputs
+    ctx.save_for_backward(grad_out, value, points, scores, reference, spatial_shapes)
+
+
+def _second_backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The second derivatives; on every backend by PyTorch's own operators."""
+    grad_out, value, points, scores, reference, spatial_shapes = ctx.saved_tensors
+    if spatial_shapes is None:
+        spatial_shapes = differentiable.shapes_tensor(ctx.shapes, value.device)
+    of_grad_out, of_value, of_points, of_scores, *of_reference = differentiable.backward_derivatives(
+        grad_grads, grad_out, value, spatial_shapes, points, scores, reference
+    )
+    return of_grad_out, of_value, None, of_points, of_scores, *(of_reference or [None]), None, None, None
+
+
+_run_backward = register_autograd(_sparse_sampling_backward, _save_inputs_of_backward, _second_backward)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """The forward saves its inputs and nothing else."""
+    value, ctx.shapes, points, scores, reference, spatial_shapes = inputs
+    ctx.backend = chosen_backend()
+    ctx.save_for_backward(value, points, scores, reference, spatial_shapes)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    value, points, scores, reference, spatial_shapes = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    needs_value, needs_reference = needs[0], reference is not None and needs[4]
+    inputs = (grad_out, value, ctx.shapes, points, scores, reference)
+    grads = run_on(ctx.backend, _run_backward, *inputs, needs_value, needs_reference, spatial_shapes)
+    return (
+        grads[0] if needs_value else None,
+        None,
+        grads[1] if needs[2] else None,
+        grads[2] if needs[3] else None,
+        grads[3] if needs_reference else None,
+        None,
+    )
+
+
+_run = register_autograd(_sparse_sampling, _save_inputs, _backward)
+register_vmap(_sparse_sampling, unbatched=(5,))
+register_vmap(_sparse_sampling_backward, unbatched=(8,), summed={3: 5})
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------
-
-
-def _flat_shapes(spatial_shapes: Sequence[Sequence[int]], value: Tensor) -> list[int]:
-    """[(H_0, W_0), ...] -> [H_0, W_0, ...], checked against `value`."""
-    is_sequence = isinstance(spatial_shapes, Sequence)
-    pairs = is_sequence and all(isinstance(shape, Sequence) and len(shape) == 2 for shape in spatial_shapes)
-    shapes = [size for shape in spatial_shapes for size in shape] if pairs else []
-    if not (is_sequence and all(isinstance(size, (int, torch.SymInt)) for size in shapes)):
-        raise TypeError(
-            f"spatial_shapes is {spatial_shapes}; it must hold Python ints, so that the host need not wait for the "
-            "device: convert it once, outside the training loop, with spatial_shapes.tolist()"
-        )
-    if not shapes or any(size < 1 for size in shapes):
-        raise ValueError(
-            f"spatial_shapes is {spatial_shapes}; it must hold one (height, width), each >= 1, for every level: "
-            "[(height, width)] for a single one"
-        )
-    check_shape("value", value, ("B", "S", "M", "D"))
-    length = sum(height * width for height, width in spatial_shapes)
-    check_count("pixels in spatial_shapes", length)
-    check_sides("a level of spatial_shapes", *shapes)
-    if value.shape[1] != length:
-        raise ValueError(
-            f"spatial_shapes {spatial_shapes} make S = {length} pixels, but value has {value.shape[1]} (shape "
-            f"{tuple(value.shape)}): flatten each level's height and width and concatenate the levels along dimension 1"
-        )
-    return shapes
 
 
 def _check_samples(value: Tensor, L: int, **named: Tensor) -> None:
@@ -188,7 +204,7 @@ def sparse_sampling_attention(
 
     Args:
         value: (B, S, M, D) floating point, S = sum of H_l * W_l, the levels one after another, each in row-major order.
-        spatial_shapes: [(H_0, W_0), ...], the height and width of each of the L levels as Python ints.
+        spatial_shapes: [(H_0, W_0), ...], the height and width of each of the L levels as ints, Python's or NumPy's.
         offsets: (B, Q, M, L, N, 2) floating point, (x, y) in pixels of level l, from the query's reference point. Views
             with any strides are read in place.
         logits: (B, Q, M, L, N) floating point; the softmax over L * N is taken inside.
@@ -198,11 +214,15 @@ def sparse_sampling_attention(
         (B, Q, M * D) in value's dtype. Samples outside a map, at NaN and at infinity count as zero.
 
     Raises:
-        TypeError: if a tensor is not floating point, or spatial_shapes holds anything but Python ints.
+        TypeError: if a tensor is not floating point, or spatial_shapes holds anything but ints.
         ValueError: if shapes do not fit together, an image has more than 2**30 pixels or queries, or the tensors are
             on several devices.
     """
-    shapes = _flat_shapes(spatial_shapes, value)
+    if torch.jit.is_tracing():  # sizes may be tensors now, which no check may read
+        tensors = (t.to(compute_dtype(value)) for t in (offsets, logits, reference_points))
+        maps = value.to(compute_dtype(value))
+        return plain.sparse_sampling_attention(maps, spatial_shapes, *tensors).to(value.dtype)
+    shapes = spatial.flat_shapes(spatial_shapes, value)
     check_floating(value=value, offsets=offsets, logits=logits, reference_points=reference_points)
     check_same_device(value=value, offsets=offsets, logits=logits, reference_points=reference_points)
     _check_samples(value, len(spatial_shapes), offsets=offsets, logits=logits)
@@ -211,7 +231,7 @@ def sparse_sampling_attention(
     check_shape(
         "reference_points", reference_points, (images, Q, 2), "it has one point per query; the first dimension may be 1"
     )
-    return _SparseSampling.apply(value, shapes, offsets, logits, reference_points)
+    return _attend(value, shapes, offsets, logits, reference_points, None)
 
 
 def ms_deform_attn(
@@ -227,7 +247,8 @@ def ms_deform_attn(
     Args:
         value: (B, S, M, D) floating point, S = sum of H_l * W_l, the levels one after another, each in row-major order.
         spatial_shapes: (L, 2), (height, width) of each level. A tensor on a GPU is read to the host, which waits for
-            the GPU; a list of pairs of ints avoids that, and is required under `torch.compile`.
+            the GPU; a list of pairs of ints avoids that. Under `torch.compile` and `torch.export` a tensor is read when
+            the graph runs, once in the forward and once in the backward.
         level_start_index: (L,), the first row of each level in value. It follows from spatial_shapes, so it is checked
             where that needs no read of a device and otherwise unused; it may be None.
         sampling_locations: (B, Q, M, L, N, 2) floating point, (x, y) in [0, 1], pixel centres at (i + 0.5) / size.
@@ -241,29 +262,83 @@ def ms_deform_attn(
         TypeError: if a tensor is not floating point, or spatial_shapes does not hold integers.
         ValueError: as `sparse_sampling_attention`, and if level_start_index says that levels are not consecutive.
     """
-    starts = None if isinstance(level_start_index, Tensor) else level_start_index
-    if isinstance(spatial_shapes, Tensor):
-        check_integer(spatial_shapes=spatial_shapes)
-        check_shape("spatial_shapes", spatial_shapes, ("L", 2))
-        spatial_shapes = spatial_shapes.tolist()
-        if isinstance(level_start_index, Tensor) and level_start_index.device.type == "cpu":
-            starts = level_start_index.tolist()
-    shapes = _flat_shapes(spatial_shapes, value)
-    consecutive = [start for _, start, _, _ in levels(shapes)]
-    if starts is not None and list(starts) != consecutive:
-        raise ValueError(
-            f"level_start_index is {list(starts)}; the levels must lie one after another in value, which makes it "
-            f"{consecutive} for spatial_shapes {spatial_shapes}: pass None"
-        )
+    if torch.jit.is_tracing():
+        return _traced_ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
+    shapes, unread = spatial.read(spatial_shapes, level_start_index, value)
     check_floating(value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
     check_same_device(value=value, sampling_locations=sampling_locations, attention_weights=attention_weights)
     _check_samples(
         value, len(spatial_shapes), sampling_locations=sampling_locations, attention_weights=attention_weights
     )
-    return _SparseSampling.apply(value, shapes, sampling_locations, attention_weights, None)
+    return _attend(value, shapes, sampling_locations, attention_weights, None, unread)
 
 
-class MSDeformAttnFunction:
-    """`ms_deform_attn` under the name and calling convention that models written for Deformable DETR's op expect."""
+def _attend(
+    value: Tensor,
+    shapes: list[int],
+    points: Tensor,
+    scores: Tensor,
+    reference: Tensor | None,
+    spatial_shapes: Tensor | None,
+) -> Tensor:
+    """The op on checked arguments; in forward mode, for which it has no formula, by PyTorch's own operators."""
+    if forward_ad._current_level < 0:
+        return _run(value, shapes, points, scores, reference, spatial_shapes)
+    if spatial_shapes is None:
+        spatial_shapes = differentiable.shapes_tensor(shapes, value.device)
+    return differentiable.sample(value, spatial_shapes, points, scores, reference)
 
-    apply = staticmethod(ms_deform_attn)
+
+def _traced_ms_deform_attn(value: Tensor, spatial_shapes: Any, locations: Tensor, weights: Tensor) -> Tensor:
+    """What torch.jit.trace records: PyTorch's own operators, which neither a saved trace nor ONNX has to look up."""
+    if isinstance(spatial_shapes, Tensor):
+        return differentiable.sample(value, spatial_shapes, locations, weights)
+    maps, locations, weights = (t.to(compute_dtype(value)) for t in (value, locations, weights))
+    return plain.ms_deform_attn(maps, spatial_shapes, None, locations, weights).to(value.dtype)
+
+
+class MSDeformAttnFunction(torch.autograd.Function):
+    """`ms_deform_attn` under the name and calling convention that models written for Deformable DETR's op expect.
+
+    `apply` takes the arguments of `ms_deform_attn` and is the same; forward and backward are there for Dynamo, which
+    traces them in its place.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Tensor:
+        """See `ms_deform_attn`."""
+        return ms_deform_attn(*args, **kwargs)
+
+    @staticmethod
+    def forward(
+        value: Tensor,
+        spatial_shapes: Any,
+        level_start_index: Any,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int = 64,
+    ) -> Tensor:
+        """See `ms_deform_attn`."""
+        return ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save the inputs and nothing else."""
+        value, spatial_shapes, _, locations, weights = inputs[:5]
+        ctx.num_inputs = len(inputs)
+        ctx.shapes, unread = spatial.read(spatial_shapes, None, value)
+        ctx.save_for_backward(value, locations, weights, unread)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of value, locations and weights."""
+        value, locations, weights, unread = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grads = _run_backward(grad_out, value, ctx.shapes, locations, weights, None, needs[0], False, unread)
+        wanted = [
+            grads[0] if needs[0] else None,
+            None,
+            None,
+            *(g if n else None for g, n in zip(grads[1:3], needs[3:5], strict=True)),
+        ]
+        return tuple(wanted + [None] * (ctx.num_inputs - 5))

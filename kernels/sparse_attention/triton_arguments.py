@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .._autotune import size_bucket
-from .._triton import device_guard, device_table, jit, strides, tl, triton
+from .._tables import cached_table
+from .._triton import device_guard, jit, strides, tl, triton
 from .levels import levels
 
 # Pixels of zeros around each level of the padded copy.
@@ -22,12 +23,11 @@ BORDER = 2
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
-# A copy to a GPU waits for it, so that each list of shapes is copied once. Tables and not constants: every size of
-# image then runs the same compiled kernels. Never dropped, since a CUDA graph may hold their addresses; and copied even
-# where they could be filled on the device, so that no stream finds one unwritten.
+# Tables and not constants: every size of image then runs the same compiled kernels. `_tables` says how long they stay.
+# They are copied even where they could be filled on the device, so that no stream finds one unwritten.
 
 
-@device_table
+@cached_table
 def geometry(shapes: tuple[int, ...], padded: bool, device: torch.device) -> Tensor:
     """(L, 5) int32, as in the legend."""
     border = BORDER if padded else 0
@@ -41,7 +41,7 @@ def geometry(shapes: tuple[int, ...], padded: bool, device: torch.device) -> Ten
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
-@device_table
+@cached_table
 def padded_source(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     """(R,) int32: which row of value each row of the padded copy holds, -1 for the zeros around a level."""
     parts = []
@@ -51,7 +51,7 @@ def padded_source(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.cat(parts).to(device)
 
 
-@device_table
+@cached_table
 def query_order(shapes: tuple[int, ...], Q: int, device: torch.device) -> Tensor:
     """(Q,) int32: the queries in strips of 8 rows of pixels, column by column, so that 64 in a row are a block of 8x8.
 

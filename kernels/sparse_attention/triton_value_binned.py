@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .._autotune import autotuned
-from .._triton import PRECISION, device_table, jit, operand, tl, triton
+from .._tables import cached_table
+from .._triton import PRECISION, jit, operand, tl, triton
 from .levels import levels
 from .triton_arguments import Samples, geometry
 from .triton_common import load_level, load_sample, load_tile, pack_xy, split_position, unpack_xy
@@ -197,7 +198,7 @@ def window_backward_kernel(
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-@device_table
+@cached_table
 def window_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     """(T, 3) int32, as in the legend."""
     table = [

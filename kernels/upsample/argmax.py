@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import reference as plain
+from .._registration import register_vmap
 from ..backend import runs_on_triton
 from . import argmax_triton
 from .tiles_torch import Where, check_maps, visit_tiles
@@ -39,8 +41,11 @@ def _upsample_argmax(logits: Tensor, height: int, width: int, offset: Tensor | N
 
 
 @_upsample_argmax.register_fake
-def _(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
+def _upsample_argmax_fake(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
     return logits.new_empty((logits.shape[0], height, width), dtype=torch.int64)
+
+
+register_vmap(_upsample_argmax)
 
 
 def upsample_argmax(logits: Tensor, size: tuple[int, int], offset: Tensor | None = None) -> Tensor:
@@ -60,6 +65,8 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int], offset: Tensor | None
         TypeError: a tensor has a dtype that is not listed.
         ValueError: shapes or devices do not fit, size is not a pair of sizes, or an image has more than 2**30 pixels.
     """
+    if torch.jit.is_tracing():  # sizes may be tensors now
+        return plain.upsample_argmax(logits, size, offset)
     if not (
         isinstance(size, Sequence)
         and len(size) == 2

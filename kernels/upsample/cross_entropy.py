@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..backend import runs_on_triton
+from .._registration import refuse_second_derivatives, register_autograd, register_vmap
+from ..backend import chosen_backend, run_on, runs_on_triton
 from ..checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
 from . import cross_entropy_triton
 from .tiles_torch import Where, check_maps, visit_tiles
@@ -109,7 +109,9 @@ def _upsample_cross_entropy(
 
 
 @_upsample_cross_entropy.register_fake
-def _(logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int) -> Tensor:
+def _upsample_cross_entropy_fake(
+    logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
+) -> Tensor:
     return logits.new_empty(target.shape, dtype=compute_dtype(logits))
 
 
@@ -139,29 +141,24 @@ def _(
     return logits.new_empty(logits.shape)
 
 
-class UpsampleCrossEntropy(torch.autograd.Function):
-    """Saves its inputs and nothing else; returns the loss of each pixel."""
+_run_backward = refuse_second_derivatives(_upsample_cross_entropy_backward, "upsample_cross_entropy")
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        offset: Tensor | None,
-        class_weights: Tensor | None,
-        ignore_index: int,
-    ) -> Tensor:
-        """See `upsample_cross_entropy`; without a reduction."""
-        ctx.save_for_backward(logits, target, offset, class_weights)
-        ctx.ignore_index = ignore_index
-        return _upsample_cross_entropy(logits, target, offset, class_weights, ignore_index)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of logits."""
-        grad_logits = _upsample_cross_entropy_backward(grad_losses, *ctx.saved_tensors, ctx.ignore_index)
-        return grad_logits, None, None, None, None
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """The forward saves its inputs and nothing else."""
+    logits, target, offset, class_weights, ctx.ignore_index = inputs
+    ctx.backend = chosen_backend()
+    ctx.save_for_backward(logits, target, offset, class_weights)
+
+
+def _backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+    grad_logits = run_on(ctx.backend, _run_backward, grad_losses, *ctx.saved_tensors, ctx.ignore_index)
+    return grad_logits, None, None, None, None
+
+
+_run = register_autograd(_upsample_cross_entropy, _save_inputs, _backward)
+register_vmap(_upsample_cross_entropy, unbatched=(3,))
+register_vmap(_upsample_cross_entropy_backward, unbatched=(4,))
 
 
 # --- public function --------------------------------------------------------------------------------------------------
@@ -214,7 +211,7 @@ def upsample_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(map(repr, REDUCTIONS))}")
 
-    losses = UpsampleCrossEntropy.apply(logits, target, offset, class_weights, ignore_index)
+    losses = _run(logits, target, offset, class_weights, ignore_index)
     if reduction == "none":
         return losses
     if reduction == "sum":

@@ -4,6 +4,8 @@ import json
 import sys
 
 import pytest
+import torch
+from PIL import Image
 
 from tests.helpers.known_scores import Shifted
 from unept import evaluate
@@ -64,14 +66,24 @@ def test_command(run_folder, command):
     line = "scales 0.5 1 with flip; images at their own size; windows of 96 with stride 64; refined by 2 px."
     assert f"Protocol: {line}\n" in out
     assert f"{100 * record['mIoU']:.2f}" in out
-    assert (run_folder / "evaluation.png").stat().st_size > 5000
+    for name in ("evaluation.png", "confusion.png", "calibration.png", "worst.png"):
+        assert (run_folder / name).stat().st_size > 5000
+        assert str(run_folder / name) in out
+    assert (run_folder / "evaluation.csv").read_text().count("\n") == 9
+    confusion = torch.tensor(record["confusion"])
+    assert confusion.diagonal().sum() / confusion.sum() == pytest.approx(record["pixAcc"])
+    assert f"Expected calibration error {record['calibration']['ece']:.2%}" in out
 
 
-def test_command_line_wins_over_the_run(run_folder, command):
-    status, out, _ = command(run_folder, "--refine-scale", "1", "--boundary-tolerance", "1", "--split", "val")
+def test_command_line_wins_over_the_run(run_folder, command, tmp_path):
+    options = ("--refine-scale", "1", "--boundary-tolerance", "1", "--split", "val", "--out", tmp_path / "new" / "out")
+    before = {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}
+    status, out, _ = command(run_folder, *options)
     assert status == 0
+    assert before == {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}, "the run folder is left alone"
+    assert f"Written: {tmp_path}/new/out/evaluation.json, {tmp_path}/new/out/evaluation.csv, " in out
     assert "within 1 px" in out
-    record = json.loads((run_folder / "evaluation.json").read_text())
+    record = json.loads((tmp_path / "new" / "out" / "evaluation.json").read_text())
     assert record["inference"]["refine_scale"] == 1
     assert record["split"] == "val"
 
@@ -114,6 +126,40 @@ def test_the_run_says_whether_to_refine(tmp_path, command):
         assert status == 0
         assert ("refined by 2 px" if refined else "not refined") in out
         assert json.loads((tmp_path / "evaluation.json").read_text())["inference"]["refine"] is refined
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A run on a folder of images, whose root is there without labels."""
+    root = tmp_path / "data"
+    (root / "images" / "val").mkdir(parents=True)
+    (root / "classes.txt").write_text("left\nright\n")
+    Image.new("RGB", (32, 24)).save(root / "images" / "val" / "a.png")
+    save_run(tmp_path / "run", num_classes=2)
+    config = TrainConfig(model=TINY, data=DataConfig(dataset="folder", root=root))
+    (tmp_path / "run" / "config.json").write_text(config.to_json())
+    return tmp_path / "run", root / "labels" / "val"
+
+
+def test_a_folder_without_labels_is_refused(folder, command):
+    run, labels = folder
+    status, _, err = command(run)
+    assert status == 2
+    assert err.startswith(f"error: there is no folder {labels}: check the dataset's root folder")
+    assert err.endswith("without labels, segment images with `python -m unept.predict`\n")
+    labels.mkdir(parents=True)
+    Image.new("L", (32, 24), 255).save(labels / "a.png")
+    status, _, err = command(run)
+    assert status == 2
+    assert "error: no pixel of the 1 images has a class: all of their labels are 255, which is ignored." in err
+    assert not (run / "evaluation.json").exists()
+
+
+def test_number_of_worst_images(run_folder, command):
+    (run_folder / "worst.png").unlink(missing_ok=True)
+    assert command(run_folder, "--worst", "0")[0] == 0
+    assert not (run_folder / "worst.png").exists()
+    assert "worst is -1" in command(run_folder, "--worst", "-1")[2]
 
 
 def test_other_class_count(tmp_path, command):

@@ -127,7 +127,6 @@ def test_program_needs_nothing_of_this_package(exported, output):
     assert "unept" not in {str(node.target).split(".")[0].split("::")[0] for node in program.graph.nodes}
 
 
-# By default test_command writes a file and reads it.
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
 @pytest.mark.parametrize("output", ["ids", "logits"])
@@ -209,6 +208,7 @@ def save_as_validated(model, folder, **options):
             del model.preprocessing[name]
 
 
+@pytest.mark.slow  # the converter to ONNX takes half a minute
 def test_command(exported, model, tmp_path, monkeypatch, capsys):
     """The default format and output; the program, whose export other tests cover, is the one that these have made."""
     pytest.importorskip("onnxruntime")

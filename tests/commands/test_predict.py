@@ -10,6 +10,8 @@ from PIL import Image
 
 from tests.helpers.runs import CLASSES, PALETTE, save_run, small_model
 from unept import predict
+from unept.model.output import AveragedOutput
+from unept.outputs.video import open_clip
 from unept.pretrained import newest_run
 
 
@@ -63,9 +65,9 @@ def test_inference_options_reach_the_network(run, command, tmp_path, monkeypatch
 
     def record(model, image, config):
         seen.append(config)
-        return torch.zeros(1, 33, 47, dtype=torch.int64)
+        return AveragedOutput(torch.ones(1, 3, 5, 6) / 3, None, None)
 
-    monkeypatch.setattr(predict, "predict_ids", record)
+    monkeypatch.setattr(predict, "infer", record)
     save_image(tmp_path / "a.png")
     command("a.png", "--run", run[0], "--scales", "0.5", "1", "--flip", "--window", "32", "--no-refine")
     assert (seen[0].scales, seen[0].flip, seen[0].window, seen[0].refine) == ((0.5, 1.0), True, 32, False)
@@ -80,6 +82,58 @@ def test_folders_and_files(run, command, tmp_path):
     assert status == 0
     written = {path.name for path in (tmp_path / "results" / "here").iterdir()}
     assert written == {f"{stem}_{kind}.png" for stem in "abc" for kind in ("ids", "overlay")}
+
+
+def test_subfolders_are_taken_or_told(run, command, tmp_path):
+    for name in ("photos/a.png", "photos/night/a.png", "photos/night/deep/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_image(tmp_path / name, 16, 24)
+    status, _, err = command("photos", "--run", run[0])
+    assert status == 0
+    assert err == "note: 1 subfolders of photos hold images: --recursive takes them; they are left out\n"
+    for _ in range(2):  # the second time the results lie in the folder too
+        status, _, err = command("photos", "--recursive", "--run", run[0], "--out", "photos/out")
+        assert (status, err) == (0, "")
+    written = {str(path.relative_to(tmp_path / "photos/out")) for path in (tmp_path / "photos/out").rglob("*_ids.png")}
+    assert written == {"a_ids.png", "night/a_ids.png", "night/deep/b_ids.png"}
+    (tmp_path / "photos/a.png").unlink()
+    status, _, err = command("photos", "--run", run[0])
+    assert status == 2
+    assert "photos hold images: --recursive takes them" in err
+
+
+def test_bad_names_do_not_end_the_batch(run, command, tmp_path):
+    long, odd = "n" * 248 + ".png", "a\nb\udcff.png"
+    for name in (long, odd, "c.png"):
+        save_image(tmp_path / name, 16, 24)
+    status, out, err = command(long, odd, "missing.png", "c.png", "--run", run[0])
+    assert status == 1
+    assert "error: there is no image or folder missing.png" in err
+    assert f"error: the results of {long} can't be written (File name too long): rename it" in err
+    assert "a\\nb\\udcff_ids.png" in out
+    assert (tmp_path / "predictions" / "c_ids.png").exists()
+    assert out.count("\n") == 4
+
+
+def test_an_image_that_is_too_large_for_memory(run, command, tmp_path, monkeypatch):
+    def fail(model, image, config):
+        if image.shape[1] == 48:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return infer(model, image, config)
+
+    infer = predict.infer
+    monkeypatch.setattr(predict, "infer", fail)
+    save_image(tmp_path / "a.png", 48, 64)
+    save_image(tmp_path / "b.png", 16, 24)
+    for options, advice in (
+        ([], "--window 512 sees it in parts"),
+        (["--window", "32"], "--window-batch 2 sees fewer"),
+        (["--window", "256", "--window-batch", "1"], "--window 128 sees it in smaller"),
+    ):
+        status, out, err = command("a.png", "b.png", "--run", run[0], *options)
+        assert status == 1
+        assert f"error: out of memory with a.png, 64x48 pixels: {advice}" in err
+        assert "b_ids.png" in out
 
 
 def test_exif_orientation(run, command, tmp_path):
@@ -125,6 +179,63 @@ def test_bad_input(command, tmp_path, arguments, message):
     status, _, err = command(*arguments)
     assert status == 2
     assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_every_format(run, command, tmp_path):
+    pytest.importorskip("rasterio")
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "b.png")
+    formats = ("ids", "overlay", "probabilities", "polygons", "coco", "labelme", "ids")
+    status, out, _ = command("a.png", "b.png", "--run", run[0], "--format", *formats)
+    assert status == 0
+    endings = ("ids.png", "overlay.png", "probabilities.npz", "polygons.geojson", "labelme.json")
+    names = {f"{stem}_{ending}" for stem in "ab" for ending in endings} | {"coco.json"}
+    assert {path.name for path in (tmp_path / "predictions").iterdir()} == names
+    assert "2 images, " in out.splitlines()[-1]
+    assert all(f"predictions/{name}" in out for name in names)
+
+
+def test_videos(run, command, tmp_path):
+    pytest.importorskip("av")
+    (tmp_path / "frames").mkdir()
+    for i in range(3):
+        save_image(tmp_path / "frames" / f"{i}.png", 32, 48)
+    status, out, _ = command("frames", "--fps", "5", "--run", run[0])
+    assert status == 0
+    assert "predictions/frames_ids.mkv  predictions/frames_overlay.mp4  3 images, " in out
+    clip = open_clip(tmp_path / "predictions" / "frames_overlay.mp4")
+    assert (clip.rate, clip.num_frames) == (5, 3)
+    status, out, _ = command("predictions/frames_overlay.mp4", "--format", "overlay", "--run", run[0], "--out", "again")
+    assert status == 0
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["frames_overlay_overlay.mp4"]
+    status, _, err = command("frames", "--fps", "5", "--run", run[0], "--format", "coco", "ids")
+    assert status == 2
+    assert err == "error: frames is a video, whose formats are ids and overlay; leave out coco\n"
+
+
+def test_tiled(run, command, tmp_path):
+    pytest.importorskip("rasterio")
+    save_image(tmp_path / "large.png", 60, 80)
+    status, out, _ = command("large.png", "--tiled", "--window", "32", "--run", run[0])
+    assert status == 0
+    assert out.splitlines()[-1].startswith("predictions/large_ids.tif  predictions/large_overlay.tif  s")
+    assert Image.open("predictions/large_ids.tif").size == (80, 60)
+    (tmp_path / "bad.png").write_text("no image")
+    assert "bad.png can't be read" in command("bad.png", "--tiled", "--run", run[0])[2]
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [("rasterio", ["a.png", "--tiled"]), ("rasterio", ["a.png", "--format", "labelme"]), ("av", ["a.mp4"])],
+)
+def test_absent_packages(run, command, tmp_path, monkeypatch, package, arguments):
+    save_image(tmp_path / "a.png")
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    status, _, err = command(*arguments, "--run", run[0])
+    assert status == 2
+    assert err.endswith(f": pip install {package}\n")
     assert err.count("\n") == 1
 
 

@@ -141,8 +141,7 @@ def test_no_archive_of_an_earlier_submission_survives_a_broken_one(tmp_path, com
     status, _, err = command(*arguments)
     assert status == 2
     assert err.endswith(
-        f"error: {pairs[2][0]} can't be read (cannot identify image file '{pairs[2][0]}'): "
-        "the file is damaged or not an image; restore or remove it\n"
+        f"error: {pairs[2][0]} can't be read (it is not an image of a known format): convert it to PNG, or remove it\n"
     )
     assert {path.name for path in folder.iterdir()} == {"labels", "view"}
 

@@ -301,8 +301,11 @@ def test_check_splits(tmp_path, capsys, workers):
     build = DataConfig(dataset="cityscapes", root=tmp_path).build
     check_splits(build, workers)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(" (")[0] for line in lines] == [
+    assert [line.partition(" (")[0] for line in lines if "in order" in line] == [
         f"{split}: {count} images of Cityscapes, 19 classes are in order" for split, count in (("train", 3), ("val", 2))
+    ]
+    assert [line.split()[:2] for line in lines if line.startswith("road")] == [
+        ["road", str(n)] for n in (3 * 84, 2 * 84)
     ]
     pairs[1][1].write_bytes(b"")
     train_label = tmp_path / "gtFine/train/munich/munich_000002_000019_gtFine_labelIds.png"
@@ -342,5 +345,5 @@ def test_check_data_reports_what_the_quick_check_would_miss(tmp_path):
     end = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert end.returncode == 2
     assert end.stderr.splitlines()[-1].startswith(f"error: {label} holds id 61 in ")
-    assert end.stdout.startswith("val: 1 images of PASCAL-Context, 60 classes with background are in order")
+    assert "\nval: 1 images of PASCAL-Context, 60 classes with background are in order" in end.stdout
     assert not (tmp_path / "runs").exists()

@@ -2,14 +2,12 @@
 
 import dataclasses
 import inspect
-from typing import get_args
 
 import pytest
 import tyro
 
 from unept.config import DataConfig
 from unept.data import DATASETS
-from unept.data.registry import DatasetName
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -24,12 +22,12 @@ def test_titles_differ():
     assert len({entry.title for entry in DATASETS.values()}) == len(DATASETS)
 
 
-def test_the_command_line_offers_the_rows(capsys):
-    assert get_args(DatasetName) == tuple(DATASETS)
+def test_the_command_line_takes_the_rows_and_the_help_names_them(capsys):
     assert all(tyro.cli(DataConfig, args=["--dataset", name]).dataset == name for name in DATASETS)
     with pytest.raises(SystemExit):
-        tyro.cli(DataConfig, args=["--dataset", "coco"])
-    assert "pascal_context" in "".join(capsys.readouterr())
+        tyro.cli(DataConfig, args=["--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in DATASETS)
 
 
 def test_a_config_of_an_unknown_dataset_is_refused():

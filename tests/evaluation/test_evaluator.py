@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from tests.helpers.known_scores import Halves, Shifted
+from tests.helpers.known_scores import Halves, Shifted, Unlike
+from unept.data import DatasetError
 from unept.evaluation.evaluator import evaluate_model, format_table
+from unept.evaluation.inspection import Inspection
 from unept.inference import InferenceConfig
 from unept.pictures import drawing
 from unept.pictures.figures import draw_samples
@@ -44,6 +46,49 @@ def test_options_reach_the_prediction():
     assert scores_of_shifted(refine_scale=4)["pixAcc"] == pytest.approx(23 / 31)
     without = scores_of_shifted(refine=False)
     assert without["pixAcc"] == without["pixAcc_unrefined"] == pytest.approx(27 / 31)
+
+
+def test_inspection_of_a_known_prediction():
+    inspection = Inspection(3)
+    config = InferenceConfig()
+    evaluate_model(Shifted(), Unlike(), config, torch.device("cpu"), boundary_tolerance=3, inspection=inspection)
+    # The truth's edges are at 17, 20 and 29, the refined prediction's at 21: in 31 counted columns of 16 rows.
+    assert inspection.matrix.tolist() == [
+        [16 * (16 + 19 + 20), 16 * 8, 0],
+        [16 * (4 + 1), 16 * (11 + 11 + 3), 0],
+        [0] * 3,
+    ]
+    means = [(16 / 20 + 11 / 15) / 2, (19 / 20 + 11 / 12) / 2, (20 / 28 + 3 / 11) / 2]
+    assert [image.index for image in inspection.images] == [0, 1, 2]
+    assert [image.mean_iou for image in inspection.images] == pytest.approx(means)
+    assert [image.index for image in inspection.worst(2)] == [2, 0]
+    assert inspection.calibration.sums[0].sum() == 3 * 16 * 31
+
+
+class Second(Halves):
+    """Its first image cannot be read."""
+
+    def __getitem__(self, i):
+        if i == 0:
+            raise DatasetError("the first image is damaged")
+        return super().__getitem__(i)
+
+
+def test_inspection_numbers_images_as_the_data_set_does():
+    inspection = Inspection(3)
+    options = {"boundary_tolerance": 3, "on_bad_sample": "skip", "inspection": inspection}
+    evaluate_model(Shifted(), Second(), InferenceConfig(), torch.device("cpu"), **options)
+    assert [image.index for image in inspection.images] == [1, 2]
+
+
+class Unlabelled(Halves):
+    labelled = False
+
+
+def test_images_without_labels_are_refused():
+    message = r"Unlabelled, 3 classes: this split has images without labels.*python -m unept.predict"
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(Shifted(), Unlabelled(), InferenceConfig(), torch.device("cpu"), boundary_tolerance=3)
 
 
 def test_one_forward_pass_an_image():

@@ -11,6 +11,7 @@ from unept.config import TrainConfig
 # A network of 10 layers on crops of 64x64: a step takes a tenth of a second.
 NETWORK = [
     *("--backbone", "resnet10t", "--no-pretrained-backbone", "--output-stride", "32", "--d-model", "32"),
+    *("--amp", "off"),  # the same numbers in a process of its own, on any CPU
     *("--num-heads", "2", "--num-points", "2", "--ffn-dim", "32", "--crop-size", "64", "64", "--short-side", "None"),
 ]
 # 12 steps with records at 3, 6, 9 and 12, evaluations at 6 and 12, checkpoints at 4, 8 and 12.

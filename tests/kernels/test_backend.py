@@ -4,11 +4,20 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from unept.kernels import requested_backend, upsample_argmax, use_backend
+from unept.kernels import (
+    bilinear_gather,
+    requested_backend,
+    set_default_backend,
+    sparse_sampling_attention,
+    upsample_argmax,
+    upsample_cross_entropy,
+    use_backend,
+)
 from unept.kernels.backend import runs_on_triton
 
 
@@ -37,6 +46,69 @@ def test_previous_choice_comes_back_after_an_error():
     with pytest.raises(ZeroDivisionError), use_backend("torch"):
         raise ZeroDivisionError
     assert requested_backend() == before
+
+
+def in_thread(function):
+    """What a function returns in a new thread."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_a_choice_holds_in_its_thread_and_leaves_nothing_behind():
+    before = requested_backend()
+    entered, left, seen = threading.Event(), threading.Event(), {}
+
+    def first():
+        with use_backend("torch"):
+            entered.set()
+            left.wait(10)
+            seen["first"] = requested_backend()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(10)
+    choice = use_backend("triton")  # begins after the other one and ends before it
+    assert in_thread(requested_backend) == before
+    choice.__exit__(None, None, None)
+    left.set()
+    thread.join()
+    assert seen["first"] == "torch"
+    assert requested_backend() == in_thread(requested_backend) == before
+
+
+def test_the_default_is_for_threads_that_have_not_chosen():
+    before = requested_backend()
+    try:
+        set_default_backend("torch")
+        assert requested_backend() == in_thread(requested_backend) == "torch"
+        with use_backend("triton"):
+            assert (requested_backend(), in_thread(requested_backend)) == ("triton", "torch")
+    finally:
+        set_default_backend(before)
+    with pytest.raises(ValueError, match="'gpu'; the backends are"):
+        set_default_backend("gpu")
+
+
+def test_a_gradient_runs_where_its_op_ran():
+    """Checked in float64, which the Triton kernels refuse, from a thread that chose these."""
+    maps, offset = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True), torch.zeros(1, 2, 4, 4)
+    points = torch.rand(1, 5, 2, dtype=torch.float64)
+    samples = torch.zeros(1, 5, 1, 1, 2, 2, dtype=torch.float64)
+    with use_backend("torch"):
+        losses = [
+            bilinear_gather(maps, points).sum(),
+            upsample_cross_entropy(maps, torch.zeros(1, 4, 4, dtype=torch.long), offset),
+            sparse_sampling_attention(maps.flatten(2).mT[:, :, None], [(4, 4)], samples, samples[..., 0], points).sum(),
+        ]
+
+    def differentiate():
+        with use_backend("triton"):
+            return [torch.autograd.grad(loss, maps)[0].abs().sum() > 0 for loss in losses]
+
+    assert all(in_thread(differentiate))
 
 
 def test_unknown_name_lists_the_backends():

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.attention import SHAPES, Case, attention, check, deformable, gradients, make_case, with_gradients
+from tests.helpers.marks import slow
 from unept.kernels import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
 from unept.kernels._scatter import ScatterBuffer
 
@@ -52,7 +53,7 @@ def test_saves_its_inputs_and_nothing_else(backend, op):
     assert set(saved) == {t.data_ptr() for t in case.inputs.values()}
 
 
-@pytest.mark.parametrize("op", [attention, deformable])
+@pytest.mark.parametrize("op", [attention, slow(deformable)])
 def test_opcheck(backend, op):
     sizes = {"queries": 3, "heads": 2, "channels": 3, "num_points": 2, "shapes": [(2, 3), (1, 2)]}
     case = make_case(**sizes, normalised=op is deformable).to(backend[1], torch.float32)
@@ -61,6 +62,10 @@ def test_opcheck(backend, op):
     others = [*(t.transpose(0, 1).contiguous().transpose(0, 1) for t in others), None][:3]
     shapes = [size for shape in case.spatial_shapes for size in shape]
     torch.library.opcheck(torch.ops.unept.sparse_sampling, (value, shapes, *others))
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (value, *others)]
+    torch.library.opcheck(torch.ops.unept.sparse_sampling, (leaves[0], shapes, *leaves[1:]))
+    spatial_shapes = torch.tensor(case.spatial_shapes, device=backend[1])
+    torch.library.opcheck(torch.ops.unept.sparse_sampling, (leaves[0], [], *leaves[1:], spatial_shapes))
     for needs_value, needs_reference in ((True, op is attention), (False, False)):
         arguments = (case.grad_out, value, shapes, *others, needs_value, needs_reference)
         torch.library.opcheck(torch.ops.unept.sparse_sampling_backward, arguments)

@@ -1,5 +1,6 @@
 """Models on disk and on the hub: what is saved with them, how they are found again, and models by name."""
 
+import copy
 import json
 import shutil
 import sys
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 import unept
 from unept import predict, train
 from unept.config import DataConfig, ModelConfig, TrainConfig
+from unept.data import Shapes
+from unept.evaluation.evaluator import evaluate_model
 from unept.inference import InferenceConfig, InferenceOptions, predict_ids, resolve
 from unept.model import registry
 from unept.model.network import UNEPT
@@ -96,6 +99,22 @@ def test_what_a_model_says_about_itself_comes_back(saved):
         "mIoU": 0.61234, "pixAcc": 0.9, "boundary_f": 0.5, "boundary_iou": 0.25, "boundary_tolerance": 3,
         "images": 101, "iou": [0.7, None, 0.5],
     }  # fmt: skip
+
+
+def test_one_changed_bit_in_the_weights_is_noticed(saved, tmp_path, hub):
+    """safetensors has no checksum: config.json holds that of the file."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    shutil.copytree(folder, hub / "org" / "damaged")
+    for source, where in ((str(folder), folder), ("org/damaged", hub / "org" / "damaged")):
+        with pytest.raises(
+            ValueError, match=f"{where}/model.safetensors is damaged: its SHA-256 .* remove weights_sha256"
+        ):
+            load(source, torch.device("cpu"))
+    edit_config(folder, lambda stored: stored.pop("weights_sha256"))  # as of a model of an older version
+    assert load(folder, torch.device("cpu")).num_classes == 3
 
 
 def test_stored_mean_and_deviation_count(saved, tmp_path):
@@ -375,3 +394,123 @@ def test_bad_checkpoints(tmp_path, capsys):
     for path in (tmp_path, tmp_path / "missing.pth"):
         with pytest.raises(FileNotFoundError, match=r"checkpoint_path names .*, which is not a file"):
             unept.create_model("unept_resnet10t", num_classes=2, checkpoint_path=path)
+
+
+# --- damaged and hostile files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A copy of the saved model, and a function that changes its config.json."""
+    folder = shutil.copytree(saved, tmp_path / "copy")
+
+    def change(**values):
+        config = json.loads((saved / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return folder, change
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_classes": 10**9}, "num_classes is 1000000000; it must be from 1 to 65536"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"num_classes": "3"}, "num_classes is '3'; it must be a whole number"),
+        ({"num_encoder_layers": 10**9}, "num_encoder_layers is 1000000000"),
+        ({"d_model": 4096, "ffn_dim": 16384}, "describes a network of at least .* parameters, but model.safetensors"),
+        ({"d_model": None}, "d_model is None"),
+        ({"num_heads": [2]}, r"num_heads is \[2\]"),
+        ({"dropout": {"p": 1}}, "dropout is {'p': 1}"),
+        ({"backbone": "hf_hub:someone/model"}, "has no model 'hf_hub:someone/model'"),
+        ({"backbone": 5}, "backbone is 5; it must be text"),
+        ({"classes": [1, 2, 3]}, r"classes is \[1, 2, 3\]"),
+        ({"palette": [[0, 0, 300]] * 3}, "each from 0 to 255"),
+        ({"preprocessing": [1]}, r"preprocessing is \[1\]"),
+        ({"preprocessing": {"mean": "gray", "std": [1, 1, 1]}}, "mean is 'gray'"),
+        ({"preprocessing": {"mean": [0, 0, 0], "std": [0, 0, 0]}}, "must be positive"),
+    ],
+    ids=str,
+)
+def test_config_of_a_saved_model_is_data(copied, values, message):
+    folder, change = copied
+    change(**values)
+    with pytest.raises(ValueError, match=rf"config\.json of .*{message}"):
+        load(folder, CPU)
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b'"x"', b"{", b"\xff", b"[" * 100_000], ids=lambda c: str(c[:8]))
+def test_config_that_is_no_config(copied, content):
+    folder, _ = copied
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json of .* is damaged"):
+        load(folder, CPU)
+
+
+def test_a_saved_model_fetches_and_opens_nothing(copied, model, monkeypatch):
+    folder, change = copied
+    change(pretrained_backbone=True, backbone_weights=str(folder / "secret.safetensors"))
+
+    def refuse(*arguments, **options):
+        raise AssertionError("the loader asked for other weights")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
+    monkeypatch.setattr("unept.model.backbone.read_weights", refuse)
+    assert torch.equal(UNEPT.from_pretrained(folder).classifier.weight, model.classifier.weight)
+
+
+def test_inference_options_of_a_saved_model_are_checked(copied):
+    folder, change = copied
+    change(preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3, "amp": "evil"})
+    with pytest.raises(ValueError, match="amp is 'evil'"):
+        resolve(InferenceOptions(), load(folder, CPU))
+
+
+def test_weights_that_are_not_finite_are_refused(copied, model, tmp_path):
+    folder, _ = copied
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for value in (float("nan"), float("inf")):
+        state["classifier.bias"][1] = value
+        save_file(state, folder / "model.safetensors")
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors holds NaN or infinite .* first being classifier\.bias"
+        ):
+            load(folder, CPU)
+        with pytest.raises(ValueError, match="holds NaN or infinite"):
+            unept.create_model(
+                "unept_resnet10t", num_classes=3, checkpoint_path=folder / "model.safetensors", **without_backbone()
+            )
+
+
+def without_backbone() -> dict:
+    return {name: value for name, value in TINY.items() if name != "backbone"}
+
+
+def test_nan_is_no_class(model):
+    """Where ids are made for people; the network itself passes NaN on."""
+    image = torch.zeros(1, 3, 32, 40)
+    image[0, 1, 5, 5] = float("nan")
+    config = resolve(InferenceOptions(), model)
+    for ids in (model.predict, lambda images: predict_ids(model, images, config)):
+        with pytest.raises(FloatingPointError, match="the prediction holds NaN"):
+            ids(image)
+        assert ids(torch.zeros(1, 3, 32, 40)).shape == (1, 32, 40)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.classifier.bias[0] = float("nan")
+    pixels = torch.zeros(3, 32, 40, dtype=torch.uint8)
+    with pytest.raises(FloatingPointError, match="the prediction holds NaN"):
+        unept.Segmenter(broken)(pixels)
+    shapes = Shapes(split="val", length=1, size=32)
+    shapes.classes, shapes.palette = CLASSES, PALETTE
+    with pytest.raises(FloatingPointError, match="the prediction holds NaN"):
+        evaluate_model(broken, shapes, config, CPU, 3)
+
+
+def test_out_of_memory_while_loading_is_told_so(saved, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(UNEPT, "to", fail)
+    with pytest.raises(MemoryError, match="out of memory while the model was moved to cpu: free the device, or use"):
+        load(saved, CPU)

@@ -1,5 +1,6 @@
 """The network: sizes that the paper reports, any image size, any backbone, Eq. 3-4, saving and loading."""
 
+import concurrent.futures
 import itertools
 import math
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from unept import train
 from unept.model.attention import SparseSamplingAttention, ring_offsets
 from unept.model.backbone import Backbone
 from unept.model.boundary import DIRECTIONS, Refinement, SubpixelConv, refinement_offset
@@ -57,6 +59,7 @@ def test_size_of_the_papers_models(backbone, megaparameters, gmacs):
         ("convnext_atto", [8, 16, 32]),
         ("swin_tiny_patch4_window7_224", [8, 16, 32]),
         ("vit_small_patch16_dinov3", [16, 16, 16]),
+        ("hrnet_w18_small", [8, 16, 32]),
     ],
 )
 def test_any_timm_backbone_and_any_image_size(backbone, strides):
@@ -71,9 +74,51 @@ def test_any_timm_backbone_and_any_image_size(backbone, strides):
         assert all(torch.isfinite(m).all() for m in output[:3])
     losses = UNEPTLoss()(output, torch.randint(0, 3, (1, 64, 96)))
     losses["loss"].backward()
-    # Some backbones keep layers that the feature maps don't need; all of ours must learn.
-    silent = [n for n, p in model.named_parameters() if p.grad is None and not n.startswith("backbone")]
-    assert not silent
+    # Layers of a backbone that the feature maps don't need are frozen: on several processes each must have a gradient.
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+        assert parameter.requires_grad or name.startswith("backbone"), name
+
+
+@pytest.mark.parametrize("backbone", ["coatnet_nano_rw_224", "levit_128s", "visformer_tiny"])
+def test_a_backbone_of_one_image_size_is_refused_before_anything_is_written(backbone, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["shapes", "--backbone", backbone, "--no-pretrained-backbone", "--output-stride", "None"]
+    monkeypatch.setattr("sys.argv", ["train", *arguments, "--workers", "0", "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert f"error: {backbone} cannot be a backbone as it is, since it sees images of one size only" in err
+    assert "--backbone-image-size" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_of_one_size_sees_squares():
+    model = tiny_model(backbone="levit_128s", backbone_image_size=64).eval()
+    assert model.divisor == 64
+    images = torch.randn(2, 3, 128, 192)
+    features = model.backbone(images)
+    for b, row, column in ((0, 0, 0), (1, 1, 2)):
+        y, x = 64 * row, 64 * column
+        for whole, square in zip(features, model.backbone(images[b : b + 1, :, y : y + 64, x : x + 64]), strict=True):
+            h, w = square.shape[2:]
+            part = whole[b : b + 1, :, h * row : h * (row + 1), w * column : w * (column + 1)]
+            assert torch.allclose(part, square, atol=1e-5)
+    assert model(images[:, :, :90, :100]).logits.shape == (2, 3, 12, 13)
+    for options, message in (
+        ({"backbone_image_size": 100}, "backbone_image_size is 100; for levit_128s it must be a multiple of 64"),
+        ({"backbone_image_size": 4}, "backbone_image_size is 4; it must be from 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_model(backbone="levit_128s", **options)
+
+
+def test_a_backbone_of_windows_gets_images_of_whole_windows():
+    model = tiny_model(backbone="maxvit_nano_rw_256").eval()
+    assert model.divisor == 256
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 90, 260)).logits.shape == (1, 3, 12, 33)
 
 
 def test_large_image_of_odd_size():
@@ -278,7 +323,7 @@ def test_baseline_without_spatial_branch():
     assert model.predict(torch.randn(1, 3, 40, 56)).shape == (1, 40, 56)
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("amp", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "bf16"])
 def test_compiled_model_and_loss_have_no_graph_break(amp):
     """What unept.train compiles: bytes in, under autocast on a GPU."""
     model, loss = tiny_model(output_stride=32, dropout=0.0), UNEPTLoss()
@@ -323,6 +368,21 @@ def test_prediction_leaves_the_model_as_it_is():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert model.training
     assert torch.equal(ids, model.eval().predict(image))
+
+
+def test_threads_predict_at_once_with_a_model_in_training_mode():
+    """None of them finds the model in training mode because another one has finished, and all modes come back."""
+    model = tiny_model().train()
+    model.backbone.eval()
+    images = torch.randint(0, 256, (8, 1, 3, 32, 40), dtype=torch.uint8)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = [model.predict(image) for image in images]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for ids, wanted in zip(pool.map(model.predict, images.repeat(3, 1, 1, 1, 1)), expected * 3, strict=True):
+            assert torch.equal(ids, wanted)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+    assert not any(module.training for module in model.backbone.modules())
 
 
 def test_saved_model_comes_back(tmp_path):

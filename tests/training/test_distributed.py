@@ -1,6 +1,7 @@
 """Several processes: as one process with their whole batch, through a worker's death, and with one clear error."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from unept import distributed
 from unept.config import TrainConfig
 from unept.evaluation.evaluator import evaluate_model
 from unept.inference import InferenceConfig
+from unept.training import checkpoint
+from unept.training.interruption import StopSignals
 from unept.training.trainer import Trainer
 
 # One process of pytest-xdist starts the two processes that most of these tests read.
@@ -101,6 +104,18 @@ def evaluate_shifted() -> tuple[int, dict]:
     return model.calls, scores
 
 
+def steps_until_stopped(rank: int) -> tuple[int, int]:
+    """Number of steps after which this rank stops, and the signal; rank 1 alone receives it, in the third step."""
+    with StopSignals() as signals:
+        for step in range(1, 10):
+            if rank == 1 and step == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if number := signals.after_step():
+                assert signals.now() == number
+                return step, number
+    return 10, 0
+
+
 def _run_rank(rank: int, port: int, folder: str, data: str) -> None:
     """Run one of two processes as torchrun would start it, and save what it found."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
@@ -109,6 +124,7 @@ def _run_rank(rank: int, port: int, folder: str, data: str) -> None:
         results = {"norms": norms_step(images[2 * rank : 2 * rank + 2])}
         results["step"] = one_step(config_of(data), Path(folder) / "run")
         results["scores"] = evaluate_shifted()
+        results["stopped"] = steps_until_stopped(rank)
         results["main"] = distributed.run_on_main(lambda: f"said by {distributed.rank()}")
         try:
             distributed.run_on_main(lambda: int("no number"))
@@ -168,6 +184,10 @@ def test_two_processes_share_an_evaluation_and_agree(two):
         assert scores[0][key] == scores[1][key] == alone[key]
 
 
+def test_processes_stop_after_the_same_step(two):
+    assert [result["stopped"] for result in two[1]] == [(4, signal.SIGUSR1)] * 2
+
+
 def test_main_process_speaks_for_all(two):
     first, second = two[1]
     assert first["main"] == second["main"] == "said by 0"
@@ -207,6 +227,32 @@ def _command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except OSError:
         return ""
+
+
+@pytest.mark.slow
+def test_signal_to_torchrun_stops_all_and_loses_nothing(data, tmp_path):
+    """SIGTERM to the launcher, as a preemptible machine sends it; continued, the run ends with all its steps."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher += ["-m", "unept.train", *arguments(data, *OPTIONS), "--iterations", "400", "--checkpoint-every", "1000"]
+    launcher += ["--eval-every", "1000", "--out", str(tmp_path / "run"), "--resume", "auto"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        launcher, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not read_records(tmp_path / "run"):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no step after four minutes"
+        time.sleep(0.05)
+    process.terminate()
+    _, stderr = process.communicate(timeout=240)
+    stopped = re.findall(r"stopped at step (\d+); continue with --resume auto", stderr)
+    assert len(stopped) == 1, stderr
+    saved = checkpoint.load_latest(tmp_path / "run" / "checkpoints", CPU)
+    assert saved.step == int(stopped[0]) > 2
+    again = Trainer(config_of(data, iterations=saved.step + 1, resume="auto"), tmp_path / "run")
+    again.train()
+    assert again.step == saved.step + 1
 
 
 @pytest.mark.slow

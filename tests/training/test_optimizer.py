@@ -16,7 +16,7 @@ def test_learning_rates_follow_the_paper():
     assert [group["lr"] for group in optimizer.param_groups] == [1e-4, 1e-5]
     assert optimizer.param_groups[1]["params"] == list(model.backbone.parameters())
     assert optimizer.defaults["betas"] == (0.9, 0.999)
-    assert optimizer.defaults["weight_decay"] == 1e-4
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4]
     factors = [learning_rate_factor(config, step) for step in range(90)]
     assert factors == [1.0] * 60 + [0.1] * 30
     warm = [learning_rate_factor(TrainConfig(iterations=90, warmup=10), step) for step in range(11)]

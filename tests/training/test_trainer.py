@@ -14,12 +14,14 @@ import torch
 
 from tests.helpers import layouts
 from tests.helpers.training import arguments, configuration, loss_curve, read_records
-from unept import train
+from unept import pretrained, train
 from unept.config import TrainConfig
 from unept.data import DatasetError
+from unept.files import read_json_lines
 from unept.model.network import UNEPT
 from unept.training import checkpoint
 from unept.training.class_weights import balanced_class_weights
+from unept.training.interruption import Stopped
 from unept.training.trainer import Trainer
 
 # One process of pytest-xdist trains the run that most of these tests read.
@@ -52,6 +54,7 @@ def test_run_folder(finished):
     assert {p.name for p in out.iterdir()} >= {
         "config.json",
         "metrics.jsonl",
+        "history.jsonl",
         "checkpoints",
         "samples",
         "curves.png",
@@ -108,6 +111,62 @@ def test_precision_of_products_is_what_is_asked_for(data, tmp_path, monkeypatch,
     assert seen == asked_for
 
 
+def interrupt(monkeypatch, method: str, when, number: int) -> None:
+    """Send this process a signal in a method of the trainer, once `when(trainer)` is true."""
+    called = getattr(Trainer, method)
+
+    def wrapped(trainer, *arguments):
+        if when(trainer):
+            os.kill(os.getpid(), number)
+        return called(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, method, wrapped)
+
+
+def test_signals_finish_the_step_and_lose_nothing(finished, data, tmp_path, capsys):
+    """The command is stopped by one signal after another, in steps and in an evaluation; continued, it ends as ever."""
+    out = tmp_path / "stopped"
+    options = [*arguments(data, *OPTIONS), "--out", str(out), "--resume", "auto"]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    stops = [
+        ("train_step", 1, signal.SIGINT, 2),  # in the second step
+        ("train_step", 3, signal.SIGTERM, 4),
+        ("evaluate", 6, signal.SIGHUP, 6),
+        ("train_step", 10, signal.SIGUSR1, 11),
+    ]
+    for method, at, number, step in stops:
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, method, lambda trainer, at=at: trainer.step == at, number)
+            assert train.train(options) == 128 + number
+        assert checkpoint.step_of(checkpoint.checkpoints(out / "checkpoints")[-1]) == step
+        assert capsys.readouterr().err.splitlines()[-1] == f"stopped at step {step}; continue with --resume auto"
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert train.train(options) == 0
+    events = [(line["event"], line["step"]) for line in read_json_lines(out / "history.jsonl")]
+    begins, ends = [("start", 0), *(("continue", step) for step in (2, 4, 6, 11))], [2, 4, 6, 11]
+    assert events[::2] == begins
+    assert events[1::2] == [("stop", step) for step in ends]
+    assert loss_curve(out) == loss_curve(finished[0])
+    scores, expected = ([line["mIoU"] for line in read_records(run) if "mIoU" in line] for run in (out, finished[0]))
+    assert scores == expected
+    final, expected = (torch.load(p / "checkpoints" / "step_00000012.pt") for p in (out, finished[0]))
+    assert all(torch.equal(final["model"][k], v) for k, v in expected["model"].items())
+    assert final["best"] == expected["best"]
+
+
+def test_second_interrupt_ends_at_once(data, tmp_path, monkeypatch):
+    trainer = Trainer(config_of(data), tmp_path / "run")
+
+    def twice(images, labels):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "train_step", twice)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        trainer.train()
+    assert not isinstance(raised.value, Stopped)
+
+
 def test_averaged_weights_resume_exactly_and_are_the_model_that_is_kept(data, tmp_path):
     """In bfloat16 on the CPU, with class weights, as a recipe for small data sets has them."""
     recipe = {"ema": 0.9, "class_weights": "auto", "amp": "bf16", "device": "cpu", "iterations": 6, "eval_every": 6}
@@ -151,7 +210,7 @@ def test_checkpoint_of_an_older_version_is_continued_exactly(finished, data, tmp
     path = out / "checkpoints" / "step_00000008.pt"
     state = torch.load(path)
     assert len(state["loss_history"]) == 2
-    del state["averaged"]
+    del state["averaged"], state["evaluated"]
     state["pending"] = [torch.stack(list(losses.values())) for losses in state.pop("loss_history")]
     torch.save(state, path)
     Trainer(config_of(data, resume="auto", num_samples=0), out).train()
@@ -228,21 +287,24 @@ def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkey
     folder = tmp_path / "model"
     checkpoint.save_model(finished[1].model, folder)
 
-    def killed(path, content):
+    def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_atomically", killed)
+    monkeypatch.setattr(shutil, "copyfile", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save_model(finished[1].model, folder)
+        checkpoint.save_model(finished[1].model, folder, step=77, scores={"mIoU": 0.5})
+    monkeypatch.undo()
     assert UNEPT.from_pretrained(folder).num_classes == 8
+    shutil.copy(finished[0] / "config.json", tmp_path)
+    assert pretrained.load(tmp_path, torch.device("cpu")).evaluation["step"] == 77, "it was complete"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 0.5}, r"lr \(was 0.0001, now 0.5\)"),
+        ({"seed": 5}, r"seed \(was 0, now 5\)"),
         # It does not change the training, but which model is the best.
-        ({"window": 32, "refine": False}, r"window \(was None, now 32\), refine \(was True, now False\)"),
+        ({"refine": False, "refine_steps": 2}, r"refine \(was True, now False\), refine_steps \(was 1, now 2\)"),
     ],
     ids=["recipe", "protocol"],
 )
@@ -268,6 +330,75 @@ def test_other_class_count_is_refused_on_resume(finished, data):
         classes.write_text(text)
 
 
+def test_finished_run_is_extended(finished, data, tmp_path, capsys):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    again = Trainer(config_of(data, resume="auto", iterations=20, num_samples=0), out)
+    rates: list[float] = []
+    train_step = again.train_step
+
+    def watched(images, labels):
+        rates.append(again.optimizer.param_groups[0]["lr"])
+        return train_step(images, labels)
+
+    again.train_step = watched
+    again.train()
+    said = capsys.readouterr().out
+    assert "continues at step 12 of 20, with iterations 12 -> 20\n" in said
+    assert "the learning rate is 1.0e-04 at step 12 of 20 and falls to 1.0e-05 at step 14\n" in said
+    assert rates == pytest.approx([1e-4, 1e-4, *[1e-5] * 6])
+    assert [line[0] for line in loss_curve(out)] == [3, 6, 9, 12, 15, 18, 20]
+    assert loss_curve(out)[:4] == loss_curve(finished[0])
+    with pytest.raises(ValueError, match=r"iterations is 12, but the run in .* has taken 20 steps"):
+        Trainer(config_of(data, resume="auto"), out).train()
+
+
+def test_evaluation_out_of_memory_costs_no_step_and_its_advice_works(data, tmp_path, monkeypatch):
+    out, config = tmp_path / "run", config_of(data, iterations=4, eval_every=3, checkpoint_every=100, num_samples=0)
+
+    def full(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", full)
+        with pytest.raises(MemoryError, match=r"--window .*\. The checkpoint of step 3 is in .*; --resume auto"):
+            Trainer(config, out).train()
+    assert not (out / "model").exists()
+    advised = {"window": 48, "accumulate": 2, "amp": "bf16", "lr": 5e-4, "warmup": 5, "device": "cpu"}
+    again = Trainer(dataclasses.replace(config, resume="auto", **advised), out)
+    again.train()
+    assert [line["step"] for line in read_records(out) if "mIoU" in line] == [3, 4]
+    assert pretrained.load(out, torch.device("cpu")).preprocessing["window"] == 48
+    changed = read_json_lines(out / "history.jsonl")[-1]["changed"]
+    assert changed.keys() == advised.keys() | {"resume"}
+    assert changed["lr"] == [1e-4, 5e-4]
+    assert [line["lr"] for line in read_records(out) if "lr" in line][-1] == pytest.approx(5e-4 * 0.1)
+
+
+def test_update_that_is_not_finite_is_not_saved(data, tmp_path):
+    """The losses are those before the update: they do not show what it has done."""
+    out = tmp_path / "run"
+    trainer = Trainer(config_of(data, checkpoint_every=1, num_samples=0), out)
+    train_step = trainer.train_step
+
+    def diverging(images, labels):
+        losses = train_step(images, labels)
+        if trainer.step == 2:  # the third step
+            with torch.no_grad():
+                trainer.model.classifier.weight[0] = float("inf")
+        return losses
+
+    trainer.train_step = diverging
+    message = (
+        r"weights are not finite after step 3: 1 of \d+ tensors, such as classifier.weight\. The checkpoint of step 2 "
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(out / "checkpoints")] == [1, 2]
+    again = Trainer(config_of(data, resume="auto", lr=1e-5, iterations=3, num_samples=0), out)
+    again.train()
+    assert again.step == 3
+
+
 def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
     out = tmp_path / "run"
     trainer = Trainer(config_of(data, lr=1e-3, log_every=4, checkpoint_every=2), out)
@@ -280,7 +411,7 @@ def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
         return train_step(images, labels)
 
     trainer.train_step = poisoned
-    with pytest.raises(FloatingPointError, match=r"not finite at step 5: boundary\. .*--lr"):
+    with pytest.raises(FloatingPointError, match=r"not finite at step 5: boundary\. The checkpoint of step 4 .*--lr"):
         trainer.train()
     saved = checkpoint.checkpoints(out / "checkpoints")
     assert [p.name for p in saved] == ["step_00000002.pt", "step_00000004.pt"]
@@ -297,7 +428,9 @@ def test_out_of_memory_says_what_to_change(data, tmp_path, monkeypatch, message)
         raise kind(message)
 
     monkeypatch.setattr(trainer, "train_step", full)
-    with pytest.raises(
-        MemoryError, match=r"with 4 images of 64x64 at once \(batch_size 4\): --accumulate 2 .*crop-size"
-    ):
+    said = (
+        r"with 4 images of 64x64 at once \(batch_size 4\): --accumulate 2 .*crop-size.*\. The checkpoint of step 0 is "
+    )
+    with pytest.raises(MemoryError, match=said):
         trainer.train()
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints", trainer.device).step == 0

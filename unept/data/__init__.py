@@ -9,7 +9,7 @@ from .files import FileDataset
 from .folder import ImageFolder
 from .loader import TrainingSampler, TransformedDataset, evaluation_loader, image_loader, training_loader
 from .pascal_context import PascalContext
-from .registry import DATASETS, DatasetEntry, build_dataset
+from .registry import DATASETS, DatasetEntry, build_dataset, register_dataset
 from .shapes import Shapes
 from .transforms import eval_transform, train_transform
 
@@ -33,6 +33,7 @@ __all__ = [
     "eval_transform",
     "evaluation_loader",
     "image_loader",
+    "register_dataset",
     "train_transform",
     "training_loader",
 ]

@@ -7,6 +7,7 @@ Letters: H, W height and width of an image, K number of classes.
 """
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
@@ -70,13 +71,16 @@ class SegmentationDataset(Dataset):
         """The stem for names of files about sample `i`, different for every sample."""
         raise NotImplementedError
 
-    def check(self, sample: int | None = None, workers: int = 0, progress: str | None = None) -> None:
+    def check(self, sample: int | None = None, workers: int = 0, progress: str | None = None) -> Tensor:
         """Read all samples, or `sample` of them spread evenly over the dataset, and raise if any breaks a rule.
 
         Args:
             sample: the number of samples to read; None reads all.
             workers: the number of processes that read; 0 reads in this process.
             progress: the title of a progress bar; None shows no bar.
+
+        Returns:
+            (256,) int64: the number of pixels of each training id in the samples that were read, zeros without labels.
 
         Raises:
             DatasetError: if any sample breaks a rule. The message names the first five of them and counts the others.
@@ -88,28 +92,41 @@ class SegmentationDataset(Dataset):
         reader = _ProblemReader(self, [i * len(self) // count for i in range(count)])
         # With a generator of its own, the loader leaves the global random state as it was.
         loader = DataLoader(reader, batch_size=None, num_workers=workers, generator=torch.Generator())
-        bar = tqdm(loader, desc=progress, unit="image", disable=progress is None, leave=False)
-        problems = [problem for problem in bar if problem]
+        bar = tqdm(loader, desc=progress, unit="image", disable=None if progress else True, leave=False)
+        pixels, problems = torch.zeros(256, dtype=torch.int64), []
+        for counts, problem in bar:
+            pixels += counts
+            if problem:
+                problems.append(problem)
         if len(problems) > MAX_PROBLEMS:
             rest = len(problems) - MAX_PROBLEMS
             problems[MAX_PROBLEMS:] = [f"... and {rest} more of the {count} samples that were checked"]
         if problems:
             raise DatasetError("\n".join(problems))
+        return pixels
 
 
 class _ProblemReader(Dataset):
-    """Reads the samples `indices` of a dataset; item i is the message of the rule that sample breaks, or empty."""
+    """Reads the samples `indices` of a dataset.
+
+    Item i is the number of pixels of each training id in that sample, (256,) int64, and the message of the rule that it
+    breaks, or an empty one.
+    """
 
     def __init__(self, dataset: SegmentationDataset, indices: list[int]):
-        self.read = dataset.__getitem__ if dataset.labelled else dataset.image
+        self.dataset = dataset
         self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
+        nothing = torch.zeros(256, dtype=torch.int64)
         try:
-            self.read(self.indices[i])
+            if not self.dataset.labelled:
+                self.dataset.image(self.indices[i])
+                return nothing, ""
+            mask = self.dataset[self.indices[i]][1].as_subclass(Tensor)
         except DatasetError as error:
-            return str(error)
-        return ""
+            return nothing, str(error)
+        return torch.bincount(mask.flatten(), minlength=256), ""

@@ -1,52 +1,68 @@
-"""Datasets that are image and label files: how the files are found, listed, paired and read.
+"""Datasets that are pairs of image and label files.
+
+`finding` says how files are found and paired, `reading` how they are read.
 
 Letters: H, W height and width of an image, K number of classes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 from torchvision import tv_tensors
 
-from .base import DatasetError, SegmentationDataset
+from .base import IGNORE_INDEX, DatasetError, SegmentationDataset
+from .finding import Pair
+from .finding import find_images as find_images
+from .finding import find_pairs as find_pairs
+from .finding import find_root as find_root
+from .finding import list_images as list_images
+from .finding import pair_with_labels as pair_with_labels
+from .finding import require_folder as require_folder
+from .reading import MAX_LABEL_ID, read_channels_last, read_label
+from .reading import image_to_tensor as image_to_tensor
+from .reading import read_image as read_image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-
-# What PIL raises for a file that is missing, unreadable, truncated, corrupt or absurdly large.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-Pair = tuple[Path, Path | None]
+Color = tuple[int, int, int]
+LabelFormat = Literal["auto", "ids", "colors"]
 
 
 class FileDataset(SegmentationDataset):
     """Pairs of an image file and a label file of the same size; in a split without labels, images alone.
 
     Images may be gray, palette, RGBA, CMYK or 16 bits deep; they come out as RGB, and upright as their EXIF tag says.
-    Labels hold one id per pixel (modes L and P; the colors of a palette are not looked at).
+    Labels hold one id per pixel, in a gray or palette file or in an RGB file with three equal channels, or the colors
+    of the classes in an RGB file (`unept.data.reading.read_label`).
 
     Args:
         pairs: (image, label) paths; the label is None where there is none.
         classes: the K class names.
         palette: the K colors (r, g, b), 0..255.
-        label_ids: the training id (0..K-1 or 255) of every id that label files may hold; every class has one.
+        label_ids: the training id (0..K-1 or 255) of every id, 0..65535, that label files may hold; every class has
+            one.
+        label_colors: the training id of every color that label files may hold; None if they hold none.
+        label_format: what RGB labels hold. `"auto"`: colors where all of them are classes', ids where the channels are
+            equal. `"colors"` also reads palette files by their colors.
     """
 
     def __init__(
         self,
         pairs: list[Pair],
         classes: tuple[str, ...],
-        palette: tuple[tuple[int, int, int], ...],
+        palette: tuple[Color, ...],
         label_ids: Mapping[int, int],
+        label_colors: Mapping[Color, int] | None = None,
+        label_format: LabelFormat = "auto",
     ):
         self.pairs = pairs
         self.classes = classes
         self.palette = palette
-        self._allowed: np.ndarray = np.zeros(256, dtype=bool)  # by id in label files: whether it may occur there
-        self._training_id: np.ndarray = np.zeros(256, dtype=np.uint8)
+        self.label_format = label_format
+        self.label_colors = {_pack(*color): training_id for color, training_id in (label_colors or {}).items()}
+        self._allowed: np.ndarray = np.zeros(MAX_LABEL_ID + 1, dtype=bool)  # by id in label files: may it occur there
+        self._training_id: np.ndarray = np.full(MAX_LABEL_ID + 1, IGNORE_INDEX, dtype=np.uint8)
         for file_id, training_id in label_ids.items():
             self._allowed[file_id] = True
             self._training_id[file_id] = training_id
@@ -72,200 +88,95 @@ class FileDataset(SegmentationDataset):
                 "but not trained or evaluated on; take the split val"
             )
         image = self.image(i)
-        ids = read_label_ids(label_path)
+        ids = self._read_training_ids(label_path)
         if ids.shape != image.shape[1:]:
             raise DatasetError(_sizes_differ(image_path, tuple(image.shape[1:]), label_path, ids.shape))
-        counts = torch.bincount(torch.from_numpy(ids).flatten(), minlength=256).numpy()
-        if counts[~self._allowed].any():
-            raise DatasetError(self._ids_not_allowed(label_path, counts))
-        return image, tv_tensors.Mask(torch.from_numpy(self._training_id.take(ids)))
+        return image, tv_tensors.Mask(torch.from_numpy(ids))
 
     def image(self, i: int) -> tv_tensors.Image:
         """The image of sample `i`; its label is not read."""
-        return tv_tensors.Image(_read_channels_last(self.pairs[i][0]))
+        return tv_tensors.Image(read_channels_last(self.pairs[i][0]))
 
     def name(self, i: int) -> str:
         """The stem of the image's file name."""
         return self.pairs[i][0].stem
 
+    def _read_training_ids(self, path: Path) -> np.ndarray:
+        """The label as training ids, uint8 (H, W)."""
+        stored = read_label(path, colors=self.label_format == "colors")
+        if stored.ndim == 2:
+            return self._from_ids(stored, path)
+        gray = bool((stored == stored[..., :1]).all())
+        from_colors, unknown = self._from_colors(stored)
+        if self.label_format == "ids" or (unknown and self.label_format == "auto" and gray):
+            if not gray:
+                raise DatasetError(f"{path} shows colors, but label_format is 'ids': choose 'auto' or 'colors'")
+            return self._from_ids(stored[..., 0], path)
+        if unknown:
+            raise DatasetError(self._colors_not_allowed(path, unknown))
+        if self.label_format == "auto" and gray and self._differs_as_ids(stored[..., 0], from_colors):
+            raise DatasetError(
+                f"{path} can be read in two ways: as class ids, and as colors of the class list. Say which with "
+                "--label-format ids or --label-format colors"
+            )
+        return from_colors
+
+    def _differs_as_ids(self, ids: np.ndarray, training_ids: np.ndarray) -> bool:
+        """Whether ids may occur in labels and stand for others than these training ids."""
+        return bool(self._allowed[ids].all() and (self._training_id[ids] != training_ids).any())
+
+    def _from_ids(self, ids: np.ndarray, path: Path) -> np.ndarray:
+        countable = torch.from_numpy(ids if ids.dtype == np.uint8 else ids.astype(np.int32))
+        counts = torch.bincount(countable.flatten(), minlength=256).numpy()
+        if counts[~self._allowed[: len(counts)]].any():
+            raise DatasetError(self._ids_not_allowed(path, counts))
+        return self._training_id.take(ids)
+
+    def _from_colors(self, colors: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
+        """Training ids (H, W) of colors (H, W, 3), and the number of pixels of each color that is no class's."""
+        packed, inverse, counts = np.unique(
+            _pack(*np.moveaxis(colors.astype(np.int32), -1, 0)), return_inverse=True, return_counts=True
+        )
+        ids = np.array([self.label_colors.get(int(color), IGNORE_INDEX) for color in packed], dtype=np.uint8)
+        unknown = {int(c): int(n) for c, n in zip(packed, counts, strict=True) if int(c) not in self.label_colors}
+        return ids[inverse].reshape(colors.shape[:2]), unknown
+
     def _ids_not_allowed(self, path: Path, counts: np.ndarray) -> str:
-        bad = [f"id {i} in {counts[i]} pixels" for i in range(256) if counts[i] and not self._allowed[i]]
-        allowed = ", ".join(_ranges([i for i in range(256) if self._allowed[i]]))
-        return (
+        found = np.flatnonzero(counts).tolist()
+        bad = [f"id {i} in {counts[i]} pixels" for i in found if not self._allowed[i]]
+        allowed = ", ".join(_ranges(np.flatnonzero(self._allowed).tolist()))
+        message = (
             f"{path} holds {', '.join(bad[:5])}{', ...' if len(bad) > 5 else ''}, outside the class list: "
             f"the {len(self.classes)} classes allow {allowed}. Correct the label, or add the class to the list"
         )
+        if 0 not in found and max(set(found) - {IGNORE_INDEX}, default=0) == len(self.classes):
+            message += ". If ids count from 1, map them: --label-ids 1=0 2=1 and so on"
+        return message
 
-
-# Finding files
-
-
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """List the image files among `paths`, and those directly in the folders among them, in order and each once.
-
-    Raises:
-        FileNotFoundError: if a path does not exist, or a folder holds no images.
-        ValueError: if two files share a stem, so that their results would share a name.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            images = _images_in(path)
-            if not images:
-                raise FileNotFoundError(f"{path} {_no_images()}")
-            files += images
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"there is no image or folder {path}: check the path")
-    files = list(dict.fromkeys(files))
-    if same := _same_stem(files):
-        raise ValueError(
-            f"{same[0]} and {same[1]} would share one result: run the command for each of them, with different --out"
+    def _colors_not_allowed(self, path: Path, unknown: Mapping[int, int]) -> str:
+        most = sorted(unknown, key=lambda color: -unknown[color])
+        listed = ", ".join(f"{_unpack(color)} in {unknown[color]} pixels" for color in most[:5])
+        if not self.label_colors:
+            return (
+                f"{path} shows colors ({listed}{', ...' if len(most) > 5 else ''}) instead of a class id per pixel: "
+                "give the color of every class in the class list, as `name r g b`, or turn the colors into ids first"
+            )
+        return (
+            f"{path} shows {listed}{', ...' if len(most) > 5 else ''}, which the class list does not have: add the "
+            "classes of these colors to it, or correct the label. Smoothed edges or JPEG have colors of no class"
         )
-    return files
 
 
-def find_pairs(images: Path, labels: Path, image_ending: str = "", label_ending: str = ".png") -> list[Pair]:
-    """(image, label) paths of the images in folder `images`, by name; see `list_images` and `pair_with_labels`."""
-    return pair_with_labels(list_images(images, image_ending), labels, image_ending, label_ending)
+def _pack(red, green, blue):
+    """(r, g, b), numbers or arrays, as one integer."""
+    return red << 16 | green << 8 | blue
 
 
-def list_images(folder: Path, ending: str = "") -> list[Path]:
-    """List the images directly in `folder` whose stems end in `ending`, by name. Hidden files are not looked at.
-
-    Raises:
-        DatasetError: if the folder is missing or holds no such image, or two images share a stem.
-    """
-    require_folder(folder)
-    files = _images_in(folder, ending)
-    if not files:
-        raise DatasetError(f"{folder} {_no_images(ending)}")
-    if same := _same_stem(files):
-        raise DatasetError(f"{same[0]} and {same[1].name} would share one label: rename or remove one of them")
-    return files
-
-
-def pair_with_labels(files: list[Path], labels: Path, image_ending: str = "", label_ending: str = ".png") -> list[Pair]:
-    """(image, label) paths: the label of `<name><image_ending>.jpg` is `labels/<name><label_ending>`.
-
-    Labels without an image are left out.
-
-    Raises:
-        DatasetError: if the folder `labels` is missing, or an image has no label.
-    """
-    require_folder(labels)
-    names = [file.stem.removesuffix(image_ending) + label_ending for file in files]
-    existing = {path.name for path in labels.iterdir()}
-    missing = [i for i, name in enumerate(names) if name not in existing]
-    if missing:
-        file = files[missing[0]]
-        raise DatasetError(
-            f"{len(missing)} of {len(files)} images in {file.parent} have no label, the first being {file.name}: "
-            f"add {labels / names[missing[0]]}, or remove the image"
-        )
-    return [(file, labels / name) for file, name in zip(files, names, strict=True)]
-
-
-def require_folder(folder: Path) -> None:
-    """Raise DatasetError if there is no such folder."""
-    if not folder.is_dir():
-        raise DatasetError(f"there is no folder {folder}: check the dataset's root folder and split")
-
-
-def find_root(root: str | Path, *names: str) -> Path:
-    """The first of the folders `names` that is in `root`, else `root`: archives unpack to a folder of their own."""
-    return next((Path(root) / name for name in names if (Path(root) / name).is_dir()), Path(root))
-
-
-def _images_in(folder: Path, ending: str = "") -> list[Path]:
-    """The images directly in a folder whose stems end in `ending`, by name, without hidden files."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.stem.endswith(ending) and not path.name.startswith(".")
-    )
-
-
-def _no_images(ending: str = "") -> str:
-    endings = ", ".join(ending + suffix for suffix in IMAGE_SUFFIXES)
-    return f"holds no images: put files ending in {endings} directly in it"
-
-
-def _same_stem(files: Iterable[Path]) -> tuple[Path, Path] | None:
-    """The first two files that share a stem, or None."""
-    by_stem: dict[str, Path] = {}
-    for file in files:
-        other = by_stem.setdefault(file.stem, file)
-        if other != file:
-            return other, file
-    return None
-
-
-# Reading files
-
-
-def read_image(path: Path) -> Tensor:
-    """Read an image as uint8 (3, H, W), RGB, upright as its EXIF tag says; transparency is dropped.
-
-    Raises:
-        DatasetError: if the file is missing, truncated or corrupt, or holds floating-point pixels.
-    """
-    return _read_channels_last(path).contiguous()
-
-
-def _read_channels_last(path: Path) -> Tensor:
-    """As `read_image`, but with the channels innermost in memory, as PIL has them: resampling is faster on these."""
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = file
-            ImageOps.exif_transpose(image, in_place=True)
-    except UNREADABLE as error:
-        raise DatasetError(_unreadable(path, error)) from error
-    return image_to_tensor(image, path)
-
-
-def image_to_tensor(image: Image.Image, name: str | Path) -> Tensor:
-    """Convert a PIL image of any mode to uint8 (3, H, W), RGB; transparency is dropped.
-
-    Raises:
-        DatasetError: if the image holds floating-point pixels; the message calls it `name`.
-    """
-    if image.mode == "F":
-        raise DatasetError(f"{name} holds floating-point pixels: save it with 8 or 16 bits per channel")
-    if image.mode.startswith("I"):  # 16 bits: PIL's own conversion would clip at 255 instead of taking the high byte
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def read_label_ids(path: Path) -> np.ndarray:
-    """Read the ids of a label file as stored, uint8 (H, W).
-
-    Raises:
-        DatasetError: if the file is missing, truncated or corrupt, or holds colors instead of ids.
-    """
-    try:
-        with Image.open(path) as file:
-            mode, ids = file.mode, np.array(file)
-    except UNREADABLE as error:
-        raise DatasetError(_unreadable(path, error)) from error
-    if mode not in ("L", "P"):
-        raise DatasetError(
-            f"{path} has mode {mode}, but a label must hold one class id per pixel in 8 bits (mode L or P): "
-            "if it shows classes as colors, turn every color into its class id first"
-        )
-    return ids
+def _unpack(color: int) -> Color:
+    return color >> 16, color >> 8 & 255, color & 255
 
 
 # Messages
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path} can't be read ({error}): the file is damaged or not an image; restore or remove it"
 
 
 def _sizes_differ(image: Path, image_size: tuple[int, ...], label: Path, label_size: tuple[int, ...]) -> str:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from tqdm import tqdm
 
+from ..signals import shield_worker
 from .base import DatasetError, SegmentationDataset
 from .transforms import eval_transform
 
@@ -322,6 +323,7 @@ def _make_loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         collate_fn=collate,
+        worker_init_fn=shield_worker,
         # Without its own generator, every iterator would draw its workers' base seed from the global one.
         generator=torch.Generator(),
     )

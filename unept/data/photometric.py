@@ -63,7 +63,7 @@ def distort(images: Tensor, params: Tensor) -> Tensor:
             f"(B, 3, H, W) and (B, {NUM_PARAMS})"
         )
     # Each is (B, 1, 1, 1).
-    brightness, contrast, saturation, hue, is_last, height, width = params.view(-1, NUM_PARAMS, 1, 1, 1).unbind(1)
+    brightness, contrast, saturation, hue, is_last, height, width = params.reshape(-1, NUM_PARAMS, 1, 1, 1).unbind(1)
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
     mask = (rows[:, None] < height) & (columns < width)  # (B, 1, H, W): the pixels that are not padding
     area = height * width

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..validation import check_type
+
 
 def load_evaluation(run: Path) -> dict[str, Any]:
     """Read the classes, IoU, mIoU and split that `unept.evaluate` wrote into a run folder.
@@ -16,9 +18,12 @@ def load_evaluation(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: measure the run first with `python -m unept.evaluate {run}`")
     try:
-        record = json.loads(path.read_text())
-        return {key: record[key] for key in ("classes", "iou", "mIoU", "split")}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"classes": list[str], "iou": list[float | None], "mIoU": float, "split": str}
+        for key, kind in kinds.items():
+            check_type(key, record[key], kind)
+        return {key: record[key] for key in kinds}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): evaluate the run again") from error
 
 

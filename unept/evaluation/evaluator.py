@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from tqdm import tqdm
 from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
 from ..data.loader import OnBadSample
-from ..inference import InferenceConfig, infer
+from ..inference import InferenceConfig, infer, read_prediction
+from ..model.finite import raise_not_a_number
 from ..model.output import SegmentationModel, class_ids
+from .inspection import Inspection
 from .metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
 
 
@@ -44,6 +46,8 @@ def evaluate_model(
     progress: bool = False,
     workers: int = 0,
     on_bad_sample: OnBadSample = "error",
+    inspection: Inspection | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Score the refined and the unrefined prediction from one pass of the network over the data set.
 
@@ -58,6 +62,8 @@ def evaluate_model(
         progress: whether to show a progress bar.
         workers: number of processes that read the data; 0 reads in this process.
         on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` leaves its image out.
+        inspection: counts what an evaluation shows besides its scores, of the refined prediction; None counts nothing.
+        should_stop: asked before each image; where it is true, the rest is left out, and the scores are of no use.
 
     Returns:
         A dictionary. Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`,
@@ -68,24 +74,45 @@ def evaluate_model(
         left out; `images_per_s`, reading and scoring included.
 
     Raises:
-        ValueError: the model and the data set have different classes, or the data set is empty.
+        ValueError: the model and the data set have different classes, or the data set is empty or has no labels.
+        FloatingPointError: a prediction holds NaN.
         DatasetError: a file of the data set breaks a rule; or, with `"skip"`, no image could be read.
     """
     check_classes(model, dataset)
+    if not dataset.labelled:
+        raise ValueError(
+            f"{dataset.description}: this split has images without labels, and scores compare predictions with labels. "
+            "Evaluate a split that has them (--split val), or segment the images with `python -m unept.predict`"
+        )
     loader = evaluation_loader(
         dataset, distributed.rank(), distributed.world_size(), workers, on_bad_sample=on_bad_sample
     )
     refined, unrefined = (_Metrics(dataset, boundary_tolerance, device) for _ in range(2))
+    has_nan = torch.zeros((), dtype=torch.bool, device=device)
     start = time.perf_counter()
-    for image, labels in tqdm(loader, desc="evaluate", unit="image", disable=not progress, leave=False):
+    bar = tqdm(loader, desc="evaluate", unit="image", disable=None if progress else True, leave=False)
+    for position, (image, labels) in enumerate(bar):
+        if should_stop():
+            break
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
+        has_nan |= output.scores.isnan().any()
         size = labels.shape[1:]
-        refined.update(class_ids(output, size, config.refinement), labels)
+        if inspection is None:
+            ids = class_ids(output, size, config.refinement)
+        else:
+            ids, confidence = read_prediction(output, size, config)
+            index = distributed.rank() + (position + loader.skipped) * distributed.world_size()
+            inspection.update(index, ids, confidence, labels)
+        refined.update(ids, labels)
         unrefined.update(class_ids(output, size, None), labels)
+    if distributed.sum_over_ranks(int(has_nan), device):
+        raise_not_a_number()
     if distributed.world_size() > 1:
         refined.all_reduce()
         unrefined.all_reduce()
+        if inspection is not None:
+            inspection.all_reduce()
     skipped = distributed.sum_over_ranks(loader.skipped, device)
     if skipped == len(dataset):
         raise DatasetError(f"none of the {skipped} images can be read: restore the files that are named above")

@@ -2,14 +2,20 @@
 
 import difflib
 import inspect
+import math
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
+
+from .finite import require_finite
+from .trial import REFUSALS, find_divisor
 
 
 def _probe(name: str) -> nn.Module:
@@ -68,6 +74,7 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
 def _check_weights(path: Path, probe: nn.Module, name: str) -> None:
     """Raise ValueError unless the file belongs to the model: timm silently drops the tensors that do not fit."""
     stored = read_weights(path, "backbone_weights")
+    require_finite(stored, path)
     wanted = probe.state_dict()
     body = [key for key in wanted if not key.startswith(("head", "fc.", "classifier"))]
     # timm resizes what depends on the image's size; everything else must have its shape.
@@ -96,15 +103,20 @@ class Backbone(nn.Module):
             for ResNets, as in the paper, and the backbone's own for others.
         pretrained: load timm's ImageNet weights from its hub.
         weights: load them from this file instead (.safetensors, or a .pth of tensors).
+        in_chans: channels of the images, C; timm adapts pretrained weights to other numbers than 3.
+        image_size: for models that see images of one size only: the side in pixels of the squares into which images
+            are cut, each of which the model sees alone; timm's `img_size` where the model takes it. None: whole images.
 
     Attributes:
         channels: number of channels of each feature map.
         strides: image pixels per pixel of each feature map, along each axis.
+        divisor: the sides of images must be multiples of it.
         mean: mean per RGB channel, of images in [0, 1], that the weights were trained with.
         std: standard deviation, likewise.
 
     Raises:
-        ValueError: the name is unknown, the model has too few features, or the file holds another model's weights.
+        ValueError: the name is unknown, the model has too few features or sees images of one size only, or the file
+            holds another model's weights.
         FileNotFoundError: there is no such file.
         ConnectionError: the hub cannot be reached; the message names the alternatives.
     """
@@ -117,12 +129,19 @@ class Backbone(nn.Module):
         output_stride: int | None = None,
         pretrained: bool = False,
         weights: str | Path | None = None,
+        in_chans: int = 3,
+        image_size: int | None = None,
     ):
         super().__init__()
+        if in_chans < 1:
+            raise ValueError(f"in_chans is {in_chans}; an image has at least 1 channel")
+        self.image_size = image_size
         probe = _probe(name)
         info = probe.feature_info
         reductions = [item["reduction"] for item in (info if isinstance(info, list) else info.info)]
         options: dict = {"out_indices": _pyramid_indices(reductions, num_levels, name)}
+        if in_chans != 3:
+            options["in_chans"] = in_chans
         if output_stride is None and isinstance(probe, timm.models.ResNet):
             output_stride = 8
         if output_stride is not None:
@@ -131,15 +150,20 @@ class Backbone(nn.Module):
             options["dynamic_img_size"] = True
         if _accepts(probe, "strict_img_size"):  # Swin: any size
             options["strict_img_size"] = False
+        if image_size is not None and _accepts(probe, "img_size"):
+            options["img_size"] = image_size
         if weights is not None:
             _check_weights(Path(weights), probe, name)
             options["pretrained_cfg_overlay"] = {"file": str(weights)}
         del probe
+        self.name = name
         self.features = self._create(name, pretrained or weights is not None, options)
         self.channels: list[int] = self.features.feature_info.channels()
         self.strides: list[int] = self.features.feature_info.reduction()
         self.channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
         preprocessing = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+        own_size = max(preprocessing.input_size[1:])
+        self.divisor = find_divisor(self.features, math.lcm(*self.strides), own_size, name, in_chans, image_size)
         self.mean: tuple[float, ...] = tuple(preprocessing.mean)
         self.std: tuple[float, ...] = tuple(preprocessing.std)
 
@@ -147,6 +171,14 @@ class Backbone(nn.Module):
     def _create(name: str, pretrained: bool, options: dict) -> nn.Module:
         try:
             return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+        except REFUSALS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            what = "with pretrained weights and" if pretrained else "with"
+            raise ValueError(
+                f"timm cannot make feature maps of {name} {what} {_listed(options)} ({error}): choose another "
+                "backbone, other values of output_stride and num_levels, or start without pretrained weights"
+            ) from error
         except OSError as error:  # what urllib and huggingface_hub raise when there is no network
             if not pretrained or "pretrained_cfg_overlay" in options:
                 raise
@@ -156,19 +188,68 @@ class Backbone(nn.Module):
                 "(--no-pretrained-backbone)"
             ) from error
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the stages again in the backward instead of keeping what they computed.
+
+        Raises:
+            ValueError: timm has no such option for this model.
+        """
+        module = self.features if hasattr(self.features, "set_grad_checkpointing") else self.features.model
+        try:
+            module.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(f"timm's {self.name} has no gradient checkpointing: train without it") from error
+
+    def layers(self, coarse: bool = False) -> dict[str, int]:
+        """Number the layers of the backbone from 0, the stem, for the parameters by their names in `features`.
+
+        Args:
+            coarse: number stages instead of layers; blocks of a ViT in either case.
+        """
+        names = [name for name, _ in self.features.named_parameters()]
+        known = {name: re.sub(r"([a-z])_(\d+)\.", r"\1.\2.", name.removeprefix("model.")) for name in names}
+        probe = _probe(self.name)
+        if not hasattr(probe, "group_matcher"):
+            raise ValueError(
+                f"timm does not say what the layers of {self.name} are: train without layer_decay and freeze_stages"
+            )
+        pairs = [(known[name], name) for name in names]
+        grouped = group_with_matcher(iter(pairs), probe.group_matcher(coarse=coarse), return_values=True)
+        return {name: layer for layer, members in grouped.items() for name in members}
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the feature maps.
 
         Args:
-            images: (B, 3, H, W), normalised; H and W are multiples of all strides.
+            images: (B, C, H, W), normalised; H and W are multiples of `divisor`.
 
         Returns:
             L maps (B, C_l, H / stride_l, W / stride_l).
         """
+        B, _, H, W = images.shape
+        if self.image_size is not None:
+            images = _cut(images, self.image_size)
         features = self.features(images)
         if self.channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
+        if self.image_size is not None:
+            features = [_join(feature, B, H // self.image_size, W // self.image_size) for feature in features]
         return features
+
+
+def _cut(images: Tensor, size: int) -> Tensor:
+    """Cut images (B, C, r * size, c * size) into squares (B * r * c, C, size, size), row by row."""
+    squares = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    return squares.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def _join(maps: Tensor, B: int, rows: int, columns: int) -> Tensor:
+    """Join the maps of squares (B * rows * columns, C, h, w) to maps of images (B, C, rows * h, columns * w)."""
+    return maps.unflatten(0, (B, rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _listed(options: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 class PyramidProjection(nn.Module):

@@ -1,21 +1,20 @@
 """The network as one function of an image, and as a program in PyTorch's own operators: what `unept.export` writes.
 
 The program is one view of a whole image at its own size, refinement included. The operators of this project are
-replaced by `unept.kernels.reference`, so that the program needs nothing of `unept`.
+replaced by `unept.kernels.DECOMPOSITIONS`, so that the program needs nothing of `unept`.
 """
 
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from ..kernels import reference
+from ..kernels import DECOMPOSITIONS, reference
 from .boundary import ONE_STEP, Refinement
 from .network import UNEPT
 from .output import STRIDE, UNEPTOutput, class_ids, read_offset
@@ -71,29 +70,6 @@ def crop(maps: Tensor, height: int, width: int) -> Tensor:
     return maps.index_select(-2, rows).index_select(-1, columns)
 
 
-# --- the operators in PyTorch's own -----------------------------------------------------------------------------------
-
-
-def _sparse_sampling(
-    value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference_points: Tensor | None
-) -> Tensor:
-    pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
-    maps, points, scores = value.float(), points.float(), scores.float()
-    if reference_points is None:
-        return reference.ms_deform_attn(maps, pairs, None, points, scores).to(value.dtype)
-    return reference.sparse_sampling_attention(maps, pairs, points, scores, reference_points).to(value.dtype)
-
-
-def _upsample_argmax(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
-    return reference.upsample_argmax(logits.float(), (height, width), offset)
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.unept.sparse_sampling.default: _sparse_sampling,
-    torch.ops.unept.upsample_argmax.default: _upsample_argmax,
-}
-
-
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +87,7 @@ def export_program(network: WholeImage, size: tuple[int, int] | None = None) -> 
     network = with_fixed_padding(network)
     # No side is a multiple of the divisor, none is as long as another: nothing is taken for a constant.
     height, width = size or (2 * divisor + 6, 3 * divisor - 6)
-    images = torch.zeros(2, 3, height, width, dtype=torch.uint8, device=network.model.mean.device)
+    images = torch.zeros(2, network.model.in_chans, height, width, dtype=torch.uint8, device=network.model.mean.device)
     axes = dict.fromkeys((0,) if size else (0, 2, 3), torch.export.Dim.DYNAMIC)
     with torch.no_grad(), explain_failure("exported" if size else "exported for any size; --size H W is simpler"):
         program = torch.export.export(network, (images,), dynamic_shapes=(axes,))

@@ -1,26 +1,39 @@
-"""Models on disk and on the Hugging Face hub: config.json, weights, and a README.md (the model card).
-
-Nothing is stated in a card that is not known.
-"""
+"""Models on disk and on the Hugging Face hub: config.json, weights, and a README.md (the model card)."""
 
 import contextlib
-import copy
+import json
+import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-PAPER = "https://arxiv.org/abs/2107.14209"
-# Of the scores that a card lists: the key in `evaluation`, the metric's type on the hub, and its name in a sentence.
-METRICS = (
-    ("mIoU", "mean_iou", "mIoU"),
-    ("pixAcc", "pixel_accuracy", "pixel accuracy"),
-    ("boundary_f", "boundary_f", "boundary F"),
-    ("boundary_iou", "boundary_iou", "Boundary IoU"),
-)
+from ..files import sha256
+from ..validation import check_type
+from .card import make_card
+from .finite import require_finite
+from .limits import check_sizes, least_parameters
+from .transfer import as_dtype, load_fitting
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# The key of config.json that holds the SHA-256 of model.safetensors.
+DIGEST = "weights_sha256"
 # Constructor's options that say where weights come from. A saved model carries its weights, and loads without them.
 UNSAVED_OPTIONS = ("pretrained_backbone", "backbone_weights")
+
+
+class NotAModel(FileNotFoundError):
+    """A folder or repository is there, but holds no model."""
+
+
+class DamagedWeights(ValueError):
+    """The weights of a saved model are not those that were saved with its config.json."""
 
 
 class HubMixin(
@@ -37,8 +50,10 @@ class HubMixin(
 
     num_classes: int
     """K."""
-    classes: list[str]
-    """Names of the K classes."""
+    classes: Any
+    """Names of the K classes, a list."""
+    palette: Any
+    """(r, g, b) of each class, a list of lists."""
     preprocessing: dict[str, Any]
     """How images are to be given and seen; `mean` and `std` of RGB in [0, 1] are among its keys."""
     evaluation: dict[str, Any]
@@ -60,27 +75,116 @@ class HubMixin(
         """Write the weights; PyTorchModelHubMixin writes `options` into config.json afterwards."""
         for name in UNSAVED_OPTIONS:
             self.options.pop(name, None)
-        self.options.update(preprocessing=self.preprocessing, evaluation=self.evaluation)
+        self.options.update(classes=self.classes, palette=self.palette)
         super()._save_pretrained(save_directory)
+        self.options.update(preprocessing=self.preprocessing, evaluation=self.evaluation)
+        self.options[DIGEST] = sha256(save_directory / "model.safetensors")
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, strict: bool = True, **options):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any):
+        """Load a model that `save_pretrained` or `push_to_hub` wrote, in evaluation mode on the CPU.
+
+        Its config.json is data: values are checked, nothing that it names is opened, and no weights but its own are
+        fetched.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or ORG/NAME of the repository on the Hugging Face hub.
+            options: of the constructor, instead of the stored ones; of `huggingface_hub` (`revision`, `token`,
+                `cache_dir`, `local_files_only`, `force_download`); and these:
+                `dtype` (or `torch_dtype`): converts the weights, such as `torch.float16` or `"bfloat16"`.
+                `ignore_mismatched_sizes`: takes the tensors that fit, and says in a warning what is left as it was
+                initialised. With another `num_classes` this is a model to fine-tune on other classes.
+
+        Raises:
+            FileNotFoundError: there is no such folder or repository, or it holds no model.
+            ValueError: config.json or the weights are damaged, or hold values that no model has; no weight fits; or
+                there is no such dtype.
+            RuntimeError: weights do not fit, and `ignore_mismatched_sizes` was not given.
+        """
+        source = str(pretrained_model_name_or_path)
+        if not Path(source).exists() and not REPOSITORY.fullmatch(source):
+            raise FileNotFoundError(
+                f"{source} does not exist: give a folder that save_pretrained wrote, or ORG/NAME of a repository on "
+                "the Hugging Face hub"
+            )
+        try:
+            return super().from_pretrained(source, **options)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"config.json of {source} is damaged ({error}): restore it") from error
+        except AttributeError as error:
+            if error.name != "items":  # what the reader of huggingface_hub asks for of anything
+                raise
+            raise ValueError(
+                f"config.json of {source} is damaged: it must hold the options of a model by name; restore it"
+            ) from error
+        except OSError as error:
+            if Path(source).exists() or isinstance(error, NotAModel):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise FileNotFoundError(
+                f"there is no folder {source}, and no model of that name could be loaded from the Hugging Face hub "
+                f"({reason}): check the name and the connection"
+            ) from error
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        config: dict[str, Any] | None = None,
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        **options,
+    ):
         """Load a model; missing weights are an error, not random numbers, and so is a missing config.json.
 
         The stored mean and standard deviation count, not what the installed version of timm has for the backbone.
         """
-        if "num_classes" not in options:
-            raise FileNotFoundError(
+        for name in UNSAVED_OPTIONS:  # a file that somebody else wrote must not open or fetch others
+            options.pop(name, None)
+        if "num_classes" not in options or config is None:
+            raise NotAModel(
                 f"{model_id} has no config.json of a model that can be read: give a folder that save_pretrained wrote "
                 "(model/ in a folder of unept.train), or ORG/NAME of one that push_to_hub wrote"
             )
-        with contextlib.redirect_stdout(None):  # PyTorchModelHubMixin announces local folders
-            model = super()._from_pretrained(model_id=model_id, strict=strict, **options)
-        stored = config or {}
-        model.preprocessing.update(stored.get("preprocessing", {}))
-        model.evaluation.update(stored.get("evaluation", {}))
-        model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
-        return model
+        chosen = as_dtype(dtype or torch_dtype or torch.float32)
+        other_classes = options["num_classes"] != config.get("num_classes")
+        if other_classes:
+            for name in ("classes", "palette"):  # those of the stored model name other classes
+                if options.get(name) == config.get(name):
+                    options.pop(name, None)
+        strict = strict and not ignore_mismatched_sizes
+        try:
+            _check_stored(Path(model_id), options, config, complete=strict)
+            with contextlib.redirect_stdout(None):  # PyTorchModelHubMixin announces local folders
+                model = super()._from_pretrained(model_id=model_id, strict=strict, **options)
+            stored = dict(config.get("preprocessing", {}))
+            if model.in_chans != config.get("in_chans", 3):  # the stored ones are of other channels
+                for name in ("mean", "std"):
+                    stored.pop(name, None)
+            model.preprocessing.update(stored)
+            if not other_classes:
+                model.evaluation.update(config.get("evaluation", {}))
+            model.set_normalization(model.preprocessing["mean"], model.preprocessing["std"])
+        except ValueError as error:
+            if not strict or isinstance(error, DamagedWeights):
+                raise
+            raise ValueError(f"config.json of {model_id} cannot be used: {error}") from error
+        require_finite(model.state_dict(), f"{model_id}/model.safetensors")
+        return model if chosen == torch.float32 else model.to(chosen)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        """Load all weights or, if not `strict`, those that fit; they must be those of the config.json beside them."""
+        _check_digest(Path(model_file))
+        if strict:
+            return super()._load_as_safetensor(model, model_file, map_location, strict)
+        transfer = load_fitting(model, load_file(model_file, device=map_location))
+        if transfer.reshaped or transfer.new or transfer.unused:
+            warnings.warn(f"{model_file}: {transfer.describe()}", stacklevel=2)
+        return model.eval()
 
     def generate_model_card(self, repo_id: str | None = None, **metadata: Any) -> ModelCard:
         """Make the README.md of a saved model: its classes, how it sees images, what it reached, how to use it.
@@ -90,23 +194,8 @@ class HubMixin(
             metadata: more fields of `huggingface_hub.ModelCardData`, such as `license="cc-by-4.0"` or
                 `datasets=["org/name"]`; they take precedence.
         """
-        name = f"unept_{self.options['backbone']}"
         shared = self._hub_mixin_info.model_card_data.to_dict()
-        fields = {"model_name": name, "eval_results": _results(self.evaluation) or None, **shared, **metadata}
-        data = ModelCardData(**copy.deepcopy(fields))
-        sections = [
-            f"# {name}",
-            f"Semantic segmentation into {self.num_classes} classes with UN-EPT ([paper]({PAPER})), backbone "
-            f"`{self.options['backbone']}` of timm.",
-            "## Use",
-            _usage(repo_id),
-            *_evaluation(self.evaluation),
-            "## Classes",
-            _classes(self.classes, self.evaluation.get("iou")),
-            "## Preprocessing",
-            "\n".join(f"- `{key}`: {value}" for key, value in self.preprocessing.items()),
-        ]
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+        return make_card(self, {**shared, **metadata}, repo_id)
 
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any) -> str:
         """Save the model into a repository of the Hugging Face hub, in one commit, with a model card.
@@ -124,74 +213,33 @@ class HubMixin(
         return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
 
 
-def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    """Scores for the model index of the hub, which needs to know the data set."""
-    if "dataset" not in evaluation:
-        return []
-    return [
-        EvalResult(
-            task_type="image-segmentation",
-            dataset_type=evaluation["dataset"],
-            dataset_name=_title(evaluation),
-            dataset_split=evaluation.get("split"),
-            metric_type=kind,
-            metric_name=key,
-            metric_value=round(evaluation[key], 4),
+def _check_digest(weights: Path) -> None:
+    """Raise DamagedWeights if a file of weights is not the one whose SHA-256 config.json holds, if it holds one."""
+    config = weights.with_name("config.json")
+    expected = json.loads(config.read_text()).get(DIGEST) if config.is_file() else None  # older versions had none
+    if expected is not None and sha256(weights) != expected:
+        raise DamagedWeights(
+            f"{weights} is damaged: its SHA-256 is not the {DIGEST} in config.json. Restore both files or train again; "
+            f"if you have changed the weights on purpose, remove {DIGEST} from config.json"
         )
-        for key, kind, _ in METRICS
-        if evaluation.get(key) is not None
-    ]
 
 
-def _title(evaluation: Mapping[str, Any]) -> str:
-    """Name of the data set in a sentence."""
-    return evaluation.get("dataset_title", evaluation["dataset"])
+def _check_stored(folder: Path, options: Mapping[str, Any], config: Mapping[str, Any], complete: bool) -> None:
+    """Raise ValueError for parts of config.json that no model has; the model checks its options itself.
 
-
-def _usage(repo_id: str | None) -> str:
-    lines = [
-        "```python",
-        "from unept import Segmenter",
-        f'segmenter = Segmenter("{repo_id or "THIS_FOLDER_OR_REPOSITORY"}")',
-        'result = segmenter("image.jpg")  # or a PIL image, an array (H, W, 3), a tensor (3, H, W), a list of them',
-        "print(result.classes[result.ids[0, 0]], result.confidence[0, 0])",
-        'result.overlay().save("overlay.png")',
-        "```",
-    ]
-    return "\n".join(lines)
-
-
-def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
-    """A heading and a sentence or two; nothing without scores."""
-    scores = [f"{name} {100 * evaluation[key]:.2f} %" for key, _, name in METRICS if evaluation.get(key) is not None]
-    if "boundary_tolerance" in evaluation:
-        within = f" (within {evaluation['boundary_tolerance']} px)"
-        scores = [score + within if score.startswith("boundary F ") else score for score in scores]
-    if not scores:
-        return []
-    where = [f"{evaluation['images']} images" if "images" in evaluation else ""]
-    if "dataset" in evaluation:
-        where.append(f"of {_title(evaluation)}")
-    if "split" in evaluation:
-        where.append(f"(split `{evaluation['split']}`)")
-    sentences = [" ".join(["On", *filter(None, where)]) + ": " if any(where) else "", ", ".join(scores)]
-    sentences.append(".")
-    if "step" in evaluation:
-        sentences.append(
-            f" Of the run's evaluations this one, after {evaluation['step']} steps, had the best mIoU: the split chose "
-            "the model."
+    `complete`: whether all weights of the model must be in the folder.
+    """
+    for part in ("preprocessing", "evaluation"):
+        check_type(part, config.get(part, {}), dict)
+    weights = folder / "model.safetensors"
+    numbers = {name: value for name, value in options.items() if type(value) is int}
+    check_sizes(numbers)
+    if not (complete and weights.is_file()):
+        return
+    with safe_open(weights, "pt") as file:
+        stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    if (least := least_parameters(numbers)) > stored:
+        raise ValueError(
+            f"it describes a network of at least {least} parameters, but model.safetensors holds {stored}: restore the "
+            "file that was saved with the weights"
         )
-    return ["## Evaluation", "".join(sentences)]
-
-
-def _classes(classes: Sequence[str], iou: Sequence[float | None] | None) -> str:
-    """A table of ids and names, with the IoU of each class where it is known."""
-    cells = [[str(k), name.replace("|", "\\|")] for k, name in enumerate(classes)]
-    header = ["id", "class"]
-    if iou is not None:
-        header.append("IoU")
-        cells = [
-            [*row, "-" if value is None else f"{100 * value:.2f} %"] for row, value in zip(cells, iou, strict=True)
-        ]
-    rows = [header, ["---"] * len(header), *cells]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

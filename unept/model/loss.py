@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import boundary_targets, upsample_cross_entropy
+from ..validation import check_fields, check_range
 from .boundary import ONE_STEP, refinement_offset, upsample_boundary
 from .output import UNEPTOutput, padded_size
+from .pixel_loss import CROSS_ENTROPY, PixelLoss
+from .region_loss import region_loss
 
 IGNORED_DIRECTION = 255  # what boundary_targets gives off the boundary and on ignored pixels
 
@@ -28,6 +31,11 @@ class LossWeights:
     direction: float = 0.7
     """lambda_4: cross-entropy of the direction on boundary pixels."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, weight in vars(self).items():
+            check_range(f"the weight of the loss {name!r}", weight, 0)
+
     @classmethod
     def read(cls, weights: "LossWeights | Sequence[float] | Mapping[str, float]") -> "LossWeights":
         """Weights in any of their forms: lambda_1 to lambda_4 in this order, or by name.
@@ -43,6 +51,8 @@ class LossWeights:
             if unknown:
                 raise ValueError(f"there are no losses {', '.join(unknown)} to weigh; there are {', '.join(names)}")
             return cls(**weights)
+        if not isinstance(weights, Sequence) or isinstance(weights, str):
+            raise ValueError(f"weights are {weights!r}; give the four lambdas of Eq. 7: {', '.join(names)}")
         if len(weights) != len(names):
             raise ValueError(f"weights are {weights}; give the four lambdas of Eq. 7: {', '.join(names)}")
         return cls(*weights)
@@ -61,8 +71,9 @@ class Targets(NamedTuple):
     direction: Tensor | None
     """(B, H, W), index of the direction away from it, 255 off the boundary; None likewise."""
     counts: Tensor
-    """(3,) float32: what the sums are divided by. The summed class weights of the pixels that are not ignored (1 each
-    without weights), for both segmentation losses; the number of these pixels; the number of boundary pixels."""
+    """(4,) float32: what the sums are divided by. The summed class weights of the pixels that are not ignored (1 each
+    without weights), for both segmentation losses; the number of these pixels; the number of boundary pixels; the
+    number of images."""
 
     def part(self, start: int, stop: int) -> "Targets":
         """Targets of images `start` to `stop` - 1, with the counts of all: the losses of all parts add up."""
@@ -83,6 +94,9 @@ class UNEPTLoss(nn.Module):
         ignore_index: label of the pixels that are left out.
         class_weights: (K,), weights of the classes in the two segmentation losses.
         radius: pixels; what is closer than this to another class is boundary.
+        pixel_loss: takes the place of CE.
+        region_losses: weights of further losses of the prediction as it is before refinement, by their names in
+            `unept.model.region_loss`, averaged over the images.
 
     Raises:
         ValueError: `weights` has another number of entries than Eq. 7.
@@ -94,8 +108,13 @@ class UNEPTLoss(nn.Module):
         ignore_index: int = 255,
         class_weights: Tensor | None = None,
         radius: int = 5,
+        pixel_loss: PixelLoss = CROSS_ENTROPY,
+        region_losses: Mapping[str, float] | None = None,
     ):
         super().__init__()
+        self.pixel_loss = pixel_loss
+        self.region_weights = dict(region_losses or {})
+        self.region_losses = {name: region_loss(name, ignore_index) for name in self.region_weights}
         self.weights = LossWeights.read(weights)
         self.ignore_index = ignore_index
         self.radius = radius
@@ -115,7 +134,8 @@ class UNEPTLoss(nn.Module):
         weight = valid
         if self.class_weights is not None:
             weight = valid * self.class_weights[labels.long().clamp(0, len(self.class_weights) - 1)]
-        counts = [weight.sum(), valid.sum(), valid.new_zeros((), dtype=torch.int64)]
+        images = valid.new_full((), len(labels), dtype=torch.int64)
+        counts = [self.pixel_loss.count(valid, weight), valid.sum(), torch.zeros_like(images), images]
         distance = direction = None
         if boundaries:
             distance, direction = boundary_targets(labels, radius=self.radius, ignore_index=self.ignore_index)
@@ -130,7 +150,8 @@ class UNEPTLoss(nn.Module):
             labels: (B, H, W) integer class ids, of the size of the images.
 
         Returns:
-            Each loss by its name in `LossWeights`, not weighted, and their weighted sum as `loss`: float32 scalars.
+            Each loss by its name in `LossWeights` or `region_losses`, not weighted, and their weighted sum as `loss`:
+            float32 scalars.
 
         Raises:
             ValueError: the labels have another size than the images.
@@ -152,7 +173,8 @@ class UNEPTLoss(nn.Module):
         Returns:
             What `forward` returns.
         """
-        segmentation_count, pixel_count, boundary_count = torch.where(targets.counts == 0, 1, targets.counts).unbind()
+        counts = torch.where(targets.counts == 0, 1, targets.counts)
+        segmentation_count, pixel_count, boundary_count, image_count = counts.unbind()
         losses = {"segmentation": self._cross_entropy(output, targets) / segmentation_count}
         if output.boundary is not None and output.direction is not None:
             size = (targets.labels.shape[1], targets.labels.shape[2])
@@ -160,18 +182,20 @@ class UNEPTLoss(nn.Module):
             losses["refined"] = self._cross_entropy(output, targets, offset) / segmentation_count
             losses["boundary"] = self._boundary_sum(output.boundary, targets) / pixel_count
             losses["direction"] = _direction_sum(output.direction, targets) / boundary_count
-        weighted = [getattr(self.weights, name) * loss for name, loss in losses.items()]
+        for name, region_sum in self.region_losses.items():
+            losses[name] = region_sum(output.logits, targets.labels) / image_count
+        weights = {**vars(self.weights), **self.region_weights}
+        weighted = [weights[name] * loss for name, loss in losses.items()]
         return {"loss": torch.stack(weighted).sum(), **losses}
 
     def _cross_entropy(self, output: UNEPTOutput, targets: Targets, offset: Tensor | None = None) -> Tensor:
-        """Summed cross-entropy of the up-sampled logits, read at p + offset(p)."""
-        return upsample_cross_entropy(
+        """Summed `pixel_loss` of the up-sampled logits, read at p + offset(p)."""
+        return self.pixel_loss.sum(
             output.logits,
             targets.labels,
             offset,
             ignore_index=self.ignore_index,
             class_weights=self.class_weights,
-            reduction="sum",
         )
 
     def _boundary_sum(self, boundary: Tensor, targets: Targets) -> Tensor:

@@ -2,22 +2,27 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..colors import default_palette
+from ..validation import check_arguments
 from .backbone import Backbone, PyramidProjection
 from .boundary import DIRECTIONS, PixelHead, Refinement, SubpixelConv
+from .finite import require_numbers
 from .hub import HubMixin
+from .labels import Labelled, check_labels
+from .limits import check_sizes
+from .normalization import NormalizedInput
 from .output import STRIDE, UNEPTOutput, class_ids, evaluation_mode, padded_size
 from .spatial import LearnedQueries, SpatialBranch
 from .transformer import Decoder, Encoder, LayerSize
 
 
-class UNEPT(nn.Module, HubMixin):
+class UNEPT(NormalizedInput, Labelled, HubMixin):
     """A unified efficient pyramid transformer for semantic segmentation.
 
     The context branch is a backbone, a 1x1 convolution per level, and a transformer whose attention reads a few sampled
@@ -29,6 +34,8 @@ class UNEPT(nn.Module, HubMixin):
         backbone: name of any timm model that gives feature maps.
         pretrained_backbone: load its ImageNet weights from timm's hub.
         backbone_weights: load them from this file instead.
+        backbone_image_size: for backbones that see images of one size only: the side in pixels of the squares into
+            which images are cut for the backbone. None: whole images.
         output_stride: of the backbone; None means 8 for ResNets and the backbone's own for others.
         d_model: channels of the transformer, a multiple of 8 and of `num_heads`.
         num_heads: M, attention heads.
@@ -48,8 +55,12 @@ class UNEPT(nn.Module, HubMixin):
             where the classifier predicts every pixel of a block.
         classes: names of the K classes, kept in config.json.
         palette: an (r, g, b) for each class, kept there too.
+        in_chans: number of channels of an image, C.
+        mean: mean of each channel in [0, 1]; None means the backbone's, which exists for 3 channels.
+        std: standard deviation, likewise.
 
     Attributes:
+        classes, palette: may be set to others of the same number; `save_pretrained` keeps them.
         refines: whether boundaries and directions are predicted.
         preprocessing: how images are to be given and seen, kept in config.json: `input`, and `mean` and `std` of RGB in
             [0, 1], which `normalized` uses; of a trained model also the inference options that its run fixed
@@ -68,7 +79,8 @@ class UNEPT(nn.Module, HubMixin):
         backbone: str = "resnet50",
         *,
         pretrained_backbone: bool = False,
-        backbone_weights: str | None = None,
+        backbone_weights: str | Path | None = None,
+        backbone_image_size: int | None = None,
         output_stride: int | None = None,
         d_model: int = 256,
         num_heads: int = 8,
@@ -84,18 +96,21 @@ class UNEPT(nn.Module, HubMixin):
         logits_stride: int = STRIDE,
         classes: Sequence[str] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
+        in_chans: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
         super().__init__()
-        _check_classes(num_classes, classes=classes, palette=palette)
-        if d_model % 8:
-            raise ValueError(f"d_model is {d_model}: it must be a multiple of 8")
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_arguments(UNEPT.__init__, arguments)
+        check_sizes(arguments)
+        check_labels(num_classes, classes=classes, palette=palette)
         _check_choice("context_queries", context_queries, "spatial", "learned")
         _check_choice("boundary_upsampling", boundary_upsampling, "bilinear", "subpixel")
         _check_choice("boundary_features", boundary_features, "spatial", "spatial+decoder")
         _check_choice("logits_stride", logits_stride, 1, 2, 4, 8)
-        self.num_classes = num_classes
-        self.classes = list(classes) if classes is not None else [f"class {k}" for k in range(num_classes)]
-        self.palette = [list(color) for color in palette or default_palette(num_classes)]
+        self.in_chans = in_chans
+        self.set_labels(num_classes, classes, palette)
         self.refines = context_queries == "spatial"
 
         self.backbone = Backbone(
@@ -104,6 +119,8 @@ class UNEPT(nn.Module, HubMixin):
             output_stride=output_stride,
             pretrained=pretrained_backbone,
             weights=backbone_weights,
+            in_chans=in_chans,
+            image_size=backbone_image_size,
         )
         self.pyramid = PyramidProjection(self.backbone.channels, d_model)
         size = LayerSize(
@@ -117,49 +134,58 @@ class UNEPT(nn.Module, HubMixin):
         self.encoder = Encoder(num_encoder_layers, size)
         self.decoder = Decoder(num_decoder_layers, size)
         self.logits_stride = logits_stride
-        self.classifier: nn.Module = nn.Conv2d(d_model, num_classes, 1)
-        if logits_stride != STRIDE:
-            self.classifier = SubpixelConv(d_model, num_classes, STRIDE // logits_stride)
-        self.queries = SpatialBranch(d_model) if self.refines else LearnedQueries(d_model)
+        self.classifier = _classifier(d_model, num_classes, logits_stride)
+        self.queries = SpatialBranch(d_model, in_chans) if self.refines else LearnedQueries(d_model)
         self.boundary_stride = 1 if boundary_upsampling == "subpixel" else STRIDE
         self.boundaries_see_decoder = boundary_features == "spatial+decoder"
         channels, upscale = d_model * (1 + self.boundaries_see_decoder), STRIDE // self.boundary_stride
         self.boundary_head = PixelHead(channels, 1, upscale=upscale) if self.refines else None
         self.direction_head = PixelHead(channels, len(DIRECTIONS), upscale=upscale) if self.refines else None
 
-        self.divisor = math.lcm(STRIDE, *self.backbone.strides)
+        self.divisor = math.lcm(STRIDE, self.backbone.divisor)
         self.preprocessing: dict[str, Any] = {"input": "uint8 RGB"}
         self.evaluation: dict[str, Any] = {}
-        self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.ones(3, 1, 1), persistent=False)
-        self.set_normalization(self.backbone.mean, self.backbone.std)
+        self.set_normalization(self.backbone.mean if mean is None else mean, self.backbone.std if std is None else std)
 
-    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Normalise uint8 images with this mean and standard deviation of RGB in [0, 1]."""
-        for name, values in (("mean", mean), ("std", std)):
-            getattr(self, name).copy_(torch.tensor(values).view(3, 1, 1) * 255)
-            setattr(self.backbone, name, tuple(values))
-            self.preprocessing[name] = list(values)
+    def reset_classifier(
+        self, num_classes: int, classes: Sequence[str] | None = None, palette: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Predict other classes: a new classifier with random weights; everything else is kept, `evaluation` is not.
 
-    def normalized(self, images: Tensor) -> Tensor:
-        """Images (..., 3, H, W): uint8 ones with the mean and standard deviation that the backbone expects.
-
-        Floating-point images are taken as normalised already and returned as they are.
+        Args:
+            num_classes: K of the new classes.
+            classes: their names.
+            palette: an (r, g, b) for each.
 
         Raises:
-            TypeError: they are neither.
+            ValueError: `classes` or `palette` has another number of entries than K.
         """
-        if images.dtype == torch.uint8:
-            return (images.to(self.mean.dtype) - self.mean) / self.std
-        if not images.is_floating_point():
-            raise TypeError(f"images have dtype {images.dtype}; give uint8 images, or normalised floating-point ones")
-        return images
+        check_labels(num_classes, classes=classes, palette=palette)
+        weight = next(self.classifier.parameters())
+        d_model = self.options["d_model"]
+        self.classifier = _classifier(d_model, num_classes, self.logits_stride).to(weight.device, weight.dtype)
+        self.set_labels(num_classes, classes, palette)
+        self.options["num_classes"] = num_classes
+        self.evaluation = {}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the stages of the backbone and the layers of the transformer again in the backward, to save memory.
+
+        Loss and gradients stay the same. The batch normalisation of a stage sees each batch twice, so that its running
+        statistics follow the data faster.
+
+        Raises:
+            ValueError: timm has no such option for the backbone.
+        """
+        self.backbone.set_grad_checkpointing(enable)
+        self.encoder.grad_checkpointing = self.decoder.grad_checkpointing = enable
 
     def forward(self, images: Tensor) -> UNEPTOutput:
         """Predict at 1/8 of the image (Fig. 2), or finer where the options of the model say so.
 
         Args:
-            images: (B, 3, H, W), RGB, any H and W; uint8, or floating-point and normalised (`normalized`).
+            images: (B, C, H, W), by default RGB, any H and W; uint8, or floating-point and normalised (`normalized`).
+                What is normalised is converted to the dtype of the weights.
 
         Returns:
             Maps (B, K, h, w), (B, 1, h', w') and (B, 8, h', w'). By default h = h' = ceil(H / 8) and w = w' =
@@ -169,9 +195,9 @@ class UNEPT(nn.Module, HubMixin):
             ValueError: the images have another shape.
             TypeError: they have another dtype.
         """
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, 3, H, W)")
-        images = self.normalized(images)
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, {self.in_chans}, H, W)")
+        images = self.normalized(images).to(self.dtype)
         height, width = images.shape[2:]
         full_height, full_width = padded_size((height, width), self.divisor)
         padded = F.pad(images, (0, full_width - width, 0, full_height - height))
@@ -200,22 +226,27 @@ class UNEPT(nn.Module, HubMixin):
 
         Returns:
             (B, H, W) int64.
+
+        Raises:
+            FloatingPointError: the prediction holds NaN.
         """
         refinement = Refinement(refine_scale, refine_steps) if refine else None
         with evaluation_mode(self):
-            return class_ids(self(images), images.shape[2:], refinement)
+            output = self(images)
+            require_numbers(output.logits)
+            return class_ids(output, images.shape[2:], refinement)
+
+
+def _classifier(d_model: int, num_classes: int, stride: int) -> nn.Module:
+    """The last convolution, which predicts class logits at 1/`stride` of the image."""
+    if stride == STRIDE:
+        return nn.Conv2d(d_model, num_classes, 1)
+    return SubpixelConv(d_model, num_classes, STRIDE // stride)
 
 
 def _crop(maps: Tensor, size: Sequence[int], stride: int) -> Tensor:
     """Crop maps (B, C, h, w) of a stride to those of the first pixels, `size` (H, W), a multiple of the stride."""
     return maps[:, :, : size[0] // stride, : size[1] // stride]
-
-
-def _check_classes(num_classes: int, **listed: Sequence[Any] | None) -> None:
-    """Raise ValueError for a list with another number of entries than there are classes."""
-    for name, entries in listed.items():
-        if entries is not None and len(entries) != num_classes:
-            raise ValueError(f"num_classes is {num_classes}, but {name} has {len(entries)} entries; give one per class")
 
 
 def _check_choice(name: str, value: Any, *choices: Any) -> None:

@@ -9,6 +9,8 @@ resolution in memory: ids and confidence come from kernels that up-sample and re
 """
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -149,6 +151,9 @@ class TrainableModel(SegmentationModel, Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `nn.Module.parameters`."""
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """See `nn.Module.named_parameters`."""
+
     def state_dict(self) -> dict[str, Any]:
         """See `nn.Module.state_dict`."""
 
@@ -205,17 +210,34 @@ def boundary_probability(output: DenseOutput, size: Sequence[int]) -> Tensor | N
     return upsample_boundary(logits, padded_size(size)).sigmoid()[:, : size[0], : size[1]]
 
 
+# By model: how many `evaluation_mode` blocks it is in, and the modes that its modules had before the first of them.
+_evaluated: weakref.WeakKeyDictionary[Any, tuple[int, list[tuple[nn.Module, bool]]]] = weakref.WeakKeyDictionary()
+_evaluated_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: SegmentationModel) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients; afterwards every module has its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Put a model into evaluation mode without gradients; afterwards every module has its own mode back.
+
+    Several threads may do so at once: the modes come back when the last of them has finished.
+    """
+    with _evaluated_lock:
+        users, modes = _evaluated.get(model, (0, []))
+        if not users:
+            modes = [(module, module.training) for module in model.modules()]
+            model.eval()
+        _evaluated[model] = (users + 1, modes)
     try:
         with torch.inference_mode():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _evaluated_lock:
+            users, modes = _evaluated.pop(model)
+            if users > 1:
+                _evaluated[model] = (users - 1, modes)
+            else:
+                for module, training in modes:
+                    module.training = training
 
 
 def _read_channels(maps: Tensor, channels: Tensor, offset: Tensor | None) -> Tensor:

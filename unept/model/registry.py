@@ -1,6 +1,8 @@
 """Models by name, as in timm."""
 
 import fnmatch
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,9 @@ import timm
 from torch import Tensor
 
 from .backbone import close_names, read_weights
+from .finite import require_finite
 from .network import UNEPT
+from .transfer import load_fitting
 
 PREFIX = "unept_"
 # Short names and their backbones; the first two are the paper's (Sec. 4.2).
@@ -41,37 +45,60 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def list_models(filter: str = "", *, all_backbones: bool = False) -> list[str]:
+def list_models(
+    filter: str | Sequence[str] = "",
+    *,
+    exclude_filters: str | Sequence[str] = "",
+    pretrained: bool = False,
+    all_backbones: bool = False,
+) -> list[str]:
     """List the names that `create_model` takes, sorted.
 
     Args:
-        filter: list only the names that match this pattern, with `*` and `?`.
+        filter: list only the names that match this pattern, or one of these, with `*` and `?`.
+        exclude_filters: leave out the names that match this pattern, or one of these.
+        pretrained: list only the names whose backbone has pretrained weights in timm.
         all_backbones: list `unept_NAME` for every model of timm too; `create_model` refuses those that give no feature
             maps.
     """
     names = {*BACKBONES, *SIZES}
     if all_backbones:
         names |= {PREFIX + name for name in timm.list_models()}
-    return sorted(fnmatch.filter(names, filter) if filter else names)
+    if wanted := _patterns(filter):
+        names = {name for pattern in wanted for name in fnmatch.filter(names, pattern)}
+    names -= {name for pattern in _patterns(exclude_filters) for name in fnmatch.filter(names, pattern)}
+    if pretrained:
+        names = {name for name in names if timm.models.is_model_pretrained(_backbone_of(name))}
+    return sorted(names)
+
+
+def _patterns(filters: str | Sequence[str]) -> list[str]:
+    return [pattern for pattern in ([filters] if isinstance(filters, str) else filters) if pattern]
 
 
 def create_model(
     name: str,
+    pretrained: bool = False,
     *,
     num_classes: int,
     pretrained_backbone: bool = False,
     checkpoint_path: str | Path | None = None,
+    ignore_mismatched_sizes: bool = False,
     **options: Any,
 ) -> UNEPT:
     """Create a network.
 
     Args:
         name: one of `list_models()`, or `unept_` followed by the name of any model of timm, with or without a tag.
+        pretrained: start from timm's pretrained weights of the backbone, downloaded from its hub. There are none of the
+            other parts.
         num_classes: K.
-        pretrained_backbone: start from timm's ImageNet weights, downloaded from its hub.
+        pretrained_backbone: the same, as `UNEPT` calls it.
         checkpoint_path: start from the weights of the whole network in this file (.safetensors, or a .pth or .pt of
-            tensors, such as a run's checkpoints); nothing is downloaded.
-        options: further arguments of `UNEPT`, which replace those of a named size.
+            tensors, such as a run's checkpoints) or folder (of `save_pretrained`, or of a run); nothing is downloaded.
+        ignore_mismatched_sizes: take the tensors of `checkpoint_path` that fit, and say in a warning what is left as it
+            was initialised. With another `num_classes` this is a network to fine-tune.
+        options: further arguments of `UNEPT`, such as `in_chans`, which replace those of a named size.
 
     Raises:
         ValueError: the name is unknown, the file holds another network, or the options do not fit together.
@@ -79,14 +106,29 @@ def create_model(
         ConnectionError: the backbone's weights cannot be downloaded.
 
     Example:
-        >>> create_model("unept_lite0", num_classes=11, pretrained_backbone=True)
+        >>> create_model("unept_lite0", pretrained=True, num_classes=11)
     """
-    options = {**SIZES[name], **options} if name in SIZES else {"backbone": _backbone(name), **options}
-    state = None if checkpoint_path is None else read_weights(Path(checkpoint_path), "checkpoint_path")
-    model = UNEPT(num_classes, pretrained_backbone=pretrained_backbone and state is None, **options)
-    if state is not None:
+    options = {**SIZES.get(name, {}), "backbone": _backbone_of(name), **options}
+    state = None if checkpoint_path is None else read_weights(_weights_file(checkpoint_path), "checkpoint_path")
+    downloads = (pretrained or pretrained_backbone) and state is None
+    model = UNEPT(num_classes, pretrained_backbone=downloads, **options)
+    if state is None:
+        return model
+    if ignore_mismatched_sizes:
+        warnings.warn(f"{checkpoint_path}: {load_fitting(model, state).describe()}", stacklevel=2)
+    else:
         _load(model, state, f"{checkpoint_path} does not fit {name} with {num_classes} classes")
     return model
+
+
+def _weights_file(path: str | Path) -> Path:
+    """The file that holds the weights of a folder; a file as it is."""
+    places = [Path(path), Path(path) / "model.safetensors", Path(path) / "model" / "model.safetensors"]
+    return next((place for place in places if place.is_file()), Path(path))
+
+
+def _backbone_of(name: str) -> str:
+    return SIZES[name]["backbone"] if name in SIZES else _backbone(name)
 
 
 def _backbone(name: str) -> str:
@@ -103,10 +145,14 @@ def _backbone(name: str) -> str:
 
 
 def _load(model: UNEPT, state: dict[str, Tensor], failure: str) -> None:
+    require_finite(state, failure.partition(" does not fit ")[0])
     stored = state.get("classifier.weight")
     if stored is not None and len(stored) != model.num_classes:
         failure += f" (it holds {len(stored)} classes)"
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{failure}: give the options it was trained with. {error}") from error
+        raise ValueError(
+            f"{failure}: give the options it was trained with, or ignore_mismatched_sizes=True to take what fits. "
+            f"{error}"
+        ) from error

@@ -15,17 +15,18 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: 
 
 
 class SpatialBranch(nn.Sequential):
-    """Three 3x3 convolutions of stride 2: images (B, 3, H, W) to image details (B, d_model, H / 8, W / 8).
+    """Three 3x3 convolutions of stride 2: images (B, C, H, W) to image details (B, d_model, H / 8, W / 8).
 
     The paper gives no widths. 32 channels in the first convolution, at half the image's resolution, keep the whole DeiT
     model within the operations that Table 7 reports.
 
     Args:
         d_model: channels of the result.
+        in_chans: channels of the images, C.
     """
 
-    def __init__(self, d_model: int = 256):
-        channels = (3, 32, d_model, d_model)
+    def __init__(self, d_model: int = 256, in_chans: int = 3):
+        channels = (in_chans, 32, d_model, d_model)
         super().__init__(*(conv_bn_relu(channels[i], channels[i + 1], 3, stride=2) for i in range(3)))
 
 

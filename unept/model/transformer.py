@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Shapes, SparseSamplingAttention
 
@@ -145,7 +146,27 @@ class DecoderLayer(nn.Module):
         return self.norm3(c + self.feed_forward(c))
 
 
-class Encoder(nn.Module):
+class LayerStack(nn.Module):
+    """The layers of encoder or decoder, one after another.
+
+    Attributes:
+        grad_checkpointing: compute each layer again in the backward instead of keeping what it computed.
+    """
+
+    grad_checkpointing = False
+    layers: nn.ModuleList
+
+    def run_layers(self, x: Tensor, *args: object) -> Tensor:
+        """Pass x through all layers, each of which is given `args` too."""
+        for layer in self.layers:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(layer, x, *args, use_reentrant=False)
+            else:
+                x = layer(x, *args)
+        return x
+
+
+class Encoder(LayerStack):
     """X_ms to X_enc (Eq. 5, Phi_enc): a stack of `EncoderLayer`.
 
     Args:
@@ -172,12 +193,10 @@ class Encoder(nn.Module):
         sizes = [height * width for height, width in shapes]
         scale = torch.cat([e.expand(n, -1) for e, n in zip(self.scale_encoding, sizes, strict=True)])
         encoding = (sine_position_encoding(reference_points, x.shape[-1]) + scale).to(x.dtype)
-        for layer in self.layers:
-            x = layer(x, encoding, shapes, reference_points)
-        return x
+        return self.run_layers(x, encoding, shapes, reference_points)
 
 
-class Decoder(nn.Module):
+class Decoder(LayerStack):
     """Context queries and X_enc to the features of the prediction (Eq. 5, Phi_dec): a stack of `DecoderLayer`.
 
     Args:
@@ -204,6 +223,5 @@ class Decoder(nn.Module):
         reference_points = reference_grid([shape], queries.device)
         encoding = sine_position_encoding(reference_points, queries.shape[1]).to(queries.dtype)
         c = queries.flatten(2).transpose(1, 2)
-        for layer in self.layers:
-            c = layer(c, encoding, shape, reference_points, memory, shapes)
+        c = self.run_layers(c, encoding, shape, reference_points, memory, shapes)
         return c.transpose(1, 2).unflatten(2, shape)

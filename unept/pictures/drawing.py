@@ -1,6 +1,6 @@
 """Pictures drawn with matplotlib: panels of samples, sampled points, training curves, bars per class.
 
-This is the only module that imports matplotlib. A `path` is the file that a function writes; its suffix says in which
+Only this module and `charts` import matplotlib. A `path` is the file that a function writes; its suffix says in which
 format. Letters: H, W height and width, K number of classes, M heads, L levels, N points. Palettes are as in
 `unept.colors`.
 """
@@ -19,6 +19,7 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from ..colors import Palette, colorize
+from ..files import temporary_file
 from .recording import SampledPoints
 
 DPI = 120
@@ -47,7 +48,7 @@ def sample_panel(samples: Sequence[Sample], classes: Sequence[str], palette: Pal
 
     Columns that no sample has (refined and boundary of a model without a spatial branch) are left out.
     """
-    _sample_figure(samples, classes, palette)[0].savefig(path, bbox_inches="tight")
+    save_figure(_sample_figure(samples, classes, palette)[0], path, bbox_inches="tight")
 
 
 def refinement_panel(
@@ -62,7 +63,7 @@ def refinement_panel(
         for color, linewidth in (("black", 3), ("white", 1.5)):  # visible on dark and on light pictures
             frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color=color, linewidth=linewidth)
             axis.add_patch(frame)
-    figure.savefig(path, bbox_inches="tight")
+    save_figure(figure, path, bbox_inches="tight")
 
 
 def _sample_figure(samples: Sequence[Sample], classes: Sequence[str], palette: Palette) -> tuple[Figure, np.ndarray]:
@@ -103,7 +104,7 @@ def picture_row(pictures: Mapping[str, Tensor], path: Path, star: tuple[float, f
         axis.set_title(caption, fontsize=9)
         if star is not None:
             _mark_star(axis, star)
-    figure.savefig(path, bbox_inches="tight")
+    save_figure(figure, path, bbox_inches="tight")
 
 
 def heatmap(values: Tensor, image: Tensor, alpha: float = 0.65) -> Tensor:
@@ -145,7 +146,7 @@ def curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         if axis is not rates and axis.lines:
             axis.legend(fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _plot(axis: Any, lines: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
@@ -173,7 +174,7 @@ def class_bars(scores: Mapping[str, Any], classes: Sequence[str], path: Path) ->
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=9, frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def sampled_points(points: SampledPoints, image: Tensor, caption: str, path: Path) -> None:
@@ -209,7 +210,7 @@ def sampled_points(points: SampledPoints, image: Tensor, caption: str, path: Pat
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=4 * num_levels, fontsize=9, frameon=False)
     figure.suptitle(caption, fontsize=11)
-    figure.savefig(path, bbox_inches="tight")
+    save_figure(figure, path, bbox_inches="tight")
 
 
 def _scatter_level(
@@ -277,7 +278,7 @@ def class_comparison(
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", fontsize=9, frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _columns(sample: Sample, palette: Palette) -> dict[str, np.ndarray]:
@@ -301,3 +302,9 @@ def _show_picture(axis: Any, picture: np.ndarray) -> None:
 
 def _to_array(picture: Tensor) -> np.ndarray:
     return picture.permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure as the suffix of the path says, whole or not at all."""
+    with temporary_file(path) as temporary:
+        figure.savefig(temporary, **options)

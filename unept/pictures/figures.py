@@ -3,6 +3,7 @@
 Letters: H, W height and width of the image.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..colors import as_rgb
 from ..data import SegmentationDataset
 from ..data.loader import OnBadSample, read_sample, report_skipped
 from ..evaluation.evaluator import check_classes
+from ..evaluation.inspection import ImageScore
 from ..inference import InferenceConfig, infer
 from ..model.network import UNEPT
 from ..model.output import DenseOutput, SegmentationModel, boundary_probability, class_ids
@@ -29,12 +32,12 @@ def make_sample(
 
     Args:
         name: the label of the row.
-        image: uint8 (3, H, W), on any device.
+        image: uint8 (C, H, W), on any device, shown by `as_rgb`.
         truth: the class ids (H, W), or None.
         output: the network's output for the image alone.
         config: how boundary pixels are refined; whether they are (`refine`) does not count.
     """
-    size = (image.shape[1], image.shape[2])
+    size, image = (image.shape[1], image.shape[2]), as_rgb(image)
     plain = class_ids(output, size, None)[0]
     boundary = boundary_probability(output, size)
     if boundary is None:
@@ -76,6 +79,37 @@ def draw_samples(
         image, labels = (tensor.as_subclass(Tensor) for tensor in pair)
         output = infer(model, image.to(device), config)
         samples.append(make_sample(dataset.name(i), image, labels, output, config))
+    drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
+
+
+def draw_worst(
+    model: SegmentationModel,
+    dataset: SegmentationDataset,
+    images: Sequence[ImageScore],
+    config: InferenceConfig,
+    device: torch.device,
+    path: Path,
+) -> None:
+    """Draw images with their truth and prediction under one another, each with its score (`drawing.sample_panel`).
+
+    Args:
+        model: the model on `device`.
+        dataset: images and their labels.
+        images: numbers of at least one image of the data set, and their scores.
+        config: views and refinement.
+        device: device of the model.
+        path: file of the picture.
+
+    Raises:
+        DatasetError: a file of the dataset breaks a rule.
+    """
+    samples = []
+    for score in images:
+        image, labels = (tensor.as_subclass(Tensor) for tensor in dataset[score.index])
+        output = infer(model, image.to(device), config)
+        samples.append(
+            make_sample(f"{dataset.name(score.index)}\nmIoU {score.mean_iou:.1%}", image, labels, output, config)
+        )
     drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
 

@@ -1,122 +1,146 @@
-"""Write and read checkpoints and models so that neither a killed run, a full disk nor a torn file loses one."""
+"""Write and read checkpoints and models so that neither a killed run, a full disk nor a damaged file loses one."""
 
-import dataclasses
 import io
-import pickle
-import shutil
+import re
 import warnings
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from ..config import TrainConfig
 from ..data.registry import find_dataset
-from ..files import json_ready, write_atomically
+from ..files import json_ready, write_atomically, write_folder
+from ..memory import out_of_memory
 from ..model.output import TrainableModel
+from .state import TrainingState
 
 # The scores of an evaluation that a saved model keeps.
 KEPT_SCORES = ("mIoU", "pixAcc", "boundary_f", "boundary_iou", "boundary_tolerance", "images", "iou")
-# Checkpoints of older versions hold a step's losses as one tensor in this order, under the key "pending".
-OLD_LOSS_NAMES = ("loss", "segmentation", "refined", "boundary", "direction")
-
-
-@dataclass
-class TrainingState:
-    """What a run needs to continue exactly. Random states are not among it: they follow from the seed and the step."""
-
-    step: int
-    """Optimiser steps completed."""
-    classes: list[str]
-    """Class names of the model."""
-    model: dict[str, Tensor]
-    """State dict of the model."""
-    optimizer: dict[str, Any]
-    """State dict of the optimiser."""
-    scheduler: dict[str, int]
-    """`last_epoch` of the learning rate scheduler."""
-    loss_history: list[dict[str, Tensor]]
-    """Losses by name, float32 scalars averaged over the ranks, of each step since the last record."""
-    best: float
-    """Highest validation mIoU so far, -1 before the first evaluation."""
-    skipped: int
-    """How often another sample has replaced one that cannot be read, over all ranks."""
-    averaged: dict[str, Tensor] | None = None
-    """State dict of the average of the weights; None if the run keeps none."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name; tensors are not copied."""
-        return dict(vars(self))
-
-    @staticmethod
-    def from_dict(stored: Mapping[str, Any]) -> "TrainingState":
-        """Make a state from what `to_dict` returned, in this version of the package or an older one."""
-        fields = dict(stored)
-        if (pending := fields.pop("pending", None)) is not None:
-            fields["loss_history"] = [dict(zip(OLD_LOSS_NAMES, losses.unbind(), strict=False)) for losses in pending]
-        fields.setdefault("averaged", None)
-        return TrainingState(**{field.name: fields[field.name] for field in dataclasses.fields(TrainingState)})
+_NAME = re.compile(r"step_(\d+)\.pt")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step_*.pt"))
+    """List the checkpoints in a folder, oldest first; what is named like one but is not a file is left out."""
+    return [path for path in _entries(folder) if path.is_file()]
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Save a checkpoint, then delete all but the newest `keep`.
+def _entries(folder: Path) -> list[Path]:
+    """Everything that is named like a checkpoint, by step."""
+    return sorted((path for path in folder.glob("step_*.pt") if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, which its name holds."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def save_checkpoint(folder: Path, state: TrainingState, keep: int = 2) -> Path:
+    """Save a checkpoint, then delete all older ones but the newest `keep`, this one included.
 
     Args:
         folder: where the checkpoints are; it is created if it does not exist.
-        step: optimiser steps completed, which name the file.
-        state: tensors and plain Python values.
+        state: the state of the run, whose step names the file.
         keep: number of checkpoints to keep.
 
     Returns:
         The path of the new checkpoint.
 
     Raises:
-        OSError: the disk is full or not writable; the earlier checkpoints are intact.
+        FloatingPointError: the weights are not finite (`TrainingState.check_finite`).
+        OSError: the disk is full or not writable. In both cases the earlier checkpoints are intact.
     """
+    state.check_finite()
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    path = folder / f"step_{step:08d}.pt"
-    write_atomically(path, buffer.getvalue())
-    for old in checkpoints(folder)[:-keep]:
+    torch.save(state.to_dict(), buffer)
+    path = folder / f"step_{state.step:08d}.pt"
+    write_atomically(path, buffer.getbuffer())
+    for old in [other for other in checkpoints(folder) if step_of(other) <= state.step][:-keep]:
         old.unlink()
     return path
 
 
-def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """Load the newest readable checkpoint.
+def load_latest(folder: Path, device: torch.device) -> TrainingState | None:
+    """Load the newest checkpoint that is whole and finite.
 
-    A damaged checkpoint is named in a warning, and the one before it is loaded instead.
+    Whatever else is named like a checkpoint is named in a warning, and the one before it is tried.
 
     Args:
         folder: where the checkpoints are.
-        device: where its tensors go.
+        device: where their tensors go.
 
     Returns:
-        The saved state, or None if there is no checkpoint.
+        The saved state, or None if there is nothing that is named like a checkpoint.
 
     Raises:
         ValueError: there are checkpoints, but none can be read.
+        MemoryError: the memory of the machine is used up.
     """
-    found = checkpoints(folder)
+    found = _entries(folder)
     for path in reversed(found):
         try:
-            return torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            return read_checkpoint(path, device)
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file can raise anything, and must not hide the good one before it
             reason = str(error).partition("\n")[0] or type(error).__name__
             warnings.warn(f"{path} is damaged ({reason}): trying the checkpoint before it", stacklevel=2)
     if found:
         raise ValueError(f"none of the {len(found)} checkpoints in {folder} can be read: start again in another folder")
     return None
+
+
+def read_checkpoint(path: Path, device: torch.device) -> TrainingState:
+    """Read a checkpoint, after comparing its content with its checksums, which PyTorch does not do.
+
+    Raises:
+        ValueError, FloatingPointError: the file is damaged, or was saved with weights that are not finite.
+        MemoryError: the memory of the machine is used up.
+        Exception: a damaged file can make the libraries that read it raise anything.
+    """
+    if not path.is_file():
+        raise ValueError("it is not a file")
+    with zipfile.ZipFile(path) as archive:
+        if (record := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {record} is wrong")
+    with out_of_memory(f"while reading {path}: free some memory, then start again"):
+        state = TrainingState.from_dict(torch.load(path, map_location=device, weights_only=True))
+    state.check_finite()
+    return state
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename all that is named like a checkpoint of a later step to `NAME.damaged`.
+
+    Otherwise it would be taken for the newest checkpoint of the run that continues from `step`.
+    """
+    for path in _entries(folder):
+        if step_of(path) > step:
+            path.rename(path.with_name(path.name + ".damaged"))
+
+
+def describe_saved(out: Path) -> str:
+    """Say what of a run is on the disk, and how the run continues, for messages about its end."""
+    saved = checkpoints(out / "checkpoints")
+    kept = [f"the checkpoint of step {step_of(saved[-1])}"] if saved else []
+    if (out / "model" / "config.json").is_file():
+        kept.append("the best model so far")
+    if not kept:
+        return f"Nothing has been saved in {out} yet; --resume auto starts there at the first step"
+    start = "continues from that checkpoint" if saved else "starts again at the first step"
+    return f"{' and '.join(kept).capitalize()} {'are' if len(kept) > 1 else 'is'} in {out}; --resume auto {start}"
+
+
+def divergence_advice(out: Path) -> str:
+    """Say what of a run is on the disk, and what to change where a loss or a weight is not finite."""
+    return (
+        f"{describe_saved(out)}. Change something with it: a lower learning rate (--lr, --backbone-lr), a --warmup "
+        "that ends later, or --amp off"
+    )
 
 
 def save_model(
@@ -126,7 +150,7 @@ def save_model(
     step: int | None = None,
     scores: Mapping[str, Any] | None = None,
 ) -> None:
-    """Call `model.save_pretrained` for a folder; each file in it is replaced only by a complete new one.
+    """Call `model.save_pretrained` for a folder, in which the files are then all old or all new (`write_folder`).
 
     Args:
         model: the model, on any device.
@@ -147,16 +171,11 @@ def save_model(
             known |= {"dataset": config.data.dataset, "dataset_title": find_dataset(config.data.dataset).title}
         known |= {name: scores.get(name) for name in KEPT_SCORES}
         model.evaluation = {name: value for name, value in json_ready(known).items() if value is not None}
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        model.save_pretrained(new)
-    except SafetensorError as error:  # how safetensors reports a full or read-only disk
-        raise OSError(
-            f"{folder} could not be written ({error}). The model that was there before, if any, is intact: free some "
-            "space or make the folder writable, then start again"
-        ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(new.iterdir()):
-        write_atomically(folder / file.name, file.read_bytes())
-    shutil.rmtree(new)
+
+    def write(new: Path) -> None:
+        try:
+            model.save_pretrained(new)
+        except SafetensorError as error:  # how safetensors reports a full or read-only disk
+            raise OSError(str(error)) from error
+
+    write_folder(folder, write)

@@ -6,9 +6,28 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..config import TrainConfig
+from ..data import SegmentationDataset
+from ..model.loss import UNEPTLoss
+from .class_weights import class_weights
 
 Losses = dict[str, Tensor]
 """Scalar losses of a step by name, without a graph; `loss` is their weighted sum (Eq. 7)."""
+
+
+def build_loss(config: TrainConfig, dataset: SegmentationDataset) -> UNEPTLoss:
+    """Return the loss that the options of a run ask for.
+
+    Raises:
+        ValueError, DatasetError: see `class_weights.class_weights` and `unept.model.region_loss`.
+    """
+    return UNEPTLoss(
+        config.loss_weights,
+        dataset.ignore_index,
+        distributed.run_on_main(lambda: class_weights(config, dataset)),
+        pixel_loss=config.recipe.pixel_loss(),
+        region_losses=config.recipe.region_losses(),
+    )
 
 
 def reduce_losses(history: Sequence[Losses], step: int) -> dict[str, float]:

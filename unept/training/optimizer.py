@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,52 @@ from ..model.output import TrainableModel
 
 
 def build_optimizer(model: TrainableModel, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW with a learning rate of its own for the backbone; the backbone is the second parameter group."""
-    backbone = list(model.backbone.parameters())
-    ids = {id(p) for p in backbone}
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) not in ids], "lr": config.lr},
-        {"params": backbone, "lr": config.backbone_lr},
-    ]
-    on_gpu = all(p.is_cuda for p in model.parameters())
-    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=on_gpu or None)
+    """Return AdamW with a learning rate of its own for the backbone; the backbone is the second parameter group.
+
+    With `layer_decay` or without `decay_norms` there are more groups: by layer of the backbone, and by weight decay.
+    """
+    backbone = {id(p): name for name, p in model.backbone.named_parameters()}
+    scales = layer_scales(model, config.recipe.layer_decay)
+    spared = set() if config.recipe.decay_norms else without_decay(model)
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        inside = backbone.get(id(parameter))
+        lr = config.lr if inside is None else config.backbone_lr * scales.get(inside, 1.0)
+        decay = 0.0 if name in spared else config.weight_decay
+        groups.setdefault((inside is not None, lr, decay), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda group: group[0][0])  # stable: the order of the parameters is kept
+    on_gpu = all(parameter.is_cuda for parameter in model.parameters())
+    return torch.optim.AdamW(
+        [{"params": params, "lr": lr, "weight_decay": decay} for (_, lr, decay), params in ordered],
+        betas=config.betas,
+        fused=on_gpu or None,
+    )
+
+
+def layer_scales(model: TrainableModel, factor: float) -> dict[str, float]:
+    """Return what the learning rate of each parameter of the backbone is multiplied by, by its name in the backbone.
+
+    The last layer has 1, and each layer before it `factor` times that of the next (Clark et al. 2020, ELECTRA).
+    """
+    if factor == 1:
+        return {}
+    layers = model.backbone.layers()
+    last = max(layers.values())
+    return {f"features.{name}": factor ** (last - layer) for name, layer in layers.items()}
+
+
+def without_decay(model: TrainableModel) -> set[str]:
+    """Return the names of the biases, of the parameters of normalisations, and of those that timm's model names."""
+    special: set[str] = set()
+    for module in model.backbone.modules():
+        special |= set(module.no_weight_decay()) if hasattr(module, "no_weight_decay") else set()
+    return {name for name, p in model.named_parameters() if p.dim() <= 1 or name.rpartition(".")[2] in special}
+
+
+def clip_gradients(model: TrainableModel, norm: float) -> None:
+    """Scale all gradients down where their norm together is larger than `norm`; 0 leaves them alone."""
+    if norm:
+        nn.utils.clip_grad_norm_(model.parameters(), norm)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> LambdaLR:
@@ -29,12 +67,44 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> La
     return LambdaLR(optimizer, partial(learning_rate_factor, config))
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, state: dict[str, Any], steps: int) -> None:
+    """Continue with the moments of a stored optimiser, but with the options that this one was built with.
+
+    Args:
+        optimizer: the optimiser, as `build_optimizer` returned it.
+        scheduler: its scheduler, as `build_scheduler` returned it.
+        state: state dict of the stored optimiser.
+        steps: number of steps after which it was stored.
+    """
+    options = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    scheduler.last_epoch = steps
+    for group, own, rate, factor in zip(
+        optimizer.param_groups, options, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group.update(own)
+        group["lr"] = rate * factor(steps)
+
+
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """Return the factor of the learning rates at a step, which counts from 0."""
     warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.schedule == "step":
         return warmup * (0.1 if step >= config.iterations * 2 / 3 else 1.0)
+    if config.schedule == "poly":
+        return warmup * (1 - step / config.iterations) ** 0.9
     return warmup * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
+
+
+def describe_schedule(config: TrainConfig, step: int) -> str:
+    """Say in a sentence what the learning rate is at a step, which counts from 0, and how it goes on."""
+    rate = config.lr * learning_rate_factor(config, step)
+    if config.schedule == "step":
+        drop = math.ceil(config.iterations * 2 / 3)
+        rest = f"falls to {0.1 * config.lr:.1e} at step {drop}" if step < drop else "stays there"
+    else:
+        rest = "falls along a cosine to 0" if config.schedule == "cosine" else "falls as a power of the steps left to 0"
+    return f"the learning rate is {rate:.1e} at step {step} of {config.iterations} and {rest}"
 
 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:

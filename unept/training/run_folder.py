@@ -1,43 +1,77 @@
 """Choose the folder of a training run, decide whether the run in it is continued, and prepare the folder."""
 
-import json
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import distributed
 from ..config import TrainConfig
-from ..files import write_atomically
-from .checkpoint import TrainingState, load_latest
+from ..files import finish_folder, remove_temporary_files, write_atomically
+from .checkpoint import load_latest, set_aside
+from .history import add_to_history, changed_options, check_steps, describe_changes
+from .optimizer import describe_schedule
+from .state import TrainingState
 
-# Options that may differ between a run and its continuation, since they do not change the result.
-FREE_TO_CHANGE = {"out", "resume", "device", "log_every", "eval_every", "checkpoint_every", "num_samples", "workers"}
-FREE_TO_CHANGE |= {"root", "pretrained_backbone", "backbone_weights"}  # data and weights may have moved
-FREE_TO_CHANGE |= {"check_data", "on_bad_sample"}  # a file was found to be bad meanwhile
+RUNS = Path("runs")
+
+
+@contextlib.contextmanager
+def reserved(config: TrainConfig, preset: str) -> Iterator[Path]:
+    """Give the folder of a run (`choose_run_folder`) on all ranks; this is a context manager.
+
+    Where an error ends the block before anything was written, the folder that was created for it is removed.
+
+    Raises:
+        FileExistsError: see `choose_run_folder`.
+    """
+    out = distributed.run_on_main(lambda: choose_run_folder(config, preset))
+    try:
+        yield out
+    except BaseException:
+        if config.out is None and distributed.is_main():
+            with contextlib.suppress(OSError):  # the run has written something
+                out.rmdir()
+                out.parent.rmdir()
+        raise
 
 
 def choose_run_folder(config: TrainConfig, preset: str) -> Path:
-    """Return `config.out` if it is set, else runs/PRESET, with a number if that folder exists.
+    """Return `config.out` if it is set, else create runs/PRESET, with a number if that folder exists.
 
-    A run that continues gets the folder with the highest number.
+    Of two runs that start at the same time only one gets a folder. A run that continues gets the folder with the
+    highest number.
 
     Raises:
         FileExistsError: `config.out` holds a run, and `resume` is not `auto`.
     """
     if config.out is not None:
-        if (config.out / "config.json").exists() and not should_resume(config, config.out):
-            raise FileExistsError(
-                f"{config.out} holds a run already: continue it with --resume auto, or choose another folder with --out"
-            )
+        if not should_resume(config, config.out):
+            refuse_existing_run(config.out)
         return config.out
-    number, folder = 1, Path("runs") / preset
-    following = folder
-    while following.exists():
-        folder, number = following, number + 1
-        following = Path("runs") / f"{preset}-{number}"
-    return folder if should_resume(config, folder) else following
+    names = itertools.chain([preset], (f"{preset}-{number}" for number in itertools.count(2)))
+    last = None
+    for folder in (RUNS / name for name in names):
+        if folder.exists():
+            last = folder
+            continue
+        if last is not None and should_resume(config, last):
+            return last
+        with contextlib.suppress(FileExistsError):  # another run was faster
+            folder.mkdir(parents=True)
+            return folder
+        last = folder
+    raise AssertionError("unreachable")
+
+
+def refuse_existing_run(folder: Path) -> None:
+    """Raise FileExistsError if a folder holds a run."""
+    if (folder / "config.json").exists():
+        raise FileExistsError(
+            f"{folder} holds a run already: continue it with --resume auto, or choose another folder with --out"
+        )
 
 
 def should_resume(config: TrainConfig, folder: Path) -> bool:
@@ -48,7 +82,10 @@ def should_resume(config: TrainConfig, folder: Path) -> bool:
 
 
 def open_run_folder(config: TrainConfig, folder: Path, classes: Sequence[str], resume: bool) -> TrainingState | None:
-    """Create the folder of a run, or read the state from which the run in it continues. Only rank 0 calls it.
+    """Create the folder of a run, or read the state from which the run in it continues.
+
+    Only rank 0 calls it, while it has locked the folder (`lock.locked`). What is continued, and with which changes, is
+    printed and added to history.jsonl.
 
     Args:
         config: options of the run.
@@ -57,40 +94,42 @@ def open_run_folder(config: TrainConfig, folder: Path, classes: Sequence[str], r
         resume: whether to continue a run that is in the folder.
 
     Returns:
-        The newest checkpoint, on the CPU; None if the run starts from its first step.
+        The newest checkpoint that can be read, on the CPU; None if the run starts from its first step.
 
     Raises:
-        ValueError: the run in the folder has other options or classes, or none of its checkpoints can be read.
+        FileExistsError: the folder holds a run that is not to be continued.
+        ValueError: the run in the folder has other classes, or options that may not change, or has taken more steps
+            than it is to take now, or none of its checkpoints can be read.
         OSError: the disk is full or not writable.
     """
-    state = None
-    if resume and (folder / "config.json").exists():
-        check_same_run(config, folder)
-        if (stored := load_latest(folder / "checkpoints", torch.device("cpu"))) is not None:
-            state = TrainingState.from_dict(stored)
+    state, changed = None, {}
+    if not resume:
+        refuse_existing_run(folder)
+    elif (folder / "config.json").exists():
+        changed = changed_options(config, folder)
+        state = load_latest(folder / "checkpoints", torch.device("cpu"))
+        if state is not None:
             check_same_classes(state, classes, folder)
+            check_steps(config, state.step, folder)
+    step = -1 if state is None else state.step
     (folder / "samples").mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(*(folder / part for part in ("checkpoints", "samples", "model")))
+    set_aside(folder / "checkpoints", step)
+    finish_folder(folder / "model")
     if (launch := distributed.launch_id()) is not None:
-        (folder / "launch").write_text(launch)
+        write_atomically(folder / "launch", launch.encode())
     write_atomically(folder / "config.json", config.to_json().encode())
+    add_to_history(folder, "start" if state is None else "continue", max(step, 0), changed=changed)
+    if state is not None:
+        announce(config, state.step, describe_changes(changed))
     return state
 
 
-def check_same_run(config: TrainConfig, folder: Path) -> None:
-    """Raise ValueError if the run in the folder was started with other options that change its result."""
-
-    def flatten(config: TrainConfig) -> dict[str, Any]:
-        options = json.loads(config.to_json())
-        return {**options.pop("model"), **options.pop("data"), **options}
-
-    before, now = flatten(TrainConfig.from_json(folder / "config.json")), flatten(config)
-    changed = [name for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]]
-    if changed:
-        listed = ", ".join(f"{name} (was {before[name]}, now {now[name]})" for name in changed)
-        raise ValueError(
-            f"the run in {folder} cannot be continued with other options: {listed}. Give the options that it was "
-            "started with, or another folder with --out"
-        )
+def announce(config: TrainConfig, step: int, changes: str) -> None:
+    """Print where a run continues, with which changes, and what these do to the learning rate."""
+    print(f"continues at step {step} of {config.iterations}{f', with {changes}' if changes else ''}")
+    if changes:
+        print(f"from here on {describe_schedule(config, step)}")
 
 
 def check_same_classes(state: TrainingState, classes: Sequence[str], folder: Path) -> None:

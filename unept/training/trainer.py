@@ -1,6 +1,7 @@
 """Train a model (Sec. 4.2, Training): the loop, its records, evaluations and checkpoints, on one process or many."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,35 +10,46 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from .. import distributed
 from ..config import TrainConfig
 from ..data import DatasetError, SegmentationDataset
-from ..data.loader import Batch, training_loader
+from ..data.augmentation import build_transform
+from ..data.check import check_before_run
+from ..data.loader import Batch
 from ..data.photometric import distort
-from ..data.transforms import train_transform
 from ..evaluation.evaluator import evaluate_model
 from ..memory import memory_advice, out_of_memory
-from ..model.loss import Targets, UNEPTLoss
+from ..model.loss import Targets
 from ..model.network import UNEPT
 from ..model.output import TrainableModel
 from ..pictures.figures import draw_samples
+from ..precision import uses_bfloat16
+from ..progress import Progress, step_progress
 from . import run_folder
-from .checkpoint import TrainingState, checkpoints, save_checkpoint, save_model
-from .class_weights import class_weights
+from .acceleration import compiled
+from .batches import build_loader
+from .checkpoint import checkpoints, describe_saved, divergence_advice, save_checkpoint, save_model
 from .depthwise import prepare_for_cpu_bfloat16
-from .losses import Losses, average_over_ranks, reduce_losses
-from .optimizer import average_weights, build_optimizer, build_scheduler
+from .fine_tuning import prepare_model
+from .freezing import freeze, training_mode
+from .history import add_to_history
+from .interruption import Stopped, StopSignals
+from .lock import locked
+from .losses import Losses, average_over_ranks, build_loss, reduce_losses
+from .optimizer import average_weights, build_optimizer, build_scheduler, clip_gradients
 from .recorder import Recorder
+from .state import TrainingState
 from .throughput import Throughput, peak_memory
+from .trackers import start_tracker
 
 
 class Trainer:
     """Train one model in one run folder.
 
-    The folder holds config.json, metrics.jsonl (a line every `log_every` steps and one per evaluation), TensorBoard
-    events, checkpoints/, samples/, curves.png, and in model/ the best model so far by validation mIoU.
+    The folder holds config.json, metrics.jsonl (a line every `log_every` steps and one per evaluation), history.jsonl
+    (a line per start and stop), TensorBoard events, checkpoints/, samples/, curves.png, and in model/ the best model so
+    far by validation mIoU.
 
     Where a process group is initialised, every rank makes a Trainer: each trains on its share of each batch, all hold
     the same model, and rank 0 writes.
@@ -46,20 +58,22 @@ class Trainer:
         config: options of the run.
         out: the run folder.
         device: device to train on; None chooses it by `config.device`.
+        augmentation: takes the place of this package's own (`unept.data.augmentation`).
 
     Attributes:
         model: the network that is trained.
         averaged: the average of its weights (`TrainConfig.ema`), or None.
         step: optimiser steps completed.
         best: highest validation mIoU so far, -1 before the first evaluation.
+        stale: number of evaluations since that one.
         scores: result of the last evaluation (`evaluate_model`); empty before the first.
 
     Raises:
         ValueError: the batch cannot be split over the ranks, or the data or the weights cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, out: Path, device: torch.device | None = None):
-        self.config, self.out = config, out
+    def __init__(self, config: TrainConfig, out: Path, device: torch.device | None = None, augmentation: Any = None):
+        self.config, self.out, self.augmentation = config, out, augmentation
         self.device = device or distributed.choose_device(config.device)
         self.local_batch = distributed.run_on_main(
             lambda: distributed.split_batch(config.batch_size, config.accumulate)
@@ -68,26 +82,25 @@ class Trainer:
         self.train_set, self.validation_set = distributed.run_on_main(self.build_datasets)
         self.resumes = distributed.run_on_main(lambda: run_folder.should_resume(config, out))
         self.model = self.build_model().to(self.device)
-        weights = distributed.run_on_main(lambda: class_weights(config, self.train_set))
-        self.loss = UNEPTLoss(config.loss_weights, self.train_set.ignore_index, weights).to(self.device)
-        cuda = self.device.type == "cuda"
         if config.matmul_precision == "high":
             torch.set_float32_matmul_precision("high")
-        self.amp = cuda if config.amp == "auto" else config.amp == "bf16"
-        if self.amp and not cuda:
+        freeze(self.model, config.recipe)
+        self.loss = build_loss(config, self.train_set).to(self.device)
+        self.amp = uses_bfloat16(config.amp, self.device.type)
+        if self.amp and self.device.type == "cpu":
             prepare_for_cpu_bfloat16(self.model)
         self.network = distributed.parallel(self.model, self.device)
-        self.forward, self.compute_losses, self.distort = self.network, self.loss.losses, distort
-        if config.compile == "on" or (config.compile == "auto" and cuda):
-            self.forward = torch.compile(self.forward)
-            self.compute_losses = torch.compile(self.compute_losses)
-            self.distort = torch.compile(self.distort)
+        functions = compiled(config, self.device, self.network, self.loss.losses, distort)
+        self.forward, self.compute_losses, self.distort = functions
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config)
         self.averaged = average_weights(self.model, config.ema) if config.ema else None
         self.inference = config.inference()
         self.step = 0
-        self.best = -1.0
+        self.best, self.stale = -1.0, 0
+        self.evaluated = True  # False while an evaluation that is due at this step has not been completed
+        self.intact = True  # False while the optimiser changes the weights
+        self.signals = StopSignals()
         self.scores: dict[str, Any] = {}
         self.loss_history: list[Losses] = []  # of the steps since the last record, on the device
         self.recorder: Recorder | None = None  # only on rank 0
@@ -97,19 +110,19 @@ class Trainer:
     def build_datasets(self) -> list[SegmentationDataset]:
         """Return the training and the validation set, after reading some of their files."""
         datasets = [self.config.data.build(split) for split in ("train", "val")]
-        for dataset in datasets:
-            dataset.check(sample=20)
+        for split, dataset in zip(("train", "val"), datasets, strict=True):
+            for warning in check_before_run(dataset, split, self.config.data.workers):
+                print(f"warning: {warning}", file=sys.stderr)
         return datasets
 
     def build_model(self) -> TrainableModel:
         """Return the network as it is before the first step. A subclass may return another one."""
-        options = self.config.model.options()
-        if distributed.run_on_main(lambda: self.resumes and bool(checkpoints(self.out / "checkpoints"))):
+        options, classes = self.config.model.options(), self.train_set.classes
+        if resumes := distributed.run_on_main(lambda: self.resumes and bool(checkpoints(self.out / "checkpoints"))):
             # The checkpoint holds all weights, and the file or the network that the first ones came from may be gone.
             options.update(pretrained_backbone=False, backbone_weights=None)
-        return UNEPT(
-            len(self.train_set.classes), classes=self.train_set.classes, palette=self.train_set.palette, **options
-        )
+        model = UNEPT(len(classes), classes=classes, palette=self.train_set.palette, **options)
+        return prepare_model(model, self.config.recipe, resumes)
 
     def train(self) -> dict[str, Any]:
         """Train to the last step, from the last checkpoint if the run is continued.
@@ -118,91 +131,78 @@ class Trainer:
             The scores of the last evaluation (`evaluate_model`).
 
         Raises:
-            ValueError: the run folder holds a run with other options or classes.
+            FileExistsError: another run trains in the run folder, or it holds a run that is not to be continued.
+            ValueError: the run folder holds a run with other classes, or options with which it cannot be continued.
             DatasetError: a training sample cannot be read.
-            FloatingPointError: a loss became NaN or infinite.
+            FloatingPointError: a loss or a weight became NaN or infinite.
             MemoryError: the memory of the GPU or of the machine is used up.
             OSError: the disk is full or not writable.
+            Stopped: a signal stopped the run (`StopSignals`), after its state was saved.
         """
-        self.setup_run_folder()
-        self.loader = self.build_loader()
+        with locked(self.out), self.signals:
+            self.setup_run_folder()
+            self.loader = self.build_loader()
+            if not self.evaluated:
+                self.validate()
+            training_mode(self.model)
+            self.throughput.start()
+            self._train_steps()
+            if (skipped := self.count_skipped()) and distributed.is_main():
+                print(f"{skipped} times another image has replaced one that cannot be read")
+            if self.recorder is not None:
+                self.recorder.close()
+            if not self.scores:  # a run that had ended before has not been evaluated by this process
+                self.scores = self.evaluate()
+                self._stop(self.signals.now())
+            return self.scores
+
+    def _train_steps(self) -> None:
         batches, advice = iter(self.loader), memory_advice(self.config, self.local_batch)
-        self.model.train()
-        self.throughput.start()
-        with tqdm(
-            total=self.config.iterations,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not distributed.is_main(),
-        ) as bar:
-            while self.step < self.config.iterations:
-                batch = self._next_batch(batches)
-                with out_of_memory(advice), self.throughput.step(len(batch.images), batch.seconds):
-                    self.loss_history.append(self.train_step(*self.prepare_batch(batch)))
+        with step_progress(self.config.iterations, self.step, distributed.is_main()) as bar:
+            while not self.ended:
+                with self._saved_before_error():
+                    batch = next(batches)
+                    with out_of_memory(advice), self.throughput.step(len(batch.images), batch.seconds):
+                        losses = self.train_step(*self.prepare_batch(batch))
+                self.loss_history.append(losses)
                 self.step += 1
                 bar.update()
                 self._after_step(bar)
-        if (skipped := self.count_skipped()) and distributed.is_main():
-            print(f"{skipped} times another image has replaced one that cannot be read")
-        if self.recorder is not None:
-            self.recorder.close()
-        return self.scores or self.evaluate()  # a run that had ended before has not been evaluated by this process
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step is done, or `patience` evaluations in a row were not better than the best."""
+        patience = self.config.recipe.patience
+        return self.step >= self.config.iterations or 0 < patience <= self.stale
 
     def setup_run_folder(self) -> None:
         """Create the run folder, or continue the run in it; on rank 0, start its records."""
-        state = distributed.run_on_main(
+        state: TrainingState | None = distributed.run_on_main(
             lambda: run_folder.open_run_folder(self.config, self.out, self.model.classes, self.resumes)
         )
         if state is not None:
-            self.restore(state)
+            state.restore(self)
         if distributed.is_main():
-            self.recorder = Recorder(self.out, self.step)
-
-    def restore(self, state: TrainingState) -> None:
-        """Continue from a checkpoint."""
-        self.model.load_state_dict(state.model)
-        if self.averaged is not None and state.averaged is not None:
-            self.averaged.load_state_dict(state.averaged)
-        self.optimizer.load_state_dict(state.optimizer)
-        self.scheduler.last_epoch = state.scheduler["last_epoch"]
-        self.step, self.best, self.skipped_before = state.step, state.best, state.skipped
-        self.loss_history = [
-            {name: loss.to(self.device) for name, loss in losses.items()} for losses in state.loss_history
-        ]
+            tracker = start_tracker(self.config, self.out)
+            self.recorder = Recorder(self.out, self.step, self.evaluated, tracker)
 
     def build_loader(self) -> Any:
         """Return the endless loader of this rank's training batches, from the next step on."""
-        data = self.config.data
-        transform = train_transform(
-            data.crop_size,
-            short_side=data.short_side,
-            scale=data.scale,
-            cat_max_ratio=data.cat_max_ratio,
-            flip=data.flip,
-            photometric=data.photometric,
-            fill=tuple(round(255 * mean) for mean in self.model.backbone.mean),
-        )
-        return training_loader(
-            self.train_set,
-            transform,
-            batch_size=self.local_batch,
-            seed=self.config.seed,
-            start_step=self.step,
-            workers=data.workers,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            on_bad_sample=data.on_bad_sample,
-        )
+        transform = build_transform(self.config.data, self.model.backbone.mean, self.augmentation)
+        return build_loader(self.config, self.train_set, transform, self.local_batch, self.step)
 
-    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Return the next batch; if a file of it cannot be read, save a checkpoint before the error is raised."""
+    @contextlib.contextmanager
+    def _saved_before_error(self) -> Iterator[None]:
+        """Save a checkpoint before an error is raised that leaves the weights of the step before as they are."""
         try:
-            return next(batches)
-        except DatasetError:
+            yield
+        except (DatasetError, MemoryError) as error:
             # The other ranks do not know of the error, so they cannot take part in the reductions of saving.
-            if distributed.world_size() == 1:
+            if distributed.world_size() == 1 and self.intact:
+                self.optimizer.zero_grad(set_to_none=True)
                 self.save()
+            if isinstance(error, MemoryError):
+                raise MemoryError(f"{error}. {describe_saved(self.out)}") from error
             raise
 
     def prepare_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -241,11 +241,14 @@ class Trainer:
             )
             for start in range(0, len(images), size)
         ]
+        clip_gradients(self.model, self.config.recipe.clip_grad)
+        self.intact = False
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
+        self.intact = True
         return {name: torch.stack([losses[name] for losses in parts]).sum() for name in parts[0]}
 
     def _seed_step(self) -> None:
@@ -264,15 +267,24 @@ class Trainer:
             losses["loss"].backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _after_step(self, bar: tqdm) -> None:
-        """Log, validate and save where the options say so, and after the last step."""
+    def _after_step(self, bar: Progress) -> None:
+        """Log, save and validate where the options say so, and after the last step; stop where a signal asks for it."""
         config, last = self.config, self.step == self.config.iterations
+        stop = self.signals.after_step()
         if self.step % config.log_every == 0 or last:
             bar.set_postfix(self.log())
-        if self.step % config.eval_every == 0 or last:
-            self.validate()
-        if self.step % config.checkpoint_every == 0 or last:
+        self.evaluated = self.step % config.eval_every != 0 and not last
+        if stop or not self.evaluated or self.step % config.checkpoint_every == 0:
             self.save()
+        self._stop(stop)
+        if not self.evaluated:
+            self.validate()
+
+    def _stop(self, number: int) -> None:
+        """End the run after its state was saved, if a signal asks for it (its number, or 0)."""
+        if number:
+            distributed.run_on_main(lambda: add_to_history(self.out, "stop", self.step, signal=number))
+            raise Stopped(number, self.step)
 
     def log(self) -> dict[str, str]:
         """Record the mean losses since the last record, the learning rate and the throughput.
@@ -303,10 +315,7 @@ class Trainer:
         try:
             return reduce_losses(self.loss_history, self.step)
         except FloatingPointError as error:
-            raise FloatingPointError(
-                f"{error}. The last checkpoint and the best model so far are kept in {self.out}; lower the learning "
-                "rate (--lr), add --warmup, or try --amp off"
-            ) from None
+            raise FloatingPointError(f"{error}. {divergence_advice(self.out)}") from None
 
     def _record(self, line: dict[str, Any]) -> None:
         if self.recorder is not None:
@@ -318,13 +327,15 @@ class Trainer:
         return self.model if self.averaged is None else self.averaged.module
 
     def validate(self) -> None:
-        """Evaluate the model, record its scores, draw samples and curves, and save the model if it is the best."""
+        """Evaluate the model, record its scores, draw samples and curves, save the model if it is the best, and save.
+
+        A checkpoint from before the evaluation has to be there: what interrupts it costs the evaluation alone.
+        """
         self.throughput.stop()
-        if self.loss_history:
-            self.reduce_losses()  # a diverged model must not become the best
-        with out_of_memory("during the evaluation, which sees whole images: --window sees them in parts"):
+        with out_of_memory(f"while evaluating whole images: --window sees them in parts. {describe_saved(self.out)}"):
             self.scores = self.evaluate()
-        better = self.best < 0 or self.scores["mIoU"] > self.best
+        better = not self.best >= 0 or self.scores["mIoU"] > self.best  # no score so far may be NaN, too
+        self.stale = 0 if better else self.stale + 1
         if better:
             self.best = self.scores["mIoU"]
         if self.recorder is not None:
@@ -333,7 +344,9 @@ class Trainer:
             self.recorder.draw_curves()
             if better:
                 save_model(self.evaluated_model, self.out / "model", self.config, self.step, self.scores)
-        self.model.train()
+        self.evaluated = True
+        self.save()
+        training_mode(self.model)
         self.throughput.start()
 
     def evaluate(self) -> dict[str, Any]:
@@ -346,6 +359,7 @@ class Trainer:
             self.config.boundary_tolerance,
             workers=self.config.data.workers,
             on_bad_sample=self.config.data.on_bad_sample,
+            should_stop=lambda: bool(self.signals.received),
         )
 
     def _draw_samples(self) -> None:
@@ -365,21 +379,11 @@ class Trainer:
         if self.loss_history:
             self.reduce_losses()  # a diverged model must not replace a good checkpoint
         self.loss_history = average_over_ranks(self.loss_history)
-        skipped = self.count_skipped()
-        if not distributed.is_main():
-            return
-        state = TrainingState(
-            step=self.step,
-            classes=self.model.classes,
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            scheduler={"last_epoch": self.scheduler.last_epoch},
-            loss_history=self.loss_history,
-            best=self.best,
-            skipped=skipped,
-            averaged=None if self.averaged is None else self.averaged.state_dict(),
-        )
-        save_checkpoint(self.out / "checkpoints", self.step, state.to_dict())
+        state = TrainingState.of(self, self.count_skipped())
+        try:
+            distributed.run_on_main(lambda: save_checkpoint(self.out / "checkpoints", state))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. {divergence_advice(self.out)}") from None
 
     def count_skipped(self) -> int:
         """Return how often another sample has replaced one that cannot be read, in the whole run and over all ranks."""

@@ -1,0 +1,75 @@
+"""The ops in PyTorch's own, for programs that are to run without this package: ONNX and `torch.export` files.
+
+The ONNX exporter of PyTorch finds them by itself. A program of `torch.export` keeps the ops until it is told otherwise:
+
+    program.run_decompositions({**torch.export.default_decompositions(), **DECOMPOSITIONS})
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._registration import register_decompositions
+from .bilinear_gather import _bilinear_gather_fake
+from .checks import compute_dtype
+from .sparse_attention import differentiable
+from .sparse_attention.op import _sparse_sampling_fake
+from .upsample.argmax import _upsample_argmax_fake
+from .upsample.cross_entropy import _upsample_cross_entropy_fake
+
+
+def _sparse_sampling(
+    value: Tensor,
+    shapes: Sequence[int],
+    points: Tensor,
+    scores: Tensor,
+    reference_points: Tensor | None,
+    spatial_shapes: Tensor | None = None,
+) -> Tensor:
+    if spatial_shapes is not None:
+        return differentiable.sample(value, spatial_shapes, points, scores, reference_points)
+    pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
+    dtype = compute_dtype(value)
+    maps, points, scores = value.to(dtype), points.to(dtype), scores.to(dtype)
+    if reference_points is None:
+        return reference.ms_deform_attn(maps, pairs, None, points, scores).to(value.dtype)
+    return reference.sparse_sampling_attention(maps, pairs, points, scores, reference_points).to(value.dtype)
+
+
+def _bilinear_gather(features: Tensor, points: Tensor, padding: str) -> Tensor:
+    dtype = compute_dtype(features)
+    return reference.bilinear_gather(features.to(dtype), points.to(dtype), padding).to(features.dtype)
+
+
+def _upsample_cross_entropy(
+    logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
+) -> Tensor:
+    logits = logits.to(compute_dtype(logits))
+    weights = None if class_weights is None else class_weights.to(logits.dtype)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "class_weights": weights, "reduction": "none"}
+    return reference.upsample_cross_entropy(logits, target, offset, **options)
+
+
+def _upsample_argmax(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
+    return reference.upsample_argmax(logits.to(compute_dtype(logits)), (height, width), offset)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.unept.sparse_sampling.default: _sparse_sampling,
+    torch.ops.unept.bilinear_gather.default: _bilinear_gather,
+    torch.ops.unept.upsample_cross_entropy.default: _upsample_cross_entropy,
+    torch.ops.unept.upsample_argmax.default: _upsample_argmax,
+}
+
+register_decompositions(
+    DECOMPOSITIONS,
+    fakes={
+        torch.ops.unept.sparse_sampling.default: _sparse_sampling_fake,
+        torch.ops.unept.bilinear_gather.default: _bilinear_gather_fake,
+        torch.ops.unept.upsample_cross_entropy.default: _upsample_cross_entropy_fake,
+        torch.ops.unept.upsample_argmax.default: _upsample_argmax_fake,
+    },
+)

@@ -1,0 +1,95 @@
+"""An image that is read in windows gives the class ids of the whole image, and its files keep its coordinates."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.runs import small_model
+from unept.inference import InferenceConfig, InferenceOptions, predict_ids, resolve
+from unept.outputs.tiled import Raster, predict_file, predict_rows, tile_config
+
+CPU = torch.device("cpu")
+
+
+class Memory:
+    """An image in memory that notes the largest part that was read."""
+
+    def __init__(self, image: torch.Tensor):
+        self.image, self.size, self.largest = image, tuple(image.shape[1:]), (0, 0)
+
+    def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
+        assert top >= 0
+        assert left >= 0
+        assert top + height <= self.size[0]
+        assert left + width <= self.size[1]
+        self.largest = max(self.largest, (height, width))
+        return self.image[:, top : top + height, left : left + width]
+
+
+def smooth_image(height: int, width: int) -> torch.Tensor:
+    coarse = torch.rand(1, 3, height // 16 + 2, width // 16 + 2) * 255
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].byte()
+
+
+@pytest.mark.parametrize(
+    ("model_options", "config"),
+    [
+        ({}, {"window": 32, "window_stride": 16, "refine_scale": 5, "refine_steps": 3}),
+        ({"boundary_upsampling": "subpixel", "logits_stride": 2}, {"window": 40, "window_stride": 24, "flip": True}),
+        ({}, {"window": 256}),
+        ({"context_queries": "learned"}, {"window": 32}),
+    ],
+    ids=["refined", "fine", "one-window", "unrefined"],
+)
+def test_the_ids_are_those_of_the_whole_image(model_options, config, monkeypatch):
+    monkeypatch.setattr("unept.outputs.tiled.BLOCK", 40)
+    image, config = smooth_image(93, 117), InferenceConfig(**config)
+    model = small_model(**model_options)
+    whole = predict_ids(model, image, config)[0]
+    source, bands = Memory(image), []
+    for top, ids in predict_rows(model, source, config, CPU):
+        assert top == sum(map(len, bands))
+        bands.append(ids)
+    tiled = torch.cat(bands)
+    assert tiled.shape == whole.shape
+    assert whole.unique().numel() > 1
+    assert (tiled != whole).float().mean() < 0.001  # but for rounding
+    assert max(source.largest) <= config.window
+    assert len(bands) > 1 or config.window == 256
+
+
+def test_a_file_keeps_its_coordinates(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    image = smooth_image(50, 70)
+    transform = rasterio.transform.from_origin(500000, 4600000, 0.5, 0.5)
+    profile = {"driver": "GTiff", "height": 50, "width": 70, "dtype": "uint16", "crs": "EPSG:32633"}
+    with rasterio.open(tmp_path / "in.tif", "w", count=4, transform=transform, nodata=0, **profile) as file:
+        pixels = (np.vstack([image.numpy(), image.numpy()[:1]]).astype(np.uint16) + 1) * 256 - 1
+        pixels[:, :4] = 0
+        file.write(pixels)
+    model, config = small_model(), InferenceConfig(window=32)
+    source = Raster(tmp_path / "in.tif")
+    counts = predict_file(model, source, config, CPU, tmp_path / "ids.tif", tmp_path / "overlay.tif", alpha=1)
+    with rasterio.open(tmp_path / "ids.tif") as file:
+        assert (file.crs.to_epsg(), file.transform, file.nodata) == (32633, transform, 255)
+        ids = file.read(1)
+        colors = {k: color[:3] for k, color in file.colormap(1).items() if k < 3}
+    image[:, :4] = 0
+    expected = predict_ids(model, image, config)[0].numpy()
+    assert (ids[:4] == 255).all()
+    assert (ids[4:] != expected[4:]).mean() < 0.001
+    assert np.array_equal(np.bincount(ids.ravel(), minlength=256), counts.numpy())
+    assert [list(colors[k]) for k in range(3)] == model.palette
+    with rasterio.open(tmp_path / "overlay.tif") as file:
+        assert file.transform == transform
+        assert np.array_equal(file.read()[:, 10, 20], model.palette[ids[10, 20]])
+
+
+def test_what_cannot_be_tiled():
+    with pytest.raises(ValueError, match="with --tiled the only scale is 1"):
+        tile_config(InferenceConfig(scales=(0.5, 1.0)))
+    with pytest.raises(ValueError, match="add --short-side 0"):
+        tile_config(InferenceConfig(short_side=512))
+    model = small_model()
+    model.preprocessing = {"short_side": 512}
+    assert tile_config(resolve(InferenceOptions(short_side=0), model)).window_stride > 0

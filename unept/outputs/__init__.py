@@ -1,0 +1,1 @@
+"""Files of predictions that other tools read: formats of images, videos, and rasters of any size."""

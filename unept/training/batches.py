@@ -1,0 +1,34 @@
+"""The batches of a training run, from its options."""
+
+from typing import Any
+
+from .. import distributed
+from ..config import TrainConfig
+from ..data import SegmentationDataset
+from ..data.loader import Transform, training_loader
+
+
+def build_loader(
+    config: TrainConfig, dataset: SegmentationDataset, transform: Transform, batch_size: int, start_step: int
+) -> Any:
+    """Return the endless loader of this rank's training batches.
+
+    Args:
+        config: options of the run.
+        dataset: the training set.
+        transform: what makes a training sample of an image and its labels.
+        batch_size: number of images per batch of this rank.
+        start_step: number of steps that the run has taken; the loader goes on with the next.
+    """
+    data = config.data
+    return training_loader(
+        dataset,
+        transform,
+        batch_size=batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        workers=data.workers,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        on_bad_sample=data.on_bad_sample,
+    )
