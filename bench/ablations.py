@@ -7,13 +7,16 @@ weights from a file), one schedule and one seed, and measures the memory of a tr
                 refinement
     points      Table 6: N = 4 and 16 points on L = 1 and 3 scales, none refined in their own column
     baselines   DeepLabV3+, UPerNet, FPN and SegFormer's head, of segmentation-models-pytorch
+    compared    Tables 1, 2, 7 and 8: PSPNet and DeepLabV3 of segmentation-models-pytorch, CCNet, OCRNet, ANL, DNLNet
+                and PointRend of bench.heads
     rates       the final network and every baseline once more at RATES times the learning rate: the better one counts
     seeds       two more seeds of the final network and of the best baseline, each at its better rate
     memory      Tables 7 and 8: a training step at batch 2 and 16, 480x480, 150 classes
 
 Each job is a process of its own, leaves OUT/NAME.json, and is not run again. `--minutes` bounds a call: a training that
-is interrupted continues from its last checkpoint in the next call. At the end a table is printed, and written to
-OUT/README.md.
+is interrupted continues from its last checkpoint in the next call. `--seeds N` makes every training N times; the table
+then has means and standard deviations. At the end a table is printed, and written to OUT/README.md. Each training also
+leaves the IoU of every class in OUT/runs/NAME/evaluation.json, for `python -m unept.visualize --compare`.
 """
 
 import dataclasses
@@ -21,8 +24,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +33,20 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from unept.config import ModelConfig
+from unept.files import write_json
 from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
-from unept.presets import DEIT, camvid
+from unept.presets import camvid
 from unept.train import Trainer
 from unept.training.throughput import peak_memory
 
+from .ablation_plan import Job, plan
+from .ablation_report import SCORES, report
 from .harness import DEVICE, device_name, revision, version
+from .heads import ComparedTrainer
 from .models import CLASSES, autocast, sample_batch
-from .smp import BACKBONE, BaselineTrainer
-
-BASELINES = {"DeepLabV3+": "DeepLabV3Plus", "UPerNet": "UPerNet", "FPN": "FPN", "SegFormer": "Segformer"}
-RATES = (3.0,)  # times the learning rates
-SCORES = ("mIoU", "pixAcc", "boundary_f", "mIoU_unrefined", "boundary_f_unrefined", "images_per_s")
-PAPER_GB = {"resnet50": 7.0, DEIT: 8.5}  # Table 8, batch 2
+from .smp import BACKBONE
 
 
 @dataclass
@@ -66,75 +67,12 @@ class Options:
     """Height and width of a training sample."""
     minutes: float = 1e9
     """Stop after this many minutes; the same command continues."""
+    seeds: int = 1
+    """Number of seeds of every training; with several, the table has means and standard deviations."""
     only: tuple[str, ...] = ()
-    """Names of the only jobs to run."""
+    """Names of the only jobs to run, with all their seeds."""
     job: str | None = None
     """Run this job in this process, as the command does for each job."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training, or one measurement of memory."""
-
-    name: str
-    part: str
-    """Part of the plan above."""
-    model: dict[str, Any] = field(default_factory=dict)
-    """Options of `ModelConfig` for a training of UNEPT, arguments of `measure_memory` for a measurement."""
-    baseline: str | None = None
-    """Key of `BASELINES`; None trains UNEPT."""
-    rate: float = 1.0
-    """Factor of the learning rates."""
-    seed: int = 0
-
-
-# --- the plan ---------------------------------------------------------------------------------------------------------
-
-FINAL = "unept"
-
-
-def plan(results: dict[str, dict[str, Any]]) -> list[Job]:
-    """List the jobs that are known so far; those of other seeds follow from the results of the jobs before them."""
-    jobs = [
-        Job("baseline", "parts", {"num_levels": 1, "context_queries": "learned"}),
-        Job("pyramid", "parts", {"context_queries": "learned"}),
-        Job(FINAL, "parts"),
-        *(Job(name, "baselines", baseline=name) for name in BASELINES),
-        *(
-            Job(f"{name} x{rate:g}", "rates", baseline=None if name == FINAL else name, rate=rate)
-            for name in (FINAL, *BASELINES)
-            for rate in RATES
-        ),
-        *(
-            Job(f"L={scales} N={points}", "points", {"num_levels": scales, "num_points": points})
-            for scales, points in ((1, 4), (1, 16), (3, 4))  # L=3 N=16 is the final network
-        ),
-    ]
-    best = {name: job for name in (FINAL, *BASELINES) if (job := best_rate(name, jobs, results)) is not None}
-    if len(best) == 1 + len(BASELINES):
-        strongest = max(BASELINES, key=lambda name: results[best[name].name]["mIoU"])
-        jobs += [
-            dataclasses.replace(best[name], name=f"{best[name].name} seed {seed}", part="seeds", seed=seed)
-            for seed in (1, 2)
-            for name in (FINAL, strongest)
-        ]
-    for backbone in PAPER_GB:
-        for batch in (2, 16):
-            for backend in ("triton", "torch"):
-                for amp in ("bf16", "float32"):
-                    for mode in ("compiled", "eager"):
-                        name = f"memory {backbone.split('_')[0]} B={batch} {backend} {amp} {mode}"
-                        choice = {"backbone": backbone, "batch": batch, "backend": backend, "amp": amp, "mode": mode}
-                        jobs.append(Job(name, "memory", choice))
-    return jobs
-
-
-def best_rate(name: str, jobs: Sequence[Job], results: dict[str, dict[str, Any]]) -> Job | None:
-    """Return the training of a network whose learning rate gave the highest mIoU; None until all have a result."""
-    own = [job for job in jobs if job.part != "seeds" and not job.model and (job.baseline or FINAL) == name]
-    if not all("mIoU" in results.get(job.name, {}) for job in own):
-        return None
-    return max(own, key=lambda job: results[job.name]["mIoU"])
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -162,8 +100,10 @@ def train(job: Job, options: Options) -> dict[str, Any]:
     if job.baseline is None:
         trainer = Trainer(config, config.out)
     else:
-        trainer = BaselineTrainer(BASELINES[job.baseline], config, config.out)
+        trainer = ComparedTrainer(job.build, config, config.out)
     scores = trainer.train()
+    record = {"split": "val", "classes": list(trainer.model.classes), **scores}
+    write_json(config.out / "evaluation.json", record)
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     rates = sorted(line["images_per_s"] for line in lines if "loss" in line)
     rate = rates[len(rates) // 2]
@@ -226,70 +166,19 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
 
 
-def report(results: dict[str, dict[str, Any]]) -> str:
-    """Return Markdown: a table of the trainings, one of the memory, and the project's targets with pass or MISS."""
-    trained = {name: r for name, r in results.items() if "mIoU" in r}
-    lines = [
-        "| training | mIoU | pixAcc | boundary F | unrefined: mIoU | boundary F | M parameters "
-        "| training img/s | inference img/s | GiB | minutes |",
-        "|---|" + "---:|" * 10,
-    ]
-    order = [job.name for job in plan(results)]
-    for name in sorted(trained, key=order.index):
-        r = trained[name]
-        percent = ["" if r[key] is None else f"{100 * r[key]:.2f}" for key in SCORES[:5]]
-        rest = (r["parameters"] / 1e6, r["training_images_per_s"], r["images_per_s"], r["peak_gib"], r["minutes"])
-        lines.append(f"| {' | '.join([name, *percent, *(f'{value:.1f}' for value in rest)])} |")
-    measured = {name: r for name, r in results.items() if "peak_gb" in r}
-    if measured:
-        lines += ["", "| training step | peak GB | M parameters | GMACs |", "|---|---:|---:|---:|"]
-        for name in sorted(measured, key=order.index):
-            r = measured[name]
-            lines.append(f"| {name} | {r['peak_gb']:.2f} | {r['parameters'] / 1e6:.1f} | {r['gmacs']:.1f} |")
-    return "\n".join([*lines, "", *check_targets(results)])
-
-
-def check_targets(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Return a line per target of the project: pass, MISS or not measured."""
-    score = lambda name, key="mIoU": results.get(name, {}).get(key)
-    jobs = plan(results)
-    best = {name: job.name for name in (FINAL, *BASELINES) if (job := best_rate(name, jobs, results)) is not None}
-    final, baselines = score(best.get(FINAL, "")), [score(best[name]) for name in BASELINES if name in best]
-    gain = None
-    if final is not None:
-        gain = score(best[FINAL], "boundary_f") - score(best[FINAL], "boundary_f_unrefined")
-    claims: list[tuple[str, bool | None]] = [
-        ("mIoU of the final network at least 0.72", None if final is None else final >= 0.72),
-        (
-            "mIoU above that of every network of segmentation-models-pytorch",
-            None if final is None or len(baselines) < len(BASELINES) else final > max(baselines),
-        ),
-        ("refinement: at least one point of boundary F", None if gain is None else gain >= 0.01),
-    ]
-    for first, second in (("baseline", "pyramid"), ("pyramid", FINAL)):
-        both = None not in (score(first), score(second))
-        claims.append((f"{second} above {first}", score(second) > score(first) if both else None))
-    for backbone, limit in PAPER_GB.items():
-        peak = score(f"memory {backbone.split('_')[0]} B=2 triton bf16 compiled", "peak_gb")
-        kept = None if peak is None else peak <= 0.4 * limit
-        claims.append((f"{backbone}: at most 40 % of {limit} GB at batch 2", kept))
-    words = {None: "not measured", True: "pass", False: "MISS"}
-    return [f"- {words[outcome]}: {claim}" for claim, outcome in claims]
-
-
 def main() -> int:
     """Run the jobs that have no result yet, within the time limit; return 1 if a job failed."""
     options = tyro.cli(Options, prog="python -m bench.ablations")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.job is not None:
-        (job,) = (job for job in plan(read_results(options.out)) if job.name == options.job)
+        (job,) = (job for job in plan(read_results(options.out), options.seeds) if job.name == options.job)
         run_job(job, options)
         return 0
     deadline, failed = time.monotonic() + 60 * options.minutes, set()
     while True:
         results = read_results(options.out)
-        waiting = [job for job in plan(results) if job.name not in results and job.name not in failed]
-        waiting = [job for job in waiting if not options.only or job.name in options.only]
+        waiting = [job for job in plan(results, options.seeds) if job.name not in results and job.name not in failed]
+        waiting = [job for job in waiting if not options.only or {job.name, job.row} & set(options.only)]
         left = deadline - time.monotonic()
         if not waiting or left <= 0:
             break

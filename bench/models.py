@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
+from unept.model.output import class_ids
 
 from .baselines import imported
 from .harness import DEVICE
@@ -111,12 +113,36 @@ def mask2former() -> Network:
     return Network(model, loss_of, ids_of, compiles=False, reference=torch.float32)  # its loss takes no float64
 
 
+def with_head(name: str, backbone: str) -> Network:
+    """A network of `bench.heads`, with its auxiliary classifiers in the loss."""
+    from .heads import HEADS, HeadLoss, build_network  # they load the trainer, which is not needed elsewhere
+
+    stride = HEADS[name].output_stride if backbone.startswith("resnet") else None
+    names, palette = [f"class {k}" for k in range(CLASSES)], [(0, 0, 0)] * CLASSES
+    model, loss = build_network(name, names, palette, backbone, output_stride=stride).to(DEVICE), HeadLoss()
+
+    def loss_of(images: Tensor, labels: Tensor, amp: bool) -> Tensor:
+        with autocast(amp):
+            output = model(images)
+        return loss(output, labels)["loss"]
+
+    def ids_of(images: Tensor, amp: bool) -> Tensor:
+        with autocast(amp):
+            return class_ids(model(images), images.shape[2:], None)
+
+    return Network(model, loss_of, ids_of)
+
+
+# Heads of bench.heads by the kind of backbone that they take.
+CONVOLUTIONAL_HEADS = ("CCNet", "OCRNet", "ANL", "DNLNet", "PointRend")
+VIT_HEADS = ("SETR naive", "SETR PUP")
 BUILDERS: dict[str, Callable[[str], Network]] = {
     "unept triton": unept,
     "unept torch": unept,
     "DeepLabV3+": lambda backbone: from_smp("DeepLabV3Plus"),
     "UPerNet": lambda backbone: from_smp("UPerNet"),
     "Mask2Former, eager": lambda backbone: mask2former(),
+    **{name: partial(with_head, name) for name in (*CONVOLUTIONAL_HEADS, *VIT_HEADS)},
 }
 PACKAGES = {
     "DeepLabV3+": "segmentation-models-pytorch",

@@ -16,7 +16,7 @@ from unept.kernels import use_backend
 
 from .baselines import needs_cuda
 from .harness import DEVICE, Group, Unavailable, Variant
-from .models import AMP, BUILDERS, CLASSES, PACKAGES, REFERENCE, Network, as_reference, sample_batch
+from .models import AMP, BUILDERS, CLASSES, PACKAGES, REFERENCE, VIT_HEADS, Network, as_reference, sample_batch
 
 VARIANTS = list(BUILDERS)
 BASELINE = "unept torch"
@@ -106,8 +106,8 @@ def prepare(case: Case, name: str) -> Variant:
     if name == "unept triton":
         needs_cuda("Triton")
     ours = name.startswith("unept")
-    if not ours and (case.backbone != RESNET or case.task.startswith("multi")):
-        raise Unavailable("baselines join in training and inference on ResNet-50 only")
+    if not ours and (case.task.startswith("multi") or case.backbone != (DEIT if name in VIT_HEADS else RESNET)):
+        raise Unavailable("baselines join in training and inference, SETR on DeiT and the others on ResNet-50")
     torch.manual_seed(0)
     network = BUILDERS[name](case.backbone)
     images, labels = sample_batch(case.batch, case.size)

@@ -6,25 +6,10 @@ import torch
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
 
+from .counting import kept_for_backward
+
 # GB that the released code keeps at batch 2, 480x480, 150 classes, float32, its full-resolution logits included.
 RELEASED_GB = {"resnet50": 5.42, "deit_base_distilled_patch16_384": 3.55}
-
-
-def kept_for_backward(model, step) -> int:
-    """Bytes of the distinct storages that autograd saves during `step`, the model's parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, tuple[int, torch.Tensor]] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            # Holding the tensor keeps its address from being used again.
-            storages[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(size for size, _ in storages.values())
 
 
 @pytest.mark.parametrize("amp", [True, False], ids=["bf16", "float32"])

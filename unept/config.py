@@ -55,8 +55,15 @@ class ModelConfig:
     """Number of hidden channels of the feed-forward networks."""
     dropout: float = 0.1
     """Dropout rate in the transformer."""
-    context_queries: Literal["spatial", "learned"] = "spatial"
-    """Input of the decoder: the spatial branch, or the learned table of the paper's baseline (no refinement)."""
+    attention: Literal["sparse_sampling", "full", "sparse_transformer", "longformer", "reformer"] = "sparse_sampling"
+    """Attention of the transformer: sparse sampling, or one of those that Table 8 compares it with."""
+    decoder_self_attention: (
+        Literal["sparse_sampling", "full", "sparse_transformer", "longformer", "reformer"] | None
+    ) = None
+    """Attention of the context queries among themselves. None: as `attention`."""
+    context_queries: Literal["spatial", "learned", "spatial+learned"] = "spatial"
+    """Input of the decoder: the spatial branch, or the learned table of the paper's baseline (no refinement), or the
+    sum of both."""
     boundary_upsampling: Literal["bilinear", "subpixel"] = "bilinear"
     """How boundaries and directions come from 1/8 to full resolution. bilinear: as in the paper. subpixel: the last
     convolution of each head predicts every pixel."""
@@ -65,6 +72,18 @@ class ModelConfig:
     logits_stride: Literal[1, 2, 4, 8] = 8
     """Image pixels per pixel of the class logits, along each axis: 8, as in the paper, or finer, where the classifier
     predicts every pixel of a block."""
+    num_directions: int = 8
+    """Number of directions that the direction head tells apart, m; an even number."""
+    spatial_widths: tuple[int, int] | None = None
+    """Number of channels of the first two convolutions of the spatial branch. None: 32 and d_model."""
+    spatial_last_relu: bool = True
+    """End the spatial branch in a ReLU, as in the paper."""
+    level_norm: bool = True
+    """Normalise each level of the pyramid after its 1x1 convolution; the paper does not."""
+    position_resize: Literal["bicubic", "bilinear"] = "bicubic"
+    """How the position embedding of a ViT is resized: bicubic, as in timm, or bilinear, as in the paper."""
+    scale_encoding_std: float = 0.02
+    """Standard deviation of the scale encoding at the start."""
     in_chans: int = 3
     """Number of channels of an image. Others than 3 need mean and std, and --no-photometric."""
     mean: tuple[float, ...] | None = None
@@ -116,6 +135,8 @@ class DataConfig:
     """Height and width of a training sample, cropped or padded."""
     short_side: int | None = None
     """Images are resized to this short side before anything else. None: they keep their size."""
+    long_side: int | None = None
+    """Images are resized to this long side instead."""
     scale: tuple[float, float] = (0.5, 2.0)
     """Random scale of a training image, relative to the short side."""
     cat_max_ratio: float = 0.75
@@ -141,7 +162,7 @@ class DataConfig:
         if isinstance(self.dataset, str):
             find_dataset(self.dataset)  # whose message lists the names
         check_fields(self)
-        for name, low, high in (("workers", 0, 1024), ("short_side", 8, 1 << 16)):
+        for name, low, high in (("workers", 0, 1024), ("short_side", 8, 1 << 16), ("long_side", 8, 1 << 16)):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low, high)
         check_range("the longer side of crop_size", max(self.crop_size), 8, 1 << 16)
@@ -151,6 +172,10 @@ class DataConfig:
             f"scale is {self.scale}; it must be a range of positive numbers, the smaller first",
         )
         _require(0 < self.cat_max_ratio <= 1, f"cat_max_ratio is {self.cat_max_ratio}; it must be in (0, 1]")
+        _require(
+            self.short_side is None or self.long_side is None,
+            f"short_side is {self.short_side} and long_side {self.long_side}; give one of them",
+        )
         self._check_dataset_options()
         in_memory = find_dataset(self.dataset).in_memory
         _require(not in_memory or self.root is None, f"dataset {self.dataset!r} is made in memory: omit --root")
@@ -206,10 +231,16 @@ class TrainConfig:
     warmup: int = 0
     """Steps over which the learning rates rise from zero; the paper has none."""
     schedule: Literal["step", "cosine", "poly"] = "step"
-    """step: a tenth of the learning rates after 2/3 of the run, as in the paper. cosine: down to zero. poly: down to
-    zero as (1 - step / iterations)^0.9."""
+    """step: a tenth of the learning rates after `lr_drop` of the run, as in the paper. cosine: down to zero. poly: down
+    to zero as (1 - step / iterations)^0.9."""
+    lr_drop: float = 2 / 3
+    """Share of the run after which the schedule `step` lowers the learning rates."""
     loss_weights: LossWeights = PAPER_WEIGHTS
     """lambda_1..4 of Eq. 7: segmentation, refined segmentation, boundary, direction."""
+    direction_pixels: Literal["true", "predicted"] = "true"
+    """Pixels on which directions are learned: the true boundary pixels, or the predicted ones, as in SegFix."""
+    boundary_balance: Literal["none", "classes"] = "none"
+    """Boundary loss: none, the mean over all pixels; classes, half over boundary pixels and half over the others."""
     class_weights: Literal["none", "auto"] | tuple[float, ...] = "none"
     """Weights of the classes in the two segmentation losses. none: all 1, as in the paper. auto: the inverse square
     root of each class's share of the training pixels. Otherwise one number per class."""
@@ -265,6 +296,7 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("warmup", "boundary_tolerance", "num_samples"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        _require(0 < self.lr_drop <= 1, f"lr_drop is {self.lr_drop}; it must be in (0, 1]")
         _require(0 <= self.ema < 1, f"ema is {self.ema}; it must be 0 (no average) or a decay below 1, such as 0.999")
         if not isinstance(self.class_weights, str):
             _require(
@@ -283,10 +315,11 @@ class TrainConfig:
         return InferenceConfig(
             window=self.window or 0,
             window_stride=self.window_stride or 0,
-            refine=self.refine and self.model.context_queries == "spatial",
+            refine=self.refine and self.model.context_queries != "learned",
             refine_scale=self.refine_scale,
             refine_steps=self.refine_steps,
             short_side=self.data.short_side or 0,
+            long_side=self.data.long_side or 0,
             amp=self.amp,
         )
 

@@ -80,7 +80,7 @@ def build(model: UNEPT, config: InferenceConfig) -> Any:
     gr = require("gradio", "the page in the browser")
     page = Page(model, config)
 
-    def click(file: str, event: gr.SelectData) -> Image.Image:
+    def click(file: str, event: gr.SelectData) -> Image.Image:  # type: ignore[name-defined]  # what gradio reads
         x, y = event.index
         return page.points(file, x, y)
 

@@ -9,6 +9,7 @@ import tyro
 
 from . import cli, distributed
 from .data import SegmentationDataset
+from .evaluation.comparison import format_means
 from .evaluation.evaluator import check_classes as check_classes
 from .evaluation.evaluator import evaluate_model as evaluate_model
 from .evaluation.evaluator import format_table as format_table
@@ -34,12 +35,14 @@ class EvaluateConfig:
 
     run: tyro.conf.Positional[Path]
     """Run folder that unept.train wrote."""
+    others: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """More run folders, each of which is evaluated likewise; their means and standard deviations come last."""
     split: Literal["val", "train", "test"] = "val"
     """Part of the data set."""
     root: Path | None = None
     """Folder of the data set. None: as in training."""
     out: Path | None = None
-    """Folder for the two files. None: the run folder."""
+    """Folder for the files; of several runs, each has a folder of its name in it. None: the run folder."""
     boundary_tolerance: int | None = None
     """Distance in pixels within which a boundary counts as found. None: as in training."""
     inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
@@ -63,27 +66,48 @@ class EvaluateConfig:
 
 
 def evaluate_run(options: EvaluateConfig) -> None:
-    """Evaluate the best model of a run folder; print the table, write the files that `EvaluateConfig` names.
+    """Evaluate the best model of each run folder; print its table, write the files that `EvaluateConfig` names.
 
-    The folder for them is created before the evaluation, so that one that cannot be written costs no evaluation.
+    The folder for them is created before the evaluation, so that one that cannot be written costs no evaluation. Of
+    several runs the means are printed too.
 
     Under torchrun each process evaluates its share; rank 0 prints and writes.
 
     Raises:
-        FileNotFoundError, ValueError: see `unept.pretrained.load_run`, `unept.data.build_dataset` and `evaluate_model`.
+        FileNotFoundError, ValueError: see `unept.pretrained.load_run`, `unept.data.build_dataset`, `evaluate_model` and
+            `format_means`; or two runs of one name have a common --out.
         OSError: the folder for the results is not writable, or the disk is full.
         MemoryError: the memory of the GPU or of the machine is used up.
     """
+    folders = _result_folders(options)
     device = distributed.choose_device(options.device)
     with distributed.process_group(device):
-        _evaluate_run(options, device)
+        scores = [_evaluate_run(options, run, out, device) for run, out in folders]
+        if len(scores) > 1 and distributed.is_main():
+            print(f"\n{format_means(scores)}")
 
 
-def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
-    trained, model = load_run(options.run, device)
+def _result_folders(options: EvaluateConfig) -> list[tuple[Path, Path]]:
+    """Each run folder, and the folder of its results."""
+    runs = (options.run, *options.others)
+    if options.out is None:
+        return [(run, run) for run in runs]
+    if len(runs) == 1:
+        return [(options.run, options.out)]
+    results: dict[Path, Path] = {}
+    for run in runs:
+        if (other := results.setdefault(options.out / run.resolve().name, run)) is not run:
+            raise ValueError(
+                f"the results of {other} and {run} would share one folder below {options.out}: evaluate each of them "
+                "by itself, with different --out"
+            )
+    return [(run, out) for out, run in results.items()]
+
+
+def _evaluate_run(options: EvaluateConfig, run: Path, out: Path, device: torch.device) -> dict[str, Any]:
+    trained, model = load_run(run, device)
     dataset = trained.data.build(options.split, options.root)
     config = resolve(options.inference, model)
-    out = options.run if options.out is None else options.out
     distributed.run_on_main(lambda: out.mkdir(parents=True, exist_ok=True))
     tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
     inspection = Inspection(len(dataset.classes), dataset.ignore_index, device)
@@ -100,7 +124,7 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
             inspection=inspection,
         )
     if not distributed.is_main():
-        return
+        return scores
     record = {"split": options.split, "classes": list(dataset.classes), **scores, "inference": asdict(config)}
     worst = inspection.worst(options.worst)
     files = report(record, dataset, inspection, config.describe(), out)
@@ -108,6 +132,7 @@ def _evaluate_run(options: EvaluateConfig, device: torch.device) -> None:
         files.append(out / "worst.png")
         draw_worst(model, dataset, worst, config, device, files[-1])
     print(f"Written: {', '.join(map(str, files))}")
+    return scores
 
 
 def report(

@@ -183,7 +183,7 @@ def export(options: ExportConfig) -> None:
     print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
     sizes = f"with H and W over {model.divisor}" if options.size is None else "of {} x {}".format(*options.size)
     print(f"takes images, uint8 (B, 3, H, W), RGB, {sizes}; gives {_described(network)}")
-    left_out = [f"{name} {value}" for name in ("short_side", "window") if (value := getattr(config, name))]
+    left_out = [f"{name} {value}" for name in ("short_side", "long_side", "window") if (value := getattr(config, name))]
     if left_out:
         print(f"not in it, though the model was validated so: {', '.join(left_out)}")
     if options.format == "onnx" and not is_installed("onnxruntime"):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import upsample_argmax
-from .model.boundary import DIRECTIONS, Refinement
+from .model.boundary import Refinement, mirrored_directions
 from .model.finite import require_numbers
 from .model.output import (
     STRIDE,
@@ -38,9 +38,6 @@ from .precision import Amp, uses_bfloat16
 from .validation import check_fields, check_range
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # Sec. 4.2; with flip=True these are its 12 views
-
-# The direction that is seen in a mirrored image where direction k is seen in the original.
-MIRRORED = [DIRECTIONS.index((-dx, dy)) for dx, dy in DIRECTIONS]
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,8 @@ class InferenceConfig:
     """Number of steps, each from where the one before ended, from 1 to 127."""
     short_side: int = 0
     """Pixels of the image's short side at scale 1. 0: as many as it has."""
+    long_side: int = 0
+    """Pixels of its long side at scale 1, in place of `short_side`. 0: as many as it has."""
     amp: Amp = "auto"
     """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
 
@@ -91,9 +90,12 @@ class InferenceConfig:
             raise ValueError(f"refine_scale is {self.refine_scale}; it must be between 1 and 127 pixels")
         if not 1 <= self.refine_steps <= 127:
             raise ValueError(f"refine_steps is {self.refine_steps}; it must be between 1 and 127")
-        if self.short_side < 0:
-            raise ValueError(f"short_side is {self.short_side}; it must be at least 1, or 0 for the image's own")
-        check_range("short_side", self.short_side, 0, 1 << 16)
+        for name in ("short_side", "long_side"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1, or 0 for the image's own")
+            check_range(name, getattr(self, name), 0, 1 << 16)
+        if self.short_side and self.long_side:
+            raise ValueError(f"short_side is {self.short_side} and long_side {self.long_side}; give one of them")
         object.__setattr__(self, "scales", tuple(self.scales))
         if self.window and not self.window_stride:
             object.__setattr__(self, "window_stride", max(STRIDE, self.window * 2 // 3 // STRIDE * STRIDE))
@@ -111,14 +113,21 @@ class InferenceConfig:
         kept = {name: getattr(self, name) for name in PROTOCOL}
         return {name: value for name, value in kept.items() if value is False or value not in (0, "auto")}
 
+    def resize_ratio(self, height: int, width: int) -> float:
+        """How much larger an image of height x width is seen at scale 1 than it is."""
+        if self.short_side:
+            return self.short_side / min(height, width)
+        return self.long_side / max(height, width) if self.long_side else 1.0
+
     def describe(self) -> str:
         """The protocol in one line: all that two results must share to be compared."""
         scales = " ".join(f"{scale:g}" for scale in self.scales)
         steps = f"{self.refine_steps} times " if self.refine_steps > 1 else ""
+        sides = [f"{side} side {n}" for side, n in (("short", self.short_side), ("long", self.long_side)) if n]
         return "; ".join(
             [
                 f"scale{'s' * (len(self.scales) > 1)} {scales} {'with' if self.flip else 'without'} flip",
-                f"short side {self.short_side}" if self.short_side else "images at their own size",
+                *(sides or ["images at their own size"]),
                 f"windows of {self.window} with stride {self.window_stride}" if self.window else "whole images",
                 f"refined {steps}by {self.refine_scale} px" if self.refine else "not refined",
             ]
@@ -151,6 +160,9 @@ class InferenceOptions:
     """Number of steps, each from where the one before ended. None: as the run was validated, else 1."""
     short_side: int | None = None
     """Pixels of the image's short side at scale 1. 0: as many as it has. None: as the run was trained, else 0."""
+    long_side: int | None = None
+    """Pixels of its long side at scale 1, in place of `short_side`. 0: as many as it has. None: as the run was trained,
+    unless a short side is given; else 0."""
     amp: Amp | None = None
     """Autocast to bfloat16; auto does on CUDA, and on CPUs with AVX512-BF16 or AMX. None: as the run was trained, else
     auto."""
@@ -182,6 +194,9 @@ def resolve(options: InferenceOptions, model: SegmentationModel) -> InferenceCon
     trained = {name: model.preprocessing[name] for name in PROTOCOL if name in model.preprocessing}
     if "window" in chosen:
         trained.pop("window_stride", None)  # it belongs to the trained window
+    for name, other in (("short_side", "long_side"), ("long_side", "short_side")):
+        if name in chosen:
+            trained.pop(other, None)
     values = {**trained, **chosen}
     if not model.refines:
         values["refine"] = False
@@ -210,7 +225,7 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
         if _is_plain(images, config):
             return model(images)
         padded = _pad(model.normalized(images))
-        sizes = _view_sizes(padded, min(images.shape[2:]), config)
+        sizes = _view_sizes(padded, config.resize_ratio(*images.shape[2:]), config.scales)
         total: Maps = []
         for size in sizes:
             maps = _view_probabilities(model, _resize(padded, size), config)
@@ -280,7 +295,7 @@ def _is_plain(images: Tensor, config: InferenceConfig) -> bool:
     return (
         config.scales == (1.0,)
         and not config.flip
-        and config.short_side in (0, min(height, width))
+        and config.resize_ratio(height, width) == 1
         and (not config.window or max(height, width) <= config.window)
     )
 
@@ -291,13 +306,12 @@ def _pad(images: Tensor) -> Tensor:
     return F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
 
 
-def _view_sizes(padded: Tensor, short_side: int, config: InferenceConfig) -> list[tuple[int, int]]:
-    """(height, width) of the padded image at every scale, multiples of 8; `short_side` is the image's own."""
-    unit = (config.short_side or short_side) / short_side / STRIDE
+def _view_sizes(padded: Tensor, ratio: float, scales: Sequence[float]) -> list[tuple[int, int]]:
+    """(height, width) of the padded image at every scale, multiples of 8; `ratio` is its size at scale 1."""
+    unit = ratio / STRIDE
     height, width = padded.shape[2:]
     return [
-        (max(1, int(height * unit * s + 0.5)) * STRIDE, max(1, int(width * unit * s + 0.5)) * STRIDE)
-        for s in config.scales
+        (max(1, int(height * unit * s + 0.5)) * STRIDE, max(1, int(width * unit * s + 0.5)) * STRIDE) for s in scales
     ]
 
 
@@ -309,7 +323,7 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 Maps = list[Tensor]
 """Probabilities of one or several views, float32: of the classes (B, K, h, w); and, if they are predicted, of the
-boundary and the directions in one tensor (B, 1 + 8, h', w')."""
+boundary and the m directions in one tensor (B, 1 + m, h', w')."""
 
 
 def _canvases(
@@ -339,7 +353,7 @@ def _unmirror(maps: Maps) -> Maps:
     """Mirror the maps of a mirrored view back: places and directions."""
     maps = [m.flip(-1) for m in maps]
     for edges in maps[1:]:
-        edges[:, 1:] = edges[:, 1:][:, MIRRORED]
+        edges[:, 1:] = edges[:, 1:][:, mirrored_directions(edges.shape[1] - 1)]
     return maps
 
 
@@ -405,4 +419,4 @@ def averaged_output(maps: Maps) -> AveragedOutput:
     """Averages of the views' probabilities as an output."""
     if len(maps) == 1:
         return AveragedOutput(maps[0], None, None)
-    return AveragedOutput(maps[0], *maps[1].split([1, len(DIRECTIONS)], dim=1))
+    return AveragedOutput(maps[0], *maps[1].split([1, maps[1].shape[1] - 1], dim=1))

@@ -31,6 +31,13 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{name} is {_shown(value)}; it must be {_describe(hint)}")
 
 
+def check_choice(name: str, value: Any, *choices: Any) -> None:
+    """Raise ValueError for an option that is none of its choices."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices[:-1])
+        raise ValueError(f"{name} is {value!r}; it must be {listed} or {choices[-1]!r}")
+
+
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Raise ValueError unless low <= value <= high."""
     if not low <= value <= high:

@@ -1,23 +1,25 @@
-"""`python -m unept.visualize IMAGE...`: the paper's pictures from a trained model (Fig. 3-8, Appendix A-D)."""
+"""`python -m unept.visualize IMAGE...`: the paper's pictures from a trained model (Fig. 1 and 3-8)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 import tyro
+from torch import Tensor
 
 from . import cli
 from .data import DatasetError
 from .data.finding import FoundImage
 from .data.reading import read_image
 from .evaluation.comparison import compare_classes, short_names
+from .evaluation.evaluator import check_classes
 from .files import result_path
-from .inference import InferenceConfig, InferenceOptions, infer
-from .model.attention import SparseSamplingAttention
+from .inference import InferenceConfig, InferenceOptions, infer, resolve
 from .model.network import UNEPT
 from .pictures import drawing, figures
 from .pictures.recording import Attention, NotInModel, record, sampling_layer
+from .pretrained import load_run
 
 Picture = Literal["refinement", "pyramid", "attention", "points"]
 ATTENTIONS: dict[Attention, str] = {
@@ -25,13 +27,13 @@ ATTENTIONS: dict[Attention, str] = {
     "decoder-self": "decoder's self-attention",
     "encoder": "encoder's self-attention",
 }
-MAX_CLASSES = 20  # in the comparison, as in Fig. 8
+MAX_CLASSES = 20  # in the comparison of classes, as in Fig. 8
 
 
 @dataclass
 class VisualizeConfig:
     """Look into a trained model. Writes for each image NAME_refinement.png, NAME_pyramid.png, NAME_attention.png and
-    NAME_points.png; with --compare, class_iou_comparison.png.
+    NAME_points.png; with --compare NAME_comparison.png, or without images class_iou_comparison.png.
     """
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -53,9 +55,13 @@ class VisualizeConfig:
     scale 1)."""
     layer: int | None = None
     """Number of the layer, from 1. None: the last."""
-    compare: tuple[Path, Path] | None = None
-    """Two run folders that unept.evaluate measured: draw their IoU per class (Fig. 8), the largest gain of the first on
-    top."""
+    compare: tuple[Path, ...] | None = None
+    """Two or more run folders. With images or --samples: draw what each of them predicts, and where they differ most
+    (Fig. 1 and 3). Without: draw their IoU per class, as unept.evaluate measured it (Fig. 8)."""
+    samples: int = 0
+    """With --compare: so many images of the first run's validation set, with their truth and the errors of each run."""
+    root: Path | None = None
+    """Folder of that data set. None: as in training."""
     inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views of the refinement picture; the other pictures show a single view at scale 1."""
     device: cli.Device = "auto"
@@ -64,17 +70,19 @@ class VisualizeConfig:
     def __post_init__(self) -> None:
         if not self.images and self.compare is None:
             raise ValueError("nothing to draw: name image files or folders of them, or two runs with --compare")
+        if self.compare is not None and len(self.compare) < 2:
+            raise ValueError("--compare takes two or more run folders")
+        if self.samples < 0 or (self.samples and self.compare is None):
+            raise ValueError(f"samples is {self.samples}; give a number of images, together with --compare")
         if not self.pictures:
             raise ValueError(f"pictures is empty; give some of {', '.join(get_args(Picture))}")
         if self.layer is not None and self.layer < 1:
             raise ValueError(f"layer is {self.layer}; layers count from 1")
-        if self.inference.refine is False:
+        if self.inference.refine is False and self.compare is None:
             raise ValueError("--no-refine leaves nothing to compare: choose other pictures with --pictures instead")
 
 
-def draw_image(
-    options: VisualizeConfig, config: InferenceConfig, model: UNEPT, layer: SparseSamplingAttention, found: FoundImage
-) -> Iterator[str]:
+def draw_image(options: VisualizeConfig, config: InferenceConfig, model: UNEPT, found: FoundImage) -> Iterator[str]:
     """Draw the pictures of one image that the options name.
 
     Yields:
@@ -93,8 +101,14 @@ def draw_image(
             f"the query ({query[0]:g}, {query[1]:g}) lies outside {file}, which has {width} x {height} pixels: give "
             f"--query X Y from 0 0 to {width - 1} {height - 1}"
         )
-    recording = record(model, image, config, query, layer)
     missing = []
+    try:
+        layer = sampling_layer(model, options.points_of, options.layer) if "points" in options.pictures else None
+    except NotInModel as error:
+        if len(set(options.pictures)) == 1:
+            raise
+        layer, missing = None, [str(error)]
+    recording = record(model, image, config, query, layer)
     for picture in dict.fromkeys(options.pictures):
         path = result_path(options.out, found.name, f"{picture}.png")
         note = ""
@@ -107,7 +121,7 @@ def draw_image(
                 figures.draw_pyramid(image, recording, path)
             elif picture == "attention":
                 figures.draw_attention(model, image, recording, query, path)
-            else:
+            elif recording.points is not None:
                 caption = f"{file.stem}: what a query of the {ATTENTIONS[options.points_of]} reads"
                 drawing.sampled_points(recording.points, image.cpu(), caption, path)
         except NotInModel as error:
@@ -119,18 +133,63 @@ def draw_image(
     yield from missing
 
 
-def draw_comparison(first: Path, second: Path, out: Path) -> None:
-    """Draw the IoU per class of two evaluated runs into folder `out`; print where the picture is.
+def draw_class_bars(runs: Sequence[Path], out: Path) -> None:
+    """Draw the IoU per class of evaluated runs into folder `out` (Fig. 8); print where the picture is.
+
+    Of many classes it shows the 20 that differ most, the largest gain of the first run on top.
 
     Raises:
         FileNotFoundError, ValueError: see `compare_classes`.
     """
-    rows, means = compare_classes(first, second)
+    rows, means = compare_classes(*runs)
+    shown = sorted(rows[:MAX_CLASSES], key=lambda row: max(row[1][1:]) - row[1][0])
     out.mkdir(parents=True, exist_ok=True)
     path = out / "class_iou_comparison.png"
-    drawing.class_comparison(rows[:MAX_CLASSES], short_names(first, second), means, path)
-    note = f"  the first {MAX_CLASSES} of {len(rows)} classes" if len(rows) > MAX_CLASSES else ""
+    drawing.class_comparison(shown, short_names(*runs), means, path)
+    note = f"  the {MAX_CLASSES} of {len(rows)} classes that differ most" if len(rows) > MAX_CLASSES else ""
     print(f"{path}{note}")
+
+
+def draw_comparisons(options: VisualizeConfig) -> int:
+    """Draw what the compared runs predict for images, and with `samples` the truth and their errors (Fig. 1, 3).
+
+    Returns:
+        The exit status: 1 if any image could not be drawn, else 0.
+
+    Raises:
+        FileNotFoundError, ValueError: see `find_images`, `unept.pretrained.load_run` and `unept.data.build_dataset`; or
+            the runs have different classes.
+    """
+    assert options.compare is not None
+    device = cli.choose_device(options.device)
+    found: list[FoundImage] = []
+    missing = 0
+    if options.images:
+        found, missing = cli.find_named_images(options.images, options.recursive, options.out)
+    loaded = [load_run(run, device) for run in options.compare]
+    predictors = {
+        name: (model, resolve(options.inference, model))
+        for name, (_, model) in zip(short_names(*options.compare), loaded, strict=True)
+    }
+    for run, (_, model) in zip(options.compare, loaded, strict=True):
+        if model.classes != loaded[0][1].classes:
+            raise ValueError(f"{options.compare[0]} and {run} have different classes: compare runs on one data set")
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def draw(name: Path, image: Tensor, truth: Tensor | None) -> str:
+        path = result_path(options.out, name, "comparison.png")
+        figures.draw_predictions(predictors, image.as_subclass(Tensor).to(device), truth, name.name, path)
+        return str(path)
+
+    if options.samples:
+        dataset = loaded[0][0].data.build("val", options.root)
+        check_classes(loaded[0][1], dataset)
+        count = min(options.samples, len(dataset))
+        for i in (n * len(dataset) // count for n in range(count)):
+            image, labels = dataset[i]
+            cli.say(draw(Path(dataset.name(i)), image, labels.as_subclass(Tensor)))
+    failed = cli.process_images(found, lambda file: [draw(file.name, read_image(file.path), None)], failure="drawn")
+    return max(failed, missing)
 
 
 def visualize(options: VisualizeConfig) -> int:
@@ -142,17 +201,17 @@ def visualize(options: VisualizeConfig) -> int:
         The exit status: 1 if any image could not be drawn, else 0.
 
     Raises:
-        FileNotFoundError, ValueError: see `draw_comparison`, `find_images`, `unept.cli.open_model`, `draw_image` and
-            `sampling_layer`.
+        FileNotFoundError, ValueError: see `draw_class_bars`, `draw_comparisons`, `find_images`, `unept.cli.open_model`,
+            `draw_image` and `sampling_layer`.
     """
+    if options.compare is not None and (options.images or options.samples):
+        return draw_comparisons(options)
     if options.compare is not None:
-        draw_comparison(*options.compare, options.out)
-    if not options.images:
+        draw_class_bars(options.compare, options.out)
         return 0
     images, missing = cli.find_named_images(options.images, options.recursive, options.out)
     model, config = cli.open_model(options.run, options.device, options.inference, options.out)
-    layer = sampling_layer(model, options.points_of, options.layer)
-    failed = cli.process_images(images, lambda found: draw_image(options, config, model, layer, found), failure="drawn")
+    failed = cli.process_images(images, lambda found: draw_image(options, config, model, found), failure="drawn")
     return max(failed, missing)
 
 

@@ -9,11 +9,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from bench import ablations, smp
+from bench import ablation_plan, ablation_report, ablations, pictures, smp
 from tests.helpers import layouts
 from tests.helpers.models import missing_members
+from unept.evaluation.comparison import load_evaluation as read_evaluation
 from unept.inference import InferenceConfig, predict_ids
 from unept.model.output import TrainableModel
+
+SMP = {**ablation_plan.BASELINES, "PSPNet": "PSPNet", "DeepLabV3": "DeepLabV3"}  # of segmentation-models-pytorch
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def inputs(tmp_path_factory):
         labels = [generator.integers(0, 12, (6, 8)).repeat(8, 0).repeat(8, 1) for _ in range(4)]
         layouts.write(layouts.camvid, folder / "camvid", split, labels)
     torch.manual_seed(0)
-    backbone = timm.create_model(ablations.BACKBONE)
+    backbone = timm.create_model(smp.BACKBONE)
     save_file(backbone.state_dict(), folder / "weights.safetensors")
     return ["--data", str(folder / "camvid"), "--weights", str(folder / "weights.safetensors"), "--out"]
 
@@ -37,18 +40,23 @@ def run(monkeypatch, *arguments: object) -> int:
 
 def test_jobs_run_once_and_end_in_a_table(inputs, tmp_path, monkeypatch, capsys):
     pytest.importorskip("segmentation_models_pytorch")
-    small = [*inputs, tmp_path, "--iterations", 2, "--batch-size", 2, "--crop-size", 48, 64]
-    assert run(monkeypatch, *small, "--job", "FPN") == 0  # as the command does for each job, in its process
+    small = [*inputs, tmp_path, "--iterations", 1, "--batch-size", 2, "--crop-size", 48, 64]
+    for name in ("FPN", "PointRend"):  # as the command does for each job, in its process
+        assert run(monkeypatch, *small, "--job", name) == 0
+    lines = (tmp_path / "runs" / "PointRend" / "metrics.jsonl").read_text().splitlines()
+    assert any({"loss", "segmentation", "points"} < set(json.loads(line)) for line in lines)
+    for record in (read_evaluation(tmp_path / "runs" / name) for name in ("FPN", "PointRend")):
+        assert (len(record["iou"]), record["split"]) == (len(record["classes"]), "val")
     both = [*small, "--only", "baseline", "FPN"]
     assert run(monkeypatch, *both) == 0
     printed = capsys.readouterr().out
     assert "== baseline" in printed
     assert "== FPN" not in printed, "it has a result"
     found = ablations.read_results(tmp_path)
-    assert set(found) == {"baseline", "FPN"}
+    assert set(found) == {"baseline", "FPN", "PointRend"}
     for result in found.values():
         assert 0 <= result["mIoU"] <= 1
-        assert result["iterations"] == 2
+        assert result["iterations"] == 1
         assert result["parameters"] > 1e6
     text = (tmp_path / "README.md").read_text()
     assert "| baseline | " in text
@@ -57,6 +65,25 @@ def test_jobs_run_once_and_end_in_a_table(inputs, tmp_path, monkeypatch, capsys)
     assert run(monkeypatch, *both) == 0
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert "== " not in capsys.readouterr().out
+
+
+def test_trained_networks_are_drawn_side_by_side(inputs, tmp_path, monkeypatch, capsys):
+    """A compared network is loaded again as it was saved, and predicts what it did."""
+    pytest.importorskip("segmentation_models_pytorch")
+    torch.manual_seed(0)
+    small = [*inputs, tmp_path, "--iterations", 1, "--batch-size", 2, "--crop-size", 48, 64]
+    assert run(monkeypatch, *small, "--job", "CCNet") == 0
+    job = next(job for job in ablation_plan.plan({}) if job.name == "CCNet")
+    saved = torch.load(tmp_path / "runs" / "CCNet" / "model" / "model.pt", weights_only=True)
+    loaded = pictures.load(job, tmp_path)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    arguments = [inputs[1], "--out", tmp_path, "--pictures", tmp_path, "--samples", 1, "--names"]
+    monkeypatch.setattr(sys, "argv", ["bench.pictures", "--data", *map(str, [*arguments, "CCNet"])])
+    assert pictures.main() == 0
+    assert (tmp_path / "0_comparison.png").stat().st_size > 5000
+    monkeypatch.setattr(sys, "argv", ["bench.pictures", "--data", *map(str, [*arguments, "OCRNet"])])
+    assert pictures.main() == 2
+    assert "train it first by python -m bench.ablations --only OCRNet ..." in "".join(capsys.readouterr())
 
 
 def test_a_failed_job_does_not_stop_the_others(inputs, tmp_path, monkeypatch, capfd):
@@ -74,22 +101,23 @@ def test_no_time_left_runs_nothing(inputs, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.json"))
 
 
-@pytest.mark.parametrize("name", ablations.BASELINES)
+@pytest.mark.parametrize("name", SMP)
 def test_a_baseline_predicts_every_pixel(name):
     pytest.importorskip("segmentation_models_pytorch")
     torch.manual_seed(0)
-    baseline = smp.Baseline(ablations.BASELINES[name], "abcde", [(0, 0, 0)] * 5, None).eval()
+    baseline = smp.Baseline(SMP[name], "abcde", [(0, 0, 0)] * 5, None).eval()
     images = torch.randint(0, 256, (1, 3, 72, 100), dtype=torch.uint8)
     output = baseline(images)
-    assert output.logits.shape == (1, 5, 18, 26)
-    assert output.boundary is None
+    stride = 8 if name in ("PSPNet", "DeepLabV3") else 4
+    assert output.logits.shape == (1, 5, 72 // stride, 104 // stride)
+    assert (output.boundary, output.logits_stride) == (None, stride)
     assert predict_ids(baseline, images, InferenceConfig()).shape == (1, 72, 100)
     assert not missing_members(baseline, TrainableModel)
 
 
 def test_backbone_weights_are_taken_whole(tmp_path):
     pytest.importorskip("segmentation_models_pytorch")
-    weights = {name: torch.ones_like(t) for name, t in timm.create_model(ablations.BACKBONE).state_dict().items()}
+    weights = {name: torch.ones_like(t) for name, t in timm.create_model(smp.BACKBONE).state_dict().items()}
     save_file(weights, tmp_path / "ones.safetensors")
     baseline = smp.Baseline("FPN", "ab", [(0, 0, 0)] * 2, tmp_path / "ones.safetensors")
     assert all((t == 1).all() for t in baseline.backbone.model.state_dict().values())
@@ -106,29 +134,47 @@ def scores(value: float) -> dict[str, float]:
 
 
 def test_seeds_follow_the_better_rate_and_the_best_baseline():
-    results = {job.name: scores(0.5) for job in ablations.plan({}) if job.part in ("parts", "baselines", "rates")}
+    results = {job.name: scores(0.5) for job in ablation_plan.plan({}) if job.part in ("parts", "baselines", "rates")}
     results["UPerNet x3"] = scores(0.6)
     results["unept x3"] = scores(0.4)
-    seeds = {job.name: job for job in ablations.plan(results) if job.part == "seeds"}
+    seeds = {job.name: job for job in ablation_plan.plan(results) if job.part == "seeds"}
     assert set(seeds) == {"unept seed 1", "unept seed 2", "UPerNet x3 seed 1", "UPerNet x3 seed 2"}
     assert seeds["UPerNet x3 seed 1"].rate == 3
     assert seeds["UPerNet x3 seed 1"].baseline == "UPerNet"
     del results["FPN x3"]
-    assert not [job for job in ablations.plan(results) if job.part == "seeds"], "a baseline is not tuned yet"
+    assert not [job for job in ablation_plan.plan(results) if job.part == "seeds"], "a baseline is not tuned yet"
+
+
+def test_every_training_can_have_several_seeds():
+    once, thrice = ablation_plan.plan({}), ablation_plan.plan({}, seeds=3)
+    trainings = [job.name for job in once if job.part != "memory"]
+    assert {job.name for job in thrice} == {
+        *(job.name for job in once),
+        *(f"{name} seed {seed}" for name in trainings for seed in (1, 2)),
+    }
+    assert {job.row for job in thrice if job.part != "memory"} == set(trainings)
+    assert {job.seed for job in thrice if job.row == "CCNet"} == {0, 1, 2}
+
+
+def test_seeds_share_a_row_with_mean_and_deviation():
+    results = {"unept": scores(0.5), "unept seed 1": scores(0.6) | {"seed": 1}, "CCNet": scores(0.4)}
+    lines = ablation_report.report(results).splitlines()
+    assert lines[2].startswith("| unept (2 seeds) | 55.00 ± 7.07 | 90.00 ± 0.00 |")
+    assert lines[3].startswith("| CCNet | 40.00 | 90.00 |")
 
 
 def test_targets():
-    results = {job.name: scores(0.7) for job in ablations.plan({}) if job.part in ("parts", "baselines", "rates")}
+    results = {job.name: scores(0.7) for job in ablation_plan.plan({}) if job.part in ("parts", "baselines", "rates")}
     results["baseline"], results["unept x3"] = scores(0.65), scores(0.73)
     results["memory resnet50 B=2 triton bf16 compiled"] = {"peak_gb": 2.9, "parameters": 3e7, "gmacs": 134.1}
-    assert ablations.check_targets(results) == [
+    assert ablation_report.check_targets(results) == [
         "- pass: mIoU of the final network at least 0.72",
         "- pass: mIoU above that of every network of segmentation-models-pytorch",
         "- pass: refinement: at least one point of boundary F",
         "- pass: pyramid above baseline",
         "- MISS: unept above pyramid",
         "- MISS: resnet50: at most 40 % of 7.0 GB at batch 2",
-        "- not measured: deit_base_distilled_patch16_384: at most 40 % of 8.5 GB at batch 2",
+        "- not measured: deit_base_distilled_patch16_384.fb_in1k: at most 40 % of 8.5 GB at batch 2",
     ]
     assert json.dumps(results)
-    assert "| memory resnet50 B=2 triton bf16 compiled | 2.90 | 30.0 | 134.1 |" in ablations.report(results)
+    assert "| memory resnet50 B=2 triton bf16 compiled | 2.90 | 30.0 | 134.1 |" in ablation_report.report(results)

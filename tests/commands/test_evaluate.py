@@ -75,6 +75,36 @@ def test_command(run_folder, command):
     assert f"Expected calibration error {record['calibration']['ece']:.2%}" in out
 
 
+def test_several_runs_end_in_their_mean(run_folder, command, tmp_path):
+    save_run(tmp_path / "other", num_classes=8)
+    status, out, _ = command(run_folder, tmp_path / "other", "--window", "96")
+    assert status == 0
+    scores = [json.loads((run / "evaluation.json").read_text())["mIoU"] for run in (run_folder, tmp_path / "other")]
+    assert scores[0] != scores[1]
+    last = out[out.index("mean of 2 runs") :].splitlines()
+    assert last[1].split()[1] == f"{50 * sum(scores):.2f}"
+    assert len(last) == 5
+
+
+def test_several_runs_have_a_folder_each_below_out(run_folder, command, tmp_path):
+    other, out = tmp_path / "other", tmp_path / "out"
+    save_run(other, num_classes=8)
+    options = ("--window", "96", "--out", out)
+    before = {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}
+    status, printed, _ = command(run_folder, other, *options)
+    assert status == 0
+    for run in (run_folder, other):
+        names = {path.name for path in (out / run.name).iterdir()}
+        assert names == {*evaluate.FILES, "worst.png"}
+        assert f"Written: {out / run.name / 'evaluation.json'}, " in printed
+    assert "mean of 2 runs" in printed
+    assert before == {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}, "the run folder is left alone"
+    save_run(tmp_path / "more" / "other", num_classes=8)
+    status, printed, err = command(other, tmp_path / "more" / "other", *options)
+    assert (status, printed) == (2, "")
+    assert "would share one folder below" in err
+
+
 def test_command_line_wins_over_the_run(run_folder, command, tmp_path):
     options = ("--refine-scale", "1", "--boundary-tolerance", "1", "--split", "val", "--out", tmp_path / "new" / "out")
     before = {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}

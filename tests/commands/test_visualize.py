@@ -19,6 +19,7 @@ def runs(tmp_path_factory):
         "conv": small_model(),
         "vit": small_model(backbone="vit_tiny_patch16_224"),
         "learned": small_model(context_queries="learned"),
+        "full": small_model(attention="full"),
     }
     for name, network in networks.items():
         save_run(folder / name, network)
@@ -66,7 +67,14 @@ def test_what_a_network_does_not_have_is_said_once(runs, command, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("run", "picture"), [("conv", "attention"), ("learned", "refinement")])
+def test_a_network_of_another_attention_samples_no_points(runs, command, tmp_path):
+    status, out, _ = command("a.png", "--run", runs / "full", "--pictures", "points", "pyramid")
+    assert status == 0
+    assert written(tmp_path) == {"a_pyramid.png"}
+    assert "no points picture: this network's attention is 'full', which samples no points" in out
+
+
+@pytest.mark.parametrize(("run", "picture"), [("conv", "attention"), ("learned", "refinement"), ("full", "points")])
 def test_only_what_the_network_does_not_have(runs, command, run, picture):
     status, _, err = command("a.png", "--run", runs / run, "--pictures", picture)
     assert status == 2
@@ -100,6 +108,8 @@ def test_a_query_outside_the_image(runs, command, tmp_path, query):
         (["a.png", "--pictures"], "pictures is empty"),
         (["a.png", "--run", "nowhere"], "nowhere does not exist"),
         (["missing.png"], "there is no image or folder missing.png"),
+        (["--compare", "x"], "--compare takes two or more run folders"),
+        (["a.png", "--samples", "3"], "samples is 3; give a number of images, together with --compare"),
         (["--compare", "x", "y"], "there is no x/evaluation.json: measure the run first"),
     ],
     ids=str,
@@ -111,7 +121,7 @@ def test_bad_options(command, arguments, message):
 
 
 def test_comparison_shows_at_most_20_classes(command, tmp_path, monkeypatch):
-    bars = []
+    bars, order = [], [*range(24, 17, -1), *range(12, -1, -1)]  # 13 to 17 are nearest to 15 / 30
 
     def look(figure):
         (axis,) = figure.axes
@@ -119,15 +129,42 @@ def test_comparison_shows_at_most_20_classes(command, tmp_path, monkeypatch):
         first, second = axis.containers
         bars.extend(zip(names, [bar.get_width() for bar in first], strict=True))
         assert [bar.get_width() for bar in second] == [0.5] * len(names)
+        assert [text.get_text() for text in axis.texts] == [f"{100 * (i / 30 - 0.5):+.1f}" for i in order]
 
     on_save(monkeypatch, look)
     save_evaluation(tmp_path / "a", [i / 30 for i in range(25)])
     save_evaluation(tmp_path / "b", [0.5] * 25)
     status, out, _ = command("--compare", "a", "b")
     assert status == 0
-    assert out == "visualizations/class_iou_comparison.png  the first 20 of 25 classes\n"
-    assert bars == [(f"class {i}", pytest.approx(i / 30)) for i in range(24, 4, -1)]
+    assert out == "visualizations/class_iou_comparison.png  the 20 of 25 classes that differ most\n"
+    assert bars == [(f"class {i}", pytest.approx(i / 30)) for i in order]
     assert written(tmp_path) == {"class_iou_comparison.png"}
+
+
+def test_bars_of_three_runs(command, tmp_path, monkeypatch):
+    seen = []
+    on_save(monkeypatch, lambda figure: seen.extend(len(bars) for bars in figure.axes[0].containers))
+    for name in "abc":
+        save_evaluation(tmp_path / name, [0.5, 0.25])
+    assert command("--compare", "a", "b", "c")[0] == 0
+    assert seen == [2, 2, 2]
+
+
+def test_runs_side_by_side(runs, command, tmp_path, monkeypatch):
+    """Images of the validation set with truth and errors, an image file without."""
+    titles = []
+    on_save(monkeypatch, lambda figure: titles.append([axis.get_title() for axis in figure.axes if axis.get_title()]))
+    for name in ("a", "b"):
+        save_run(tmp_path / name, small_model(8), dataset="shapes")
+    status, out, _ = command("a.png", "--compare", "a", "b", "--samples", 1)
+    assert status == 0
+    sample, file = out.splitlines()
+    assert sample.endswith("_comparison.png")
+    assert file == "visualizations/a_comparison.png"
+    assert titles == [["image", "truth", "a", "b"], ["image", "a", "b"]]
+    status, _, err = command("a.png", "--compare", "a", runs / "conv")
+    assert status == 2
+    assert "have different classes: compare runs on one data set" in err
 
 
 def test_a_damaged_evaluation(command, tmp_path):

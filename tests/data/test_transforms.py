@@ -88,6 +88,7 @@ def test_scales_are_spread_between_the_bounds_and_relative_to_the_short_side():
     assert abs(sides.float().mean() - 125) < 10
     mask = RandomScaledCrop((300, 300), None, (2.0, 2.0))(*pair(20, 30))[1]
     assert mask.shape == (40, 60)
+    assert RandomScaledCrop((300, 300), scale=(1.0, 1.0), long_side=90)(*pair(20, 30))[1].shape == (60, 90)
 
 
 def smooth(height: int, width: int, channels_innermost: bool) -> torch.Tensor:
@@ -212,6 +213,10 @@ def test_bad_transform_options():
         train_transform(32, short_side=-1)
     with pytest.raises(ValueError, match=r"scale is \(2\.0, 0\.5\)"):
         train_transform(32, scale=(2.0, 0.5))
+    with pytest.raises(ValueError, match="long_side is 0"):
+        train_transform(32, long_side=0)
+    with pytest.raises(ValueError, match="short_side is 4 and long_side 5; give one of them"):
+        train_transform(32, short_side=4, long_side=5)
     with pytest.raises(ValueError, match="short_side is 0"):
         eval_transform(0)
 

@@ -1,17 +1,23 @@
 """Two evaluated runs side by side: their classes, and runs that can't be compared."""
 
+import math
+
 import pytest
 
 from tests.helpers.runs import save_evaluation
-from unept.evaluation.comparison import compare_classes, short_names
+from unept.evaluation.comparison import compare_classes, format_means, short_names
 
 
 def test_comparison_of_classes(tmp_path):
     save_evaluation(tmp_path / "a", [0.5, None, 0.75, 0.25, 0.5])
     save_evaluation(tmp_path / "b", [0.5, 0.5, 0.25, 0.5, None])
+    save_evaluation(tmp_path / "c", [0.5, 0.5, 0.5, 0.5, 0.5])
     rows, means = compare_classes(tmp_path / "a", tmp_path / "b")
-    assert rows == [("class 2", 0.75, 0.25), ("class 0", 0.5, 0.5), ("class 3", 0.25, 0.5)]
+    assert rows == [("class 2", (0.75, 0.25)), ("class 3", (0.25, 0.5)), ("class 0", (0.5, 0.5))]
     assert means == (0.5, 0.4375)
+    rows, means = compare_classes(*(tmp_path / name for name in "abc"))
+    assert rows == [("class 2", (0.75, 0.25, 0.5)), ("class 3", (0.25, 0.5, 0.5)), ("class 0", (0.5, 0.5, 0.5))]
+    assert means == (0.5, 0.4375, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -19,7 +25,7 @@ def test_comparison_of_classes(tmp_path):
     [
         ({"classes": ["b", "a"]}, "differ in name or order"),
         ({"split": "test"}, "was evaluated on val and .*b on test"),
-        ({"iou": [None, 0.5]}, "no class with an IoU in both"),
+        ({"iou": [None, 0.5]}, "a and .*b have no class with an IoU in all"),
     ],
     ids=["classes", "split", "nothing in common"],
 )
@@ -28,6 +34,20 @@ def test_runs_that_can_not_be_compared(tmp_path, change, message):
     save_evaluation(tmp_path / "b", **{"iou": [0.5, 0.5], "classes": ["a", "b"]} | change)
     with pytest.raises(ValueError, match=message):
         compare_classes(tmp_path / "a", tmp_path / "b")
+
+
+def scores(miou, dataset="CamVid"):
+    names = [f"{key}{end}" for key in ("mIoU", "pixAcc", "boundary_f", "boundary_iou") for end in ("", "_unrefined")]
+    return {**dict.fromkeys(names, math.nan), "mIoU": miou, "pixAcc": 0.9, "dataset": dataset}
+
+
+def test_mean_of_several_runs():
+    lines = format_means([scores(0.5), scores(0.6), scores(0.7)]).splitlines()
+    assert lines[0].split() == ["mean", "of", "3", "runs", "refined", "unrefined"]
+    assert lines[1].split() == ["mIoU", "60.00", "±", "10.00", "-"]
+    assert lines[2].split() == ["pixAcc", "90.00", "±", "0.00", "-"]
+    with pytest.raises(ValueError, match="there is no mean of runs on different data: CamVid, ADE20K"):
+        format_means([scores(0.5), scores(0.5, "ADE20K")])
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):

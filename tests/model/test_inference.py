@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.models import StandIn
 from unept.inference import (
-    MIRRORED,
     PAPER_SCALES,
     PROTOCOL,
     InferenceConfig,
@@ -25,7 +24,7 @@ from unept.inference import (
     resolve,
     window_starts,
 )
-from unept.model.boundary import DIRECTIONS, Refinement
+from unept.model.boundary import DIRECTIONS, Refinement, mirrored_directions
 from unept.model.network import UNEPT
 from unept.model.output import AveragedOutput, UNEPTOutput, class_ids
 
@@ -163,7 +162,7 @@ def test_scales_of_one_grid_average_exactly(unept):
 
 def test_mirrored_directions():
     for k, (dx, dy) in enumerate(DIRECTIONS):
-        assert DIRECTIONS[MIRRORED[k]] == (-dx, dy)
+        assert DIRECTIONS[mirrored_directions(8)[k]] == (-dx, dy)
         assert (ANGLES[k].cos().round().item(), ANGLES[k].sin().round().item()) == (dx, dy)
 
 

@@ -133,12 +133,20 @@ def test_learns_boundaries_and_directions():
         assert loss.item() < 0.7 * first[name], name
 
 
-@pytest.mark.parametrize("class_weights", [None, torch.tensor([1.0, 5.0, 1.0, 1.0, 0.2])])
-def test_losses_of_parts_add_up_to_those_of_the_batch(class_weights):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"class_weights": torch.tensor([1.0, 5.0, 1.0, 1.0, 0.2])},
+        {"direction_pixels": "predicted", "boundary_balance": "classes"},
+    ],
+    ids=["paper", "weights", "released"],
+)
+def test_losses_of_parts_add_up_to_those_of_the_batch(options):
     """Also where the parts differ in ignored pixels and in boundaries; so do their gradients."""
     output, labels = random_output(), blocks(27, 43)
     labels[1, 9:] = 255
-    loss = UNEPTLoss(class_weights=class_weights)
+    loss = UNEPTLoss(**options)
     whole = loss(output, labels)
     targets = loss.targets(labels)
     parts = [loss.losses(UNEPTOutput(*(m[i : i + 1] for m in output[:3])), targets.part(i, i + 1)) for i in range(2)]
@@ -154,3 +162,46 @@ def test_targets_without_boundaries():
     assert targets.distance is None
     assert targets.direction is None
     assert targets.counts.tolist() == [2 * 27 * 43 - 2 * 35, 2 * 27 * 43 - 2 * 35, 0, 2]
+
+
+def test_directions_on_predicted_boundary_pixels():
+    """They are those of SegFix: predicted boundary, not ignored, true or not; the divisor is that of the true ones."""
+    output, labels = random_output(), torch.zeros(2, 32, 48, dtype=torch.int64)
+    labels[:, :, 24:] = 1
+    labels[:, 20:] = 255
+    losses = UNEPTLoss(direction_pixels="predicted")(output, labels)
+    boundary, directions = (F.interpolate(m, (32, 48), mode="bilinear", align_corners=False) for m in output[1:3])
+    target = boundary_targets(labels, radius=32)[1]
+    assert torch.equal(
+        target[:, 1:19], torch.where(torch.arange(48) < 24, 0, 4).expand(2, 18, 48)
+    )  # away from the edge
+    chosen = (boundary[:, 0] > 0) & (labels != 255)
+    true_pixels = 2 * 20 * 10  # 5 pixels on either side of the edge
+    assert (chosen & ((torch.arange(48) - 23.5).abs() > 5)).sum() > 100, "false boundary pixels"
+    expected = F.cross_entropy(directions.permute(0, 2, 3, 1)[chosen], target[chosen], reduction="sum") / true_pixels
+    torch.testing.assert_close(losses["direction"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert losses["direction"] != UNEPTLoss()(output, labels)["direction"]
+
+
+def test_balanced_boundary_loss_is_that_of_two_weighted_classes():
+    """Weights of the two classes as in the released code: the share of the other one."""
+    output, labels = random_output(), blocks(32, 48)
+    loss = UNEPTLoss(boundary_balance="classes")(output, labels)["boundary"]
+    logits = F.interpolate(output.boundary, (32, 48), mode="bilinear", align_corners=False)[:, 0]
+    counted, target = labels != 255, (boundary_targets(labels)[0] <= 5).long()
+    share = target[counted].double().mean()
+    two = torch.stack([torch.zeros_like(logits), logits], dim=1)  # the logits of two classes
+    masked = target.masked_fill(~counted, -1)
+    expected = F.cross_entropy(two, masked, torch.stack([share, 1 - share]), ignore_index=-1)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    none = torch.full((2, 32, 48), 255)
+    assert UNEPTLoss(boundary_balance="classes")(output, none)["boundary"] == 0
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match="direction_pixels is 'all'; it must be 'true' or 'predicted'"):
+        UNEPTLoss(direction_pixels="all")
+    with pytest.raises(ValueError, match="boundary_balance is 'focal'; it must be 'none' or 'classes'"):
+        UNEPTLoss(boundary_balance="focal")
+    with pytest.raises(ValueError, match="the model predicts 8 directions, but the loss has num_directions=16"):
+        UNEPTLoss(num_directions=16)(random_output(), blocks(32, 48))

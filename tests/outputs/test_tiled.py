@@ -90,6 +90,8 @@ def test_what_cannot_be_tiled():
         tile_config(InferenceConfig(scales=(0.5, 1.0)))
     with pytest.raises(ValueError, match="add --short-side 0"):
         tile_config(InferenceConfig(short_side=512))
+    with pytest.raises(ValueError, match=r"long side 520, .* add --long-side 0"):
+        tile_config(InferenceConfig(long_side=520))
     model = small_model()
     model.preprocessing = {"short_side": 512}
     assert tile_config(resolve(InferenceOptions(short_side=0), model)).window_stride > 0

@@ -94,3 +94,20 @@ def test_bars_are_ranked_and_leave_absent_classes_out(tmp_path, monkeypatch):
     scores = {"iou": [0.5, float("nan"), 0.25, 0.75], "mIoU": 0.5}
     drawing.class_bars(scores, ["a", "b", "c", "d"], tmp_path / "bars.png")
     assert list(bars.items()) == [("c", 0.25), ("a", 0.5), ("d", 0.75)]  # from below
+
+
+def test_errors_of_predictions(tmp_path):
+    truth = torch.tensor([[0, 0, 1, 255], [1, 1, 2, 255]]).repeat_interleave(20, 0).repeat_interleave(20, 1)
+    wrong = truth.clone()
+    wrong[:20, 20:40] = 2
+    errors = drawing.error_map(wrong, truth)
+    assert [tuple(errors[:, y, x].tolist()) for y, x in ((0, 0), (0, 30), (0, 70))] == [
+        (235, 235, 235),
+        (214, 39, 40),
+        (90, 90, 90),
+    ]
+    image, window = torch.full((3, 40, 80), 77, dtype=torch.uint8), (0, 20, 10, 20)
+    for name, prediction in (("right", truth.clamp(max=2)), ("wrong", wrong.clamp(max=2))):
+        arguments = ("a", image, truth, {name: prediction}, window, CLASSES, PALETTE, tmp_path / f"{name}.png")
+        drawing.prediction_panel(*arguments)
+        assert has_color(tmp_path / f"{name}.png", [214, 39, 40]) == (name == "wrong")

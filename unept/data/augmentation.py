@@ -35,6 +35,7 @@ def build_transform(data: Any, mean: Sequence[float], custom: Any = None) -> Tra
     return train_transform(
         data.crop_size,
         short_side=data.short_side,
+        long_side=data.long_side,
         scale=data.scale,
         cat_max_ratio=data.cat_max_ratio,
         flip=data.flip,

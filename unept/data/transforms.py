@@ -32,6 +32,7 @@ def train_transform(
     flip: bool = True,
     photometric: bool = True,
     fill: Sequence[int] = MEAN_COLOR,
+    long_side: int | None = None,
 ) -> v2.Compose:
     """Random scale, random crop, horizontal flip and padding to the crop size; parameters of a photometric distortion.
 
@@ -45,12 +46,14 @@ def train_transform(
         photometric: return `(image, mask, params)`, with which `photometric.distort` changes brightness, contrast,
             saturation and hue of the batch.
         fill: (r, g, b) of the padding right of and below a small image; the mask is padded with 255.
+        long_side: the size in pixels that `scale` 1 brings an image's longer side to, in place of `short_side`.
 
     Raises:
-        ValueError: if crop_size, short_side or scale is not positive, or scale's bounds are swapped.
+        ValueError: if crop_size, short_side, long_side or scale is not positive, scale's bounds are swapped, or both
+            sides are given.
     """
     size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
-    steps: list[v2.Transform] = [RandomScaledCrop(size, short_side, scale, cat_max_ratio)]
+    steps: list[v2.Transform] = [RandomScaledCrop(size, short_side, scale, cat_max_ratio, long_side)]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
     if photometric:
@@ -109,7 +112,8 @@ def scaled_mask_crop(mask: Tensor, rows: Span, columns: Span) -> Tensor:
 class RandomScaledCrop(v2.Transform):
     """Scale at random, then crop at random, trying again while one class fills too much of the pixels that count.
 
-    The scale is relative to the size at which the shorter side is `short_side`, or to the image's own size for None.
+    The scale is relative to the size at which the shorter side is `short_side` or the longer one `long_side`, or to the
+    image's own size where both are None.
     The tenth crop is taken as it is. A side that is smaller than the crop stays whole. Only what the crop shows is
     resampled; therefore its corner lies on a corner of one of the image's own pixels.
     """
@@ -120,14 +124,18 @@ class RandomScaledCrop(v2.Transform):
         short_side: int | None = None,
         scale: tuple[float, float] = (0.5, 2.0),
         cat_max_ratio: float = 0.75,
+        long_side: int | None = None,
     ):
         super().__init__()
+        if short_side is not None and long_side is not None:
+            raise ValueError(f"short_side is {short_side} and long_side {long_side}; give one of them")
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale is {scale}; give (smallest, largest), both above 0")
         _require_positive("crop_size", *size)
         _require_positive("short_side", short_side)
+        _require_positive("long_side", long_side)
         self.size = size
-        self.short_side = short_side
+        self.short_side, self.long_side = short_side, long_side
         self.scale = scale
         self.cat_max_ratio = cat_max_ratio
 
@@ -137,6 +145,8 @@ class RandomScaledCrop(v2.Transform):
         factor = torch.empty(()).uniform_(*self.scale).item()
         if self.short_side is not None:
             factor *= self.short_side / min(mask.shape)
+        if self.long_side is not None:
+            factor *= self.long_side / max(mask.shape)
         axes = [
             (length, *_scale_axis(length, factor, crop)) for length, crop in zip(mask.shape, self.size, strict=True)
         ]

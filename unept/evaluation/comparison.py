@@ -1,6 +1,9 @@
-"""Two evaluated runs side by side (Fig. 8)."""
+"""Evaluated runs side by side (Fig. 8), and their mean."""
 
 import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +30,75 @@ def load_evaluation(run: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error!r}): evaluate the run again") from error
 
 
-def compare_classes(first: Path, second: Path) -> tuple[list[tuple[str, float, float]], tuple[float, float]]:
-    """Compare the classes of two evaluated runs.
+def compare_classes(*runs: Path) -> tuple[list[tuple[str, tuple[float, ...]]], tuple[float, ...]]:
+    """Compare the classes of two or more evaluated runs.
 
     Classes that have no IoU in one of the runs, because they never occur, are left out.
 
     Returns:
-        rows: per class its name and the two IoU; the class with the largest gain of the first run comes first.
-        means: the mIoU of both runs.
+        rows: per class its name and the IoU in each run; the class that differs most between the runs comes first.
+        means: the mIoU of the runs.
 
     Raises:
         FileNotFoundError: if a run has not been evaluated.
         ValueError: if an evaluation is damaged, or the runs differ in their classes or the split, or no class has an
-            IoU in both.
+            IoU in all of them.
     """
-    one, other = load_evaluation(first), load_evaluation(second)
-    if one["classes"] != other["classes"]:
-        raise ValueError(
-            f"the {len(one['classes'])} classes of {first} and the {len(other['classes'])} of {second} differ in name "
-            "or order: compare runs with the same class list"
-        )
-    if one["split"] != other["split"]:
-        raise ValueError(
-            f"{first} was evaluated on {one['split']} and {second} on {other['split']}: evaluate one again with --split"
-        )
-    rows = [
-        (name, a, b)
-        for name, a, b in zip(one["classes"], one["iou"], other["iou"], strict=True)
-        if a is not None and b is not None
-    ]
+    records = [load_evaluation(run) for run in runs]
+    first = records[0]
+    for run, record in zip(runs, records, strict=True):
+        if record["classes"] != first["classes"]:
+            raise ValueError(
+                f"the {len(first['classes'])} classes of {runs[0]} and the {len(record['classes'])} of {run} differ in "
+                "name or order: compare runs with the same class list"
+            )
+        if record["split"] != first["split"]:
+            raise ValueError(
+                f"{runs[0]} was evaluated on {first['split']} and {run} on {record['split']}: evaluate one again with "
+                "--split"
+            )
+    scores = zip(*(record["iou"] for record in records), strict=True)
+    rows = [(name, iou) for name, iou in zip(first["classes"], scores, strict=True) if None not in iou]
     if not rows:
-        raise ValueError(f"{first} and {second} have no class with an IoU in both: evaluate them on labelled images")
-    return sorted(rows, key=lambda row: row[2] - row[1]), (one["mIoU"], other["mIoU"])
+        raise ValueError(f"{short_list(runs)} have no class with an IoU in all: evaluate them on labelled images")
+    return sorted(rows, key=lambda row: min(row[1]) - max(row[1])), tuple(record["mIoU"] for record in records)
 
 
-def short_names(first: Path, second: Path) -> tuple[str, str]:
-    """The names of two run folders, or their whole paths where the names are the same."""
-    return (str(first), str(second)) if first.name == second.name else (first.name, second.name)
+def short_list(runs: Sequence[Path]) -> str:
+    """The paths of runs in a sentence."""
+    return ", ".join(map(str, runs[:-1])) + f" and {runs[-1]}"
+
+
+def short_names(*runs: Path) -> tuple[str, ...]:
+    """The names of run folders, or their whole paths where two names are the same."""
+    names = tuple(run.name for run in runs)
+    return names if len(set(names)) == len(names) else tuple(map(str, runs))
+
+
+def mean_and_deviation(values: Sequence[float | None], scale: float = 1.0, digits: int = 2) -> str:
+    """Format the mean of one value per run, with their standard deviation if there are several.
+
+    Values that are None or NaN are left out; without any other the result is empty.
+    """
+    known = [scale * value for value in values if value is not None and not math.isnan(value)]
+    if not known:
+        return ""
+    mean = f"{statistics.mean(known):.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+
+
+def format_means(scores: Sequence[Mapping[str, Any]]) -> str:
+    """Format the means of several runs' scores (`evaluate_model`) in percent, with their standard deviations.
+
+    Raises:
+        ValueError: the runs were evaluated on different data sets.
+    """
+    datasets = list(dict.fromkeys(score["dataset"] for score in scores))
+    if len(datasets) > 1:
+        raise ValueError(f"there is no mean of runs on different data: {', '.join(datasets)}")
+    labels = (("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f"), ("boundary IoU", "boundary_iou"))
+    lines = [f"{f'mean of {len(scores)} runs':16}  {'refined':>14}  {'unrefined':>14}"]
+    for label, key in labels:
+        cells = (mean_and_deviation([score[name] for score in scores], 100) for name in (key, f"{key}_unrefined"))
+        lines.append("  ".join([f"{label:16}", *(f"{cell or '-':>14}" for cell in cells)]))
+    return "\n".join(lines)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import sparse_sampling_attention
-
-Shapes = list[tuple[int, int]]
+from .encoding import Shapes
 
 
 def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:

@@ -7,13 +7,17 @@ import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.layers import resample_abs_pos_embed
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from ..validation import check_choice
 from .finite import require_finite
 from .trial import REFUSALS, find_divisor
 
@@ -106,6 +110,8 @@ class Backbone(nn.Module):
         in_chans: channels of the images, C; timm adapts pretrained weights to other numbers than 3.
         image_size: for models that see images of one size only: the side in pixels of the squares into which images
             are cut, each of which the model sees alone; timm's `img_size` where the model takes it. None: whole images.
+        position_resize: how the position embedding of a ViT is resized to other images than it was trained on:
+            `"bicubic"`, with antialiasing, as timm does, or `"bilinear"`, as the paper says (Sec. 4.2).
 
     Attributes:
         channels: number of channels of each feature map.
@@ -131,10 +137,12 @@ class Backbone(nn.Module):
         weights: str | Path | None = None,
         in_chans: int = 3,
         image_size: int | None = None,
+        position_resize: str = "bicubic",
     ):
         super().__init__()
         if in_chans < 1:
             raise ValueError(f"in_chans is {in_chans}; an image has at least 1 channel")
+        check_choice("position_resize", position_resize, "bicubic", "bilinear")
         self.image_size = image_size
         probe = _probe(name)
         info = probe.feature_info
@@ -150,7 +158,9 @@ class Backbone(nn.Module):
             options["dynamic_img_size"] = True
         if _accepts(probe, "strict_img_size"):  # Swin: any size
             options["strict_img_size"] = False
-        if image_size is not None and _accepts(probe, "img_size"):
+        # Where positions are resized bilinearly, they keep their own size until then: timm would resize them itself.
+        keeps_grid = position_resize == "bilinear" and "dynamic_img_size" in options
+        if image_size is not None and _accepts(probe, "img_size") and not keeps_grid:
             options["img_size"] = image_size
         if weights is not None:
             _check_weights(Path(weights), probe, name)
@@ -158,6 +168,9 @@ class Backbone(nn.Module):
         del probe
         self.name = name
         self.features = self._create(name, pretrained or weights is not None, options)
+        self.resizes_bilinearly = position_resize == "bilinear"
+        if self.resizes_bilinearly and getattr(getattr(self.features, "model", None), "pos_embed", None) is None:
+            raise ValueError(f"{name} has no position embedding to resize: omit position_resize")
         self.channels: list[int] = self.features.feature_info.channels()
         self.strides: list[int] = self.features.feature_info.reduction()
         self.channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
@@ -229,12 +242,29 @@ class Backbone(nn.Module):
         B, _, H, W = images.shape
         if self.image_size is not None:
             images = _cut(images, self.image_size)
-        features = self.features(images)
+        features = self._with_bilinear_positions(images) if self.resizes_bilinearly else self.features(images)
         if self.channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         if self.image_size is not None:
             features = [_join(feature, B, H // self.image_size, W // self.image_size) for feature in features]
         return features
+
+    def _with_bilinear_positions(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of a ViT that is given its position embedding in the size of the images, so that timm resizes
+        nothing.
+        """
+        vit: Any = self.features.model
+        grid = vit.patch_embed.grid_size
+        size = [n // stride for n, stride in zip(images.shape[2:], vit.patch_embed.patch_size, strict=True)]
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        embedding = resample_abs_pos_embed(
+            vit.pos_embed, size, grid, num_prefix_tokens=prefix, interpolation="bilinear", antialias=False
+        )
+        vit.patch_embed.grid_size = tuple(size)
+        try:
+            return functional_call(self.features, {"model.pos_embed": embedding}, (images,))
+        finally:
+            vit.patch_embed.grid_size = grid
 
 
 def _cut(images: Tensor, size: int) -> Tensor:
@@ -260,13 +290,14 @@ class PyramidProjection(nn.Module):
     Args:
         channels: number of channels of each level.
         d_model: channels of the transformer, a multiple of 8.
+        norm: whether the normalisation is there; the paper and the released code have none.
     """
 
-    def __init__(self, channels: list[int], d_model: int):
+    def __init__(self, channels: list[int], d_model: int, norm: bool = True):
         super().__init__()
-        self.levels = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, d_model, 1), nn.GroupNorm(d_model // 8, d_model)) for c in channels
-        )
+        self.levels = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d_model, 1)) for c in channels)
+        for level in self.levels if norm else ():
+            level.append(nn.GroupNorm(d_model // 8, d_model))
         for level in self.levels:
             nn.init.xavier_uniform_(level[0].weight)
             nn.init.zeros_(level[0].bias)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels import upsample_argmax
 from .spatial import conv_bn_relu
 
-# (dx, dy) of the 8 directions: bin k is centred on the angle -180 + 45 k degrees of atan2(dy, dx).
+# (dx, dy) of the paper's 8 directions: bin k is centred on the angle -180 + 45 k degrees of atan2(dy, dx).
 DIRECTIONS = ((-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1), (-1, 1))
 
 
@@ -19,7 +19,8 @@ class Refinement:
     """How the prediction of boundary pixels is refined (Sec. 3.2): it is read some steps inside their segment."""
 
     scale: int = 1
-    """Length of a step, in pixels along each axis. Training uses 1; SegFix uses 2 at inference."""
+    """Length of a step, in pixels along each axis. Training uses 1; SegFix uses 2 at inference. With more than 8
+    directions a step is longer by a factor that keeps them apart (`direction_steps`)."""
     steps: int = 1
     """Number of steps, each from where the one before ended, in the direction predicted there. A pixel stops where no
     boundary is predicted. The paper takes one step."""
@@ -77,13 +78,32 @@ def upsample_boundary(boundary: Tensor, size: tuple[int, int]) -> Tensor:
     return boundary[:, 0]
 
 
+def mirrored_directions(num_directions: int) -> list[int]:
+    """The direction that is seen in a mirrored image where direction k of an even number is seen in the original."""
+    return [(num_directions // 2 - k) % num_directions for k in range(num_directions)]
+
+
+def direction_steps(bins: Tensor, num_directions: int) -> Tensor:
+    """Steps of whole pixels in the directions of bins (B, H, W): (B, 2, H, W) int16, (dx, dy).
+
+    Up to 8 directions lead to the 8 neighbours of a pixel; more lead to the pixels of the square ring of radius 2, 3,
+    ..., as in SegFix, of which each radius r has 8 r.
+    """
+    # The angle is computed: a table of DIRECTIONS would have to be copied to the device, and the copy waited for.
+    angle = bins * (2 * math.pi / num_directions) - math.pi
+    step = torch.stack([angle.cos(), angle.sin()], dim=1)
+    if num_directions > 8:
+        step = step / step.abs().amax(dim=1, keepdim=True) * math.ceil(num_directions / 8)
+    return step.round().to(torch.int16)
+
+
 @torch.no_grad()
 def refinement_offset(boundary: Tensor, direction: Tensor, size: tuple[int, int], refinement: Refinement) -> Tensor:
     """Where each pixel reads its refined prediction: further inside its segment on a boundary, at itself elsewhere.
 
     Args:
         boundary: logits (B, 1, h, w).
-        direction: logits or probabilities (B, 8, h, w) of `DIRECTIONS`.
+        direction: logits or probabilities (B, m, h, w) of the m directions, by default `DIRECTIONS`.
         size: (H, W) of the result.
         refinement: length and number of the steps, and what counts as boundary.
 
@@ -91,9 +111,7 @@ def refinement_offset(boundary: Tensor, direction: Tensor, size: tuple[int, int]
         (B, 2, H, W) int16, (dx, dy) in pixels; (0, 0) off the boundary.
     """
     best = direction.argmax(1) if direction.shape[2:] == size else upsample_argmax(direction, size)
-    # The angle is computed: a table of DIRECTIONS would have to be copied to the device, and the copy waited for.
-    angle = best * (math.pi / 4) - math.pi
-    step = torch.stack([angle.cos(), angle.sin()], dim=1).round().to(torch.int16) * refinement.scale
+    step = direction_steps(best, direction.shape[1]) * refinement.scale
     step = step * (upsample_boundary(boundary, size).sigmoid() > refinement.threshold)[:, None]
     offset = step
     for _ in range(refinement.steps - 1):

@@ -15,6 +15,8 @@ RANGES = {
     "num_encoder_layers": (0, 64),
     "num_decoder_layers": (1, 64),
     "ffn_dim": (1, 1 << 16),
+    "num_directions": (4, 254),
+    "scale_encoding_std": (0, 1 << 10),
 }
 OUTPUT_STRIDES = (8, 16, 32)
 MAX_PARAMETERS = 1 << 31
@@ -31,6 +33,10 @@ def check_sizes(options: Mapping[str, Any]) -> None:
         check_range(name, options[name], *RANGES[name])
     if (size := options.get("backbone_image_size")) is not None:
         check_range("backbone_image_size", size, 8, 1 << 13)
+    for width in options.get("spatial_widths") or ():
+        check_range("a number of spatial_widths", width, 1, 1 << 13)
+    if (number := options.get("num_directions", 8)) % 2:
+        raise ValueError(f"num_directions is {number}; it must be an even number from 4 to 254")
     if options.get("output_stride") not in (None, *OUTPUT_STRIDES):
         raise ValueError(f"output_stride is {options['output_stride']}; it must be 8, 16 or 32, or None")
     if not 0 <= options.get("dropout", 0) < 1:

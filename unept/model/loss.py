@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import boundary_targets, upsample_cross_entropy
-from ..validation import check_fields, check_range
-from .boundary import ONE_STEP, refinement_offset, upsample_boundary
+from ..validation import check_choice, check_fields, check_range
+from .boundary import DIRECTIONS, ONE_STEP, refinement_offset, upsample_boundary
 from .output import UNEPTOutput, padded_size
 from .pixel_loss import CROSS_ENTROPY, PixelLoss
 from .region_loss import region_loss
 
 IGNORED_DIRECTION = 255  # what boundary_targets gives off the boundary and on ignored pixels
+DIRECTION_REACH = 32  # pixels from another class, up to which a predicted boundary pixel has a true direction
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ class Targets(NamedTuple):
     distance: Tensor | None
     """(B, H, W) float32, pixels to the next class (`unept.kernels.boundary_targets`); None without a spatial branch."""
     direction: Tensor | None
-    """(B, H, W), index of the direction away from it, 255 off the boundary; None likewise."""
+    """(B, H, W), index of the direction away from it, 255 where there is none; None likewise."""
     counts: Tensor
     """(4,) float32: what the sums are divided by. The summed class weights of the pixels that are not ignored (1 each
-    without weights), for both segmentation losses; the number of these pixels; the number of boundary pixels; the
+    without weights), for both segmentation losses; the number of these pixels; the number of true boundary pixels; the
     number of images."""
 
     def part(self, start: int, stop: int) -> "Targets":
@@ -87,7 +88,7 @@ class UNEPTLoss(nn.Module):
 
     CE is the cross-entropy of the up-sampled prediction; Y_ref is the refined prediction, read at p + offset(p).
     L_bound is the binary cross-entropy of the boundary over pixels that are not ignored, L_dir the cross-entropy of the
-    direction on the true boundary pixels. The targets of both are computed here, from the labels as augmented.
+    direction on boundary pixels. The targets of both are computed here, from the labels as augmented.
 
     Args:
         weights: l1 to l4, by name or in this order. A model without a spatial branch has the first loss only.
@@ -97,9 +98,15 @@ class UNEPTLoss(nn.Module):
         pixel_loss: takes the place of CE.
         region_losses: weights of further losses of the prediction as it is before refinement, by their names in
             `unept.model.region_loss`, averaged over the images.
+        num_directions: m, the number of directions that the model predicts.
+        direction_pixels: on which pixels directions are learned: `"true"`, the true boundary pixels, or `"predicted"`,
+            those whose boundary probability is above 0.5, as in SegFix, up to 32 pixels from another class. The sum is
+            divided by the number of true boundary pixels in both cases.
+        boundary_balance: `"none"`, the mean over all pixels, or `"classes"`, half the mean over boundary pixels plus
+            half that over the others, as in the released code.
 
     Raises:
-        ValueError: `weights` has another number of entries than Eq. 7.
+        ValueError: `weights` has another number of entries than Eq. 7, or a choice is unknown.
     """
 
     def __init__(
@@ -110,14 +117,20 @@ class UNEPTLoss(nn.Module):
         radius: int = 5,
         pixel_loss: PixelLoss = CROSS_ENTROPY,
         region_losses: Mapping[str, float] | None = None,
+        num_directions: int = len(DIRECTIONS),
+        direction_pixels: str = "true",
+        boundary_balance: str = "none",
     ):
         super().__init__()
+        check_choice("direction_pixels", direction_pixels, "true", "predicted")
+        check_choice("boundary_balance", boundary_balance, "none", "classes")
         self.pixel_loss = pixel_loss
         self.region_weights = dict(region_losses or {})
         self.region_losses = {name: region_loss(name, ignore_index) for name in self.region_weights}
         self.weights = LossWeights.read(weights)
         self.ignore_index = ignore_index
-        self.radius = radius
+        self.radius, self.num_directions = radius, num_directions
+        self.direction_pixels, self.boundary_balance = direction_pixels, boundary_balance
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
 
@@ -138,8 +151,11 @@ class UNEPTLoss(nn.Module):
         counts = [self.pixel_loss.count(valid, weight), valid.sum(), torch.zeros_like(images), images]
         distance = direction = None
         if boundaries:
-            distance, direction = boundary_targets(labels, radius=self.radius, ignore_index=self.ignore_index)
-            counts[2] = (direction != IGNORED_DIRECTION).sum()
+            reach = self.radius if self.direction_pixels == "true" else max(self.radius, DIRECTION_REACH)
+            distance, direction = boundary_targets(
+                labels, radius=reach, num_directions=self.num_directions, ignore_index=self.ignore_index
+            )
+            counts[2] = (distance <= self.radius).sum()
         return Targets(labels, distance, direction, torch.stack([count.float() for count in counts]))
 
     def forward(self, output: UNEPTOutput, labels: Tensor) -> dict[str, Tensor]:
@@ -154,13 +170,19 @@ class UNEPTLoss(nn.Module):
             float32 scalars.
 
         Raises:
-            ValueError: the labels have another size than the images.
+            ValueError: the labels have another size than the images, or the model predicts another number of directions
+                than `num_directions`.
         """
         height, width = (output.logits_stride * n for n in output.logits.shape[2:])
         if labels.dim() != 3 or padded_size(labels.shape[1:]) != (height, width):
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, but the model saw images of about {height}x{width}: "
                 "give labels (B, H, W) of the size of the images"
+            )
+        if output.direction is not None and output.direction.shape[1] != self.num_directions:
+            raise ValueError(
+                f"the model predicts {output.direction.shape[1]} directions, but the loss has num_directions="
+                f"{self.num_directions}: give UNEPTLoss the number of the model"
             )
         return self.losses(output, self.targets(labels, boundaries=output.boundary is not None))
 
@@ -180,8 +202,10 @@ class UNEPTLoss(nn.Module):
             size = (targets.labels.shape[1], targets.labels.shape[2])
             offset = refinement_offset(output.boundary, output.direction, size, ONE_STEP)
             losses["refined"] = self._cross_entropy(output, targets, offset) / segmentation_count
-            losses["boundary"] = self._boundary_sum(output.boundary, targets) / pixel_count
-            losses["direction"] = _direction_sum(output.direction, targets) / boundary_count
+            boundary = upsample_boundary(output.boundary, size)
+            losses["boundary"] = self._boundary_loss(boundary, targets, pixel_count, boundary_count)
+            predicted = boundary > 0 if self.direction_pixels == "predicted" else None
+            losses["direction"] = _direction_sum(output.direction, targets, predicted) / boundary_count
         for name, region_sum in self.region_losses.items():
             losses[name] = region_sum(output.logits, targets.labels) / image_count
         weights = {**vars(self.weights), **self.region_weights}
@@ -198,19 +222,24 @@ class UNEPTLoss(nn.Module):
             class_weights=self.class_weights,
         )
 
-    def _boundary_sum(self, boundary: Tensor, targets: Targets) -> Tensor:
-        """Summed binary cross-entropy of boundary logits (B, 1, h, w)."""
+    def _boundary_loss(self, logits: Tensor, targets: Targets, pixels: Tensor, boundary_pixels: Tensor) -> Tensor:
+        """Binary cross-entropy of boundary logits (B, H, W), divided by the number of pixels of the whole batch."""
         assert targets.distance is not None
-        logits = upsample_boundary(boundary, (targets.labels.shape[1], targets.labels.shape[2]))
-        target = (targets.distance <= self.radius).to(logits.dtype)
-        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return (loss * (targets.labels != self.ignore_index)).sum()
+        target = targets.distance <= self.radius
+        loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+        loss = loss * (targets.labels != self.ignore_index)
+        if self.boundary_balance == "none":
+            return loss.sum() / pixels
+        others = (pixels - boundary_pixels).clamp(min=1)
+        return (loss * target).sum() / (2 * boundary_pixels) + (loss * ~target).sum() / (2 * others)
 
 
-def _direction_sum(direction: Tensor, targets: Targets) -> Tensor:
-    """Summed cross-entropy of direction logits (B, 8, h, w) on the true boundary pixels."""
+def _direction_sum(direction: Tensor, targets: Targets, pixels: Tensor | None) -> Tensor:
+    """Summed cross-entropy of direction logits (B, m, h, w) on the pixels that have a target, of `pixels` (B, H, W)."""
     assert targets.direction is not None
-    if direction.shape[2:] == targets.direction.shape[1:]:
-        target = targets.direction.long()
-        return F.cross_entropy(direction.float(), target, ignore_index=IGNORED_DIRECTION, reduction="sum")
-    return upsample_cross_entropy(direction, targets.direction, ignore_index=IGNORED_DIRECTION, reduction="sum")
+    target = targets.direction
+    if pixels is not None:
+        target = target.masked_fill(~pixels, IGNORED_DIRECTION)
+    if direction.shape[2:] == target.shape[1:]:
+        return F.cross_entropy(direction.float(), target.long(), ignore_index=IGNORED_DIRECTION, reduction="sum")
+    return upsample_cross_entropy(direction, target, ignore_index=IGNORED_DIRECTION, reduction="sum")

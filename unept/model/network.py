@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..validation import check_arguments
+from ..validation import check_arguments, check_choice
+from .attention_variants import ATTENTIONS
 from .backbone import Backbone, PyramidProjection
 from .boundary import DIRECTIONS, PixelHead, Refinement, SubpixelConv
 from .finite import require_numbers
@@ -45,14 +46,25 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         num_decoder_layers: layers of the decoder.
         ffn_dim: hidden channels of the transformer's feed-forward networks.
         dropout: dropout probability in the transformer.
+        attention: `"sparse_sampling"`, or one of those that Table 8 compares it with: `"full"`, `"sparse_transformer"`,
+            `"longformer"` or `"reformer"` (`unept.model.attention_variants`).
+        decoder_self_attention: that of the context queries among themselves; None means `attention`.
         context_queries: `"spatial"`, or `"learned"` for the paper's baseline without a spatial branch (Table 5), which
-            predicts no boundary and does not refine.
+            predicts no boundary and does not refine; `"spatial+learned"` adds such a table to the spatial branch's
+            features where they enter the decoder.
         boundary_upsampling: how boundaries and directions come from 1/8 to the resolution of the image: `"bilinear"`,
             as in the paper, or `"subpixel"`, where the last convolution of each head predicts all 64 pixels of a block.
         boundary_features: what the boundary and direction heads see: `"spatial"`, the spatial branch alone, as in the
             paper, or `"spatial+decoder"`, the output of the decoder too.
         logits_stride: image pixels per pixel of the class logits along each axis: 8, as in the paper, or 4, 2 or 1,
             where the classifier predicts every pixel of a block.
+        num_directions: m, the even number of directions that the direction head tells apart.
+        spatial_widths: channels of the first two convolutions of the spatial branch; None means (32, d_model).
+        spatial_last_relu: whether the spatial branch ends in a ReLU.
+        level_norm: whether a group normalisation follows the 1x1 convolution of each level.
+        position_resize: how a ViT's position embedding is resized: `"bicubic"`, as in timm, or `"bilinear"`, as in the
+            paper.
+        scale_encoding_std: standard deviation of the scale encoding at the start.
         classes: names of the K classes, kept in config.json.
         palette: an (r, g, b) for each class, kept there too.
         in_chans: number of channels of an image, C.
@@ -90,10 +102,18 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         num_decoder_layers: int = 2,
         ffn_dim: int = 2048,
         dropout: float = 0.1,
+        attention: str = "sparse_sampling",
+        decoder_self_attention: str | None = None,
         context_queries: str = "spatial",
         boundary_upsampling: str = "bilinear",
         boundary_features: str = "spatial",
         logits_stride: int = STRIDE,
+        num_directions: int = len(DIRECTIONS),
+        spatial_widths: Sequence[int] | None = None,
+        spatial_last_relu: bool = True,
+        level_norm: bool = True,
+        position_resize: str = "bicubic",
+        scale_encoding_std: float = 0.02,
         classes: Sequence[str] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
         in_chans: int = 3,
@@ -105,13 +125,15 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         check_arguments(UNEPT.__init__, arguments)
         check_sizes(arguments)
         check_labels(num_classes, classes=classes, palette=palette)
-        _check_choice("context_queries", context_queries, "spatial", "learned")
-        _check_choice("boundary_upsampling", boundary_upsampling, "bilinear", "subpixel")
-        _check_choice("boundary_features", boundary_features, "spatial", "spatial+decoder")
-        _check_choice("logits_stride", logits_stride, 1, 2, 4, 8)
+        check_choice("attention", attention, *ATTENTIONS)
+        check_choice("decoder_self_attention", decoder_self_attention or attention, *ATTENTIONS)
+        check_choice("context_queries", context_queries, "spatial", "learned", "spatial+learned")
+        check_choice("boundary_upsampling", boundary_upsampling, "bilinear", "subpixel")
+        check_choice("boundary_features", boundary_features, "spatial", "spatial+decoder")
+        check_choice("logits_stride", logits_stride, 1, 2, 4, 8)
         self.in_chans = in_chans
         self.set_labels(num_classes, classes, palette)
-        self.refines = context_queries == "spatial"
+        self.refines = context_queries != "learned"
 
         self.backbone = Backbone(
             backbone,
@@ -121,8 +143,9 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
             weights=backbone_weights,
             in_chans=in_chans,
             image_size=backbone_image_size,
+            position_resize=position_resize,
         )
-        self.pyramid = PyramidProjection(self.backbone.channels, d_model)
+        self.pyramid = PyramidProjection(self.backbone.channels, d_model, level_norm)
         size = LayerSize(
             d_model=d_model,
             num_heads=num_heads,
@@ -130,17 +153,24 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
             num_points=num_points,
             ffn_dim=ffn_dim,
             dropout=dropout,
+            attention=attention,
+            decoder_self_attention=decoder_self_attention,
         )
-        self.encoder = Encoder(num_encoder_layers, size)
+        self.encoder = Encoder(num_encoder_layers, size, scale_encoding_std)
         self.decoder = Decoder(num_decoder_layers, size)
         self.logits_stride = logits_stride
         self.classifier = _classifier(d_model, num_classes, logits_stride)
-        self.queries = SpatialBranch(d_model, in_chans) if self.refines else LearnedQueries(d_model)
+        self.queries: nn.Module = (
+            SpatialBranch(d_model, in_chans, spatial_widths, spatial_last_relu)
+            if self.refines
+            else LearnedQueries(d_model)
+        )
+        self.query_table = LearnedQueries(d_model) if context_queries == "spatial+learned" else None
         self.boundary_stride = 1 if boundary_upsampling == "subpixel" else STRIDE
         self.boundaries_see_decoder = boundary_features == "spatial+decoder"
         channels, upscale = d_model * (1 + self.boundaries_see_decoder), STRIDE // self.boundary_stride
         self.boundary_head = PixelHead(channels, 1, upscale=upscale) if self.refines else None
-        self.direction_head = PixelHead(channels, len(DIRECTIONS), upscale=upscale) if self.refines else None
+        self.direction_head = PixelHead(channels, num_directions, upscale=upscale) if self.refines else None
 
         self.divisor = math.lcm(STRIDE, self.backbone.divisor)
         self.preprocessing: dict[str, Any] = {"input": "uint8 RGB"}
@@ -188,8 +218,9 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
                 What is normalised is converted to the dtype of the weights.
 
         Returns:
-            Maps (B, K, h, w), (B, 1, h', w') and (B, 8, h', w'). By default h = h' = ceil(H / 8) and w = w' =
-            ceil(W / 8); see `UNEPTOutput`.
+            Maps (B, K, h, w), (B, 1, h', w') and (B, m, h', w'). By default h = h' = ceil(H / 8) and w = w' =
+            ceil(W / 8); see `UNEPTOutput`. For `torch.jit.trace` and `torch.onnx.export`, which take nothing but
+            tensors, it is a plain tuple of the maps that there are.
 
         Raises:
             ValueError: the images have another shape.
@@ -205,14 +236,20 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         details = self.queries(padded)
         tokens, shapes = self.pyramid(self.backbone(padded))
         memory = self.encoder(tokens, shapes)
-        decoded = self.decoder(details, memory, shapes)
+        queries = details if self.query_table is None else details + self.query_table(padded)
+        decoded = self.decoder(queries, memory, shapes)
         covered = padded_size((height, width))
         logits = _crop(self.classifier(decoded), covered, self.logits_stride)
         if self.boundary_head is None or self.direction_head is None:
-            return UNEPTOutput(logits, None, None, self.logits_stride)
+            return self._output(logits)
         seen = torch.cat([details, decoded], dim=1) if self.boundaries_see_decoder else details
         boundary = _crop(self.boundary_head(seen), covered, self.boundary_stride)
         direction = _crop(self.direction_head(seen), covered, self.boundary_stride)
+        return self._output(logits, boundary, direction)
+
+    def _output(self, logits: Tensor, boundary: Tensor | None = None, direction: Tensor | None = None) -> Any:
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            return tuple(maps for maps in (logits, boundary, direction) if maps is not None)
         return UNEPTOutput(logits, boundary, direction, self.logits_stride)
 
     def predict(self, images: Tensor, *, refine: bool = True, refine_scale: int = 1, refine_steps: int = 1) -> Tensor:
@@ -247,10 +284,3 @@ def _classifier(d_model: int, num_classes: int, stride: int) -> nn.Module:
 def _crop(maps: Tensor, size: Sequence[int], stride: int) -> Tensor:
     """Crop maps (B, C, h, w) of a stride to those of the first pixels, `size` (H, W), a multiple of the stride."""
     return maps[:, :, : size[0] // stride, : size[1] // stride]
-
-
-def _check_choice(name: str, value: Any, *choices: Any) -> None:
-    """Raise ValueError for an option of `UNEPT` that is none of its choices."""
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices[:-1])
-        raise ValueError(f"{name} is {value!r}; it must be {listed} or {choices[-1]!r}")

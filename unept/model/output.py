@@ -38,7 +38,7 @@ class DenseOutput(Protocol):
 
     @property
     def direction(self) -> Tensor | None:
-        """(B, 8, h', w'); the direction with the largest score points into the segment; None likewise."""
+        """(B, m, h', w'); the direction with the largest score points into the segment; None likewise."""
 
     def confidence(self, ids: Tensor, offset: Tensor | None) -> Tensor:
         """Probability (B, H, W) float32 of the classes `ids` (B, H, W), read at p + offset(p) (`read_offset`)."""
@@ -56,7 +56,8 @@ class UNEPTOutput(NamedTuple):
     boundary: Tensor | None
     """(B, 1, h', w'): logit of "closer to another class than 5 pixels"; None without a spatial branch."""
     direction: Tensor | None
-    """(B, 8, h', w'): logits of the directions into the segment (`unept.model.boundary.DIRECTIONS`); None likewise."""
+    """(B, m, h', w'): logits of the m directions into the segment, by default the 8 of
+    `unept.model.boundary.DIRECTIONS`; None likewise."""
     logits_stride: int = STRIDE
     """Image pixels per pixel of `logits`, along each axis: 8, 4, 2 or 1."""
 
@@ -84,7 +85,7 @@ class AveragedOutput(NamedTuple):
     boundary: Tensor | None
     """(B, 1, h', w'): probability of "closer to another class than 5 pixels"; None without a spatial branch."""
     direction: Tensor | None
-    """(B, 8, h', w'): probabilities of the directions into the segment; None likewise."""
+    """(B, m, h', w'): probabilities of the directions into the segment; None likewise."""
 
     @property
     def scores(self) -> Tensor:

@@ -1,44 +1,13 @@
 """The context branch: encoder, decoder, position and scale encoding (Eq. 5, Sec. 3.1)."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Shapes, SparseSamplingAttention
-
-
-def reference_grid(shapes: Shapes, device: torch.device) -> Tensor:
-    """Pixel centres of maps [(H_l, W_l)], one map after another.
-
-    Returns:
-        (1, S, 2) float32 with S = sum of H_l * W_l: (x, y) in [0, 1], pixel i of n at (i + 0.5) / n.
-    """
-    grids = []
-    for height, width in shapes:
-        y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
-        x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
-        grids.append(torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1).flatten(0, 1))
-    return torch.cat(grids)[None]
-
-
-def sine_position_encoding(points: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
-    """Sine and cosine of the coordinates at geometrically spaced frequencies.
-
-    Args:
-        points: (..., 2), (x, y) in [0, 1].
-        dim: number of channels, a multiple of 4.
-        temperature: ratio of the highest frequency to the lowest.
-
-    Returns:
-        (..., dim): the first half of the channels encodes y, the second half x.
-    """
-    count = dim // 4
-    frequency = 2 * math.pi * temperature ** -(torch.arange(count, device=points.device, dtype=points.dtype) / count)
-    angle = points.flip(-1)[..., None] * frequency  # (..., 2, dim / 4): y first
-    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+from .attention_variants import build_attention
+from .encoding import Shapes, reference_grid, sine_position_encoding
 
 
 class FeedForward(nn.Sequential):
@@ -59,7 +28,7 @@ class FeedForward(nn.Sequential):
 
 @dataclass(frozen=True)
 class LayerSize:
-    """The size of the layers of encoder and decoder."""
+    """The size of the layers of encoder and decoder, and their attention."""
 
     d_model: int
     """Channels of queries, values and output, a multiple of `num_heads` and of 4."""
@@ -73,10 +42,15 @@ class LayerSize:
     """Hidden channels of the feed-forward network."""
     dropout: float
     """Dropout probability after each attention and in the feed-forward network."""
+    attention: str = "sparse_sampling"
+    """Which attention, one of `unept.model.attention_variants.ATTENTIONS`."""
+    decoder_self_attention: str | None = None
+    """The one of the context queries among themselves; None means `attention`."""
 
-    def attention(self, num_levels: int) -> SparseSamplingAttention:
-        """A new attention of this size over `num_levels` levels."""
-        return SparseSamplingAttention(self.d_model, self.num_heads, num_levels, self.num_points)
+    def build_attention(self, num_levels: int, *, name: str | None = None, cross: bool = False) -> nn.Module:
+        """A new attention of this size over `num_levels` levels; `cross` if queries and values are different tokens."""
+        name = name or self.attention
+        return build_attention(name, self.d_model, self.num_heads, num_levels, self.num_points, cross=cross)
 
 
 class EncoderLayer(nn.Module):
@@ -84,7 +58,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, size: LayerSize):
         super().__init__()
-        self.self_attention = size.attention(size.num_levels)
+        self.self_attention = size.build_attention(size.num_levels)
         self.dropout = nn.Dropout(size.dropout)
         self.norm1 = nn.LayerNorm(size.d_model)
         self.feed_forward = FeedForward(size.d_model, size.ffn_dim, size.dropout)
@@ -111,8 +85,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, size: LayerSize):
         super().__init__()
-        self.self_attention = size.attention(num_levels=1)
-        self.cross_attention = size.attention(size.num_levels)
+        self.self_attention = size.build_attention(num_levels=1, name=size.decoder_self_attention)
+        self.cross_attention = size.build_attention(size.num_levels, cross=True)
         self.dropout = nn.Dropout(size.dropout)
         self.norm1 = nn.LayerNorm(size.d_model)
         self.norm2 = nn.LayerNorm(size.d_model)
@@ -172,11 +146,12 @@ class Encoder(LayerStack):
     Args:
         num_layers: number of layers.
         size: of each layer.
+        scale_encoding_std: standard deviation of the scale encoding at the start.
     """
 
-    def __init__(self, num_layers: int, size: LayerSize):
+    def __init__(self, num_layers: int, size: LayerSize, scale_encoding_std: float = 0.02):
         super().__init__()
-        self.scale_encoding = nn.Parameter(torch.randn(size.num_levels, size.d_model) * 0.02)
+        self.scale_encoding = nn.Parameter(torch.randn(size.num_levels, size.d_model) * scale_encoding_std)
         self.layers = nn.ModuleList(EncoderLayer(size) for _ in range(num_layers))
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:

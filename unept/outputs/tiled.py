@@ -47,11 +47,12 @@ def tile_config(config: InferenceConfig) -> InferenceConfig:
     """
     if config.scales != (1.0,):
         raise ValueError(f"scales are {config.scales}; with --tiled the only scale is 1")
-    if config.short_side:
-        raise ValueError(
-            f"the model was trained on images of short side {config.short_side}, but --tiled sees images at their own "
-            "size: add --short-side 0 if the size of objects in pixels is that of the training images"
-        )
+    for side, pixels in (("short", config.short_side), ("long", config.long_side)):
+        if pixels:
+            raise ValueError(
+                f"the model was trained on images of {side} side {pixels}, but --tiled sees images at their own size: "
+                f"add --{side}-side 0 if the size of objects in pixels is that of the training images"
+            )
     return config if config.window else replace(config, window=WINDOW, window_stride=0)
 
 

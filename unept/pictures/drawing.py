@@ -6,7 +6,7 @@ format. Letters: H, W height and width, K number of classes, M heads, L levels, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,11 +59,78 @@ def refinement_panel(
     rows, columns = slice(top, top + height), slice(left, left + width)
     maps = (None if m is None else m[..., rows, columns] for m in sample[1:])
     figure, axes = _sample_figure([sample, Sample("enlarged", *maps)], classes, palette)
-    for axis in axes[0]:
-        for color, linewidth in (("black", 3), ("white", 1.5)):  # visible on dark and on light pictures
+    _frame(axes[0], window)
+    save_figure(figure, path, bbox_inches="tight")
+
+
+def prediction_panel(
+    name: str,
+    image: Tensor,
+    truth: Tensor | None,
+    predictions: Mapping[str, Tensor],
+    window: tuple[int, int, int, int],
+    classes: Sequence[str],
+    palette: Palette,
+    path: Path,
+) -> None:
+    """Draw an image, its truth and several predictions; an enlarged window; and the errors of each (Fig. 1, 3).
+
+    Args:
+        name: the label of the first row.
+        image: uint8 (3, H, W).
+        truth: the class ids (H, W), 255 where they are ignored; without it no errors are drawn.
+        predictions: the class ids (H, W) by the names of the models.
+        window: what to enlarge, (top, left, height, width) in pixels.
+        classes: the class names.
+        palette: their colors.
+        path: the file to write.
+    """
+    top, left, height, width = window
+    ids = {**({} if truth is None else {"truth": truth.cpu()}), **{n: p.cpu() for n, p in predictions.items()}}
+    pictures = {"image": image.cpu(), **{label: colorize(of, palette) for label, of in ids.items()}}
+    rows = {name: pictures, "enlarged": {n: p[:, top : top + height, left : left + width] for n, p in pictures.items()}}
+    if truth is not None:
+        rows["wrong (red)"] = {label: error_map(ids[label], ids["truth"]) for label in predictions}
+    size = (COLUMN * len(pictures), COLUMN * image.shape[1] / image.shape[2] * len(rows) + 1)
+    figure = Figure(figsize=size, dpi=DPI, layout="compressed")
+    axes = figure.subplots(len(rows), len(pictures), squeeze=False)
+    for axes_row, (label, row) in zip(axes, rows.items(), strict=True):
+        for axis, column in zip(axes_row, pictures, strict=True):
+            if column in row:
+                _show_picture(axis, _to_array(row[column]))
+            else:
+                axis.set_axis_off()
+        shown = next(axis for axis, column in zip(axes_row, pictures, strict=True) if column in row)
+        shown.set_ylabel(label, fontsize=8)
+    for axis, column in zip(axes[0], pictures, strict=True):
+        axis.set_title(column, fontsize=11)
+    _frame(axes[0], window)
+    _class_legend(figure, list(ids.values()), classes, palette)
+    save_figure(figure, path, bbox_inches="tight")
+
+
+def error_map(ids: Tensor, truth: Tensor, ignore_index: int = 255) -> Tensor:
+    """Where class ids (H, W) differ from the truth: uint8 (3, H, W), red if wrong, light if right, dark if ignored."""
+    colors = torch.tensor([[235, 235, 235], [214, 39, 40], [90, 90, 90]], dtype=torch.uint8)
+    kind = (ids != truth).long().masked_fill(truth == ignore_index, 2)
+    return colors[kind].permute(2, 0, 1)
+
+
+def _frame(axes: Iterable[Any], window: tuple[int, int, int, int]) -> None:
+    """Frame a window (top, left, height, width) in pictures, visible on dark and on light ones."""
+    top, left, height, width = window
+    for axis in axes:
+        for color, linewidth in (("black", 3), ("white", 1.5)):
             frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color=color, linewidth=linewidth)
             axis.add_patch(frame)
-    save_figure(figure, path, bbox_inches="tight")
+
+
+def _class_legend(figure: Figure, maps: Sequence[Tensor], classes: Sequence[str], palette: Palette) -> None:
+    """Name the classes that occur in maps of class ids below the pictures."""
+    ids = torch.cat([ids.flatten().cpu() for ids in maps]).unique().tolist()
+    patches = [Patch(color=np.array(palette[k]) / 255, label=classes[k]) for k in ids if k < len(classes)]
+    columns = int(figure.get_figwidth() / 1.7)
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 def _sample_figure(samples: Sequence[Sample], classes: Sequence[str], palette: Palette) -> tuple[Figure, np.ndarray]:
@@ -80,10 +147,8 @@ def _sample_figure(samples: Sequence[Sample], classes: Sequence[str], palette: P
         axes_row[0].set_ylabel(sample.name, fontsize=8)
     for axis, column in zip(axes[0], columns, strict=True):
         axis.set_title(column, fontsize=11)
-    shown = [ids.flatten().cpu() for sample in samples for ids in (sample.truth, sample.prediction) if ids is not None]
-    ids = torch.cat(shown).unique().tolist()
-    patches = [Patch(color=np.array(palette[k]) / 255, label=classes[k]) for k in ids if k < len(classes)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=int(width / 1.7), fontsize=9, frameon=False)
+    maps = [ids for sample in samples for ids in (sample.truth, sample.prediction) if ids is not None]
+    _class_legend(figure, maps, classes, palette)
     return figure, axes
 
 
@@ -254,24 +319,28 @@ def _mark_star(axis: Any, xy: tuple[float, float], filled: bool = True) -> None:
 
 
 def class_comparison(
-    rows: Sequence[tuple[str, float, float]], labels: tuple[str, str], means: tuple[float, float], path: Path
+    rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], means: Sequence[float], path: Path
 ) -> None:
-    """Draw the IoU per class of two runs as pairs of bars, in the order given, and their difference (Fig. 8).
+    """Draw the IoU per class of several runs as groups of bars, in the order given (Fig. 8).
+
+    Beside each group stands how far the first run is ahead of the best of the others.
 
     Args:
-        rows: per class its name and the two IoU, from 0 to 1.
-        labels: the names of the two runs.
-        means: the mIoU of the two runs over all classes.
+        rows: per class its name and the IoU in each run, from 0 to 1.
+        labels: the names of the runs.
+        means: the mIoU of the runs over all classes.
         path: the file to write.
     """
-    figure = Figure(figsize=(7.5, 1.4 + 0.42 * len(rows)), dpi=DPI, layout="constrained")
+    count = len(labels)
+    figure = Figure(figsize=(7.5, 1.4 + 0.21 * count * len(rows)), dpi=DPI, layout="constrained")
     axis = figure.subplots()
-    positions = np.arange(len(rows))
-    for i in range(2):
-        label = f"{labels[i]} (mIoU {means[i]:.1%})"
-        axis.barh(positions + 0.4 * i - 0.2, [row[1 + i] for row in rows], 0.38, color=f"C{i}", label=label)
-    for y, (_, first, second) in enumerate(rows):
-        axis.text(max(first, second) + 0.01, y, f"{100 * (first - second):+.1f}", va="center", fontsize=8)
+    positions, thickness = np.arange(len(rows)), 0.8 / count
+    for i, (label, mean) in enumerate(zip(labels, means, strict=True)):
+        offset = thickness * (i - (count - 1) / 2)
+        values = [iou[i] for _, iou in rows]
+        axis.barh(positions + offset, values, 0.95 * thickness, color=f"C{i}", label=f"{label} (mIoU {mean:.1%})")
+    for y, (_, iou) in enumerate(rows):
+        axis.text(max(iou) + 0.01, y, f"{100 * (iou[0] - max(iou[1:])):+.1f}", va="center", fontsize=8)
     axis.set_yticks(positions, [row[0] for row in rows])
     axis.set(xlim=(0, 1.1), ylim=(len(rows) - 0.4, -0.6), xlabel="IoU; beside the bars the difference in points")
     axis.set_xticks(np.linspace(0, 1, 6))

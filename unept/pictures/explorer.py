@@ -69,7 +69,11 @@ def draw_points(model: UNEPT, image: Tensor, config: InferenceConfig, query: tup
         config: how images are seen.
         query: (x, y) of the pixel.
         path: the file to write.
+
+    Raises:
+        NotInModel: the attention of the model samples no points (Table 8).
     """
     recording = record(model, image.to(model.mean.device), config, query, sampling_layer(model, "decoder", None))
+    assert recording.points is not None
     caption = f"what the decoder reads for pixel ({query[0]:g}, {query[1]:g})"
     drawing.sampled_points(recording.points, image.cpu(), caption, path)

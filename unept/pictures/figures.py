@@ -1,9 +1,9 @@
-"""The paper's figures: samples (Fig. 1), refinement (Fig. 3, 4), pyramid (Fig. 5) and attention (Fig. 6).
+"""The paper's figures: samples, models compared (Fig. 1, 3), refinement (Fig. 4), pyramid (Fig. 5), attention (Fig. 6).
 
 Letters: H, W height and width of the image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ..data import SegmentationDataset
 from ..data.loader import OnBadSample, read_sample, report_skipped
 from ..evaluation.evaluator import check_classes
 from ..evaluation.inspection import ImageScore
-from ..inference import InferenceConfig, infer
+from ..inference import InferenceConfig, infer, predict_ids
 from ..model.network import UNEPT
 from ..model.output import DenseOutput, SegmentationModel, boundary_probability, class_ids
 from . import drawing
@@ -113,13 +113,13 @@ def draw_worst(
     drawing.sample_panel(samples, dataset.classes, dataset.palette, path)
 
 
-def most_different(first: Tensor, second: Tensor) -> tuple[int, int, int, int]:
-    """The window (top, left, height, width), 1/4 of (H, W) each way, in which most ids of two maps (H, W) differ.
+def most_different(first: Tensor, *others: Tensor) -> tuple[int, int, int, int]:
+    """The window (top, left, height, width), 1/4 of (H, W) each way, in which most ids of some maps (H, W) differ.
 
     Of several such windows it is the one nearest to the centre; so the centre itself where the maps are the same.
     """
     height, width = (max(1, n // ZOOM) for n in first.shape)
-    differ = (first != second).float()[None, None]
+    differ = torch.stack([first != other for other in others]).any(0).float()[None, None]
     counts = (F.avg_pool2d(differ, (height, width), stride=1)[0, 0] * height * width).round().cpu()
     rows, columns = (torch.arange(n) - (n - 1) / 2 for n in counts.shape)
     distance = (rows[:, None].square() + columns.square()).masked_fill(counts < counts.max(), torch.inf)
@@ -152,6 +152,33 @@ def draw_refinement(
     window = most_different(sample.prediction, sample.refined)
     drawing.refinement_panel(sample, window, model.classes, model.palette, path)
     return float((sample.prediction != sample.refined).float().mean())
+
+
+def draw_predictions(
+    predictors: Mapping[str, tuple[SegmentationModel, InferenceConfig]],
+    image: Tensor,
+    truth: Tensor | None,
+    name: str,
+    path: Path,
+) -> None:
+    """Draw what models predict for an image, their errors, and an enlarged window where they differ most.
+
+    A single model is compared with the truth.
+
+    Args:
+        predictors: each model and its views by its name, all with the same classes.
+        image: uint8 (C, H, W), on the models' device, shown by `as_rgb`.
+        truth: the class ids (H, W), or None.
+        name: the label of the picture.
+        path: the file to write.
+    """
+    predictions = {label: predict_ids(model, image, config)[0].cpu() for label, (model, config) in predictors.items()}
+    model = next(iter(predictors.values()))[0]
+    maps = list(predictions.values())
+    if len(maps) == 1 and truth is not None:
+        maps.append(truth.cpu())
+    window = most_different(*maps)
+    drawing.prediction_panel(name, as_rgb(image), truth, predictions, window, model.classes, model.palette, path)
 
 
 def draw_pyramid(image: Tensor, recording: Recording, path: Path) -> None:

@@ -56,21 +56,26 @@ class Recording(NamedTuple):
     attention: list[Tensor]
     """The attention of each block of the backbone, averaged over heads, (B', T, T). B' is 1 unless the block attends
     within windows."""
-    points: SampledPoints
-    """The points that the query reads."""
+    points: SampledPoints | None
+    """The points that the query reads; None where no attention was given."""
 
 
 def record(
-    model: UNEPT, image: Tensor, config: InferenceConfig, query: tuple[float, float], attention: SparseSamplingAttention
+    model: UNEPT,
+    image: Tensor,
+    config: InferenceConfig,
+    query: tuple[float, float],
+    attention: SparseSamplingAttention | None,
 ) -> Recording:
     """Pass one view of the image through the network and record what happens inside.
 
     Args:
         model: a network in any mode; it is evaluated in `eval()` and left as it was.
         image: uint8 (3, H, W) on the model's device.
-        config: inference options, of which only `short_side` and `amp` count.
+        config: inference options, of which only `short_side`, `long_side` and `amp` count.
         query: a position (x, y) in pixels of the image.
-        attention: the layer of `model` whose points to record; of its queries the nearest to `query` is taken.
+        attention: the layer of `model` whose points to record; of its queries the nearest to `query` is taken. None
+            records no points.
     """
     size = (image.shape[1], image.shape[2])
     seen: dict[str, Any] = {}
@@ -86,16 +91,18 @@ def record(
         seen["features"] = [feature[0].float().cpu() for feature in output]
 
     def note_points(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen["points"] = points_of_query(attention, *args, covered=seen["covered"], position=query)
+        assert isinstance(module, SparseSamplingAttention)
+        seen["points"] = points_of_query(module, *args, covered=seen["covered"], position=query)
 
     once = dataclasses.replace(config, scales=(1.0,), flip=False, window=0, window_stride=0)
     with contextlib.ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(note_view).remove)
         stack.callback(model.backbone.register_forward_hook(note_features).remove)
-        stack.callback(attention.register_forward_hook(note_points).remove)
+        if attention is not None:
+            stack.callback(attention.register_forward_hook(note_points).remove)
         maps = stack.enter_context(_record_attention(model.backbone))
         infer(model, image, once)
-    return Recording(seen["covered"], seen["features"], maps, seen["points"])
+    return Recording(seen["covered"], seen["features"], maps, seen.get("points"))
 
 
 @contextlib.contextmanager
@@ -167,12 +174,19 @@ def sampling_layer(model: UNEPT, name: Attention, layer: int | None) -> SparseSa
 
     Raises:
         ValueError: if there is no such layer.
+        NotInModel: if the attention is not sparse sampling (Table 8) and thus samples no points.
     """
     layers: Any = model.encoder.layers if name == "encoder" else model.decoder.layers
     if layer is not None and layer > len(layers):
         raise ValueError(f"layer is {layer}, but this network's {name.split('-')[0]} has {len(layers)} layers")
     chosen = layers[-1 if layer is None else layer - 1]
-    return chosen.cross_attention if name == "decoder" else chosen.self_attention
+    attention = chosen.cross_attention if name == "decoder" else chosen.self_attention
+    if not isinstance(attention, SparseSamplingAttention):
+        raise NotInModel(
+            f"no points picture: this network's attention is {model.options['attention']!r}, which samples no points; "
+            "it takes a network with 'sparse_sampling'"
+        )
+    return attention
 
 
 def principal_components(features: Tensor, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,9 @@ def build_loss(config: TrainConfig, dataset: SegmentationDataset) -> UNEPTLoss:
         distributed.run_on_main(lambda: class_weights(config, dataset)),
         pixel_loss=config.recipe.pixel_loss(),
         region_losses=config.recipe.region_losses(),
+        num_directions=config.model.num_directions,
+        direction_pixels=config.direction_pixels,
+        boundary_balance=config.boundary_balance,
     )
 
 

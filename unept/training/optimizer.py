@@ -90,7 +90,7 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """Return the factor of the learning rates at a step, which counts from 0."""
     warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.schedule == "step":
-        return warmup * (0.1 if step >= config.iterations * 2 / 3 else 1.0)
+        return warmup * (0.1 if step >= config.iterations * config.lr_drop else 1.0)
     if config.schedule == "poly":
         return warmup * (1 - step / config.iterations) ** 0.9
     return warmup * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
@@ -100,7 +100,7 @@ def describe_schedule(config: TrainConfig, step: int) -> str:
     """Say in a sentence what the learning rate is at a step, which counts from 0, and how it goes on."""
     rate = config.lr * learning_rate_factor(config, step)
     if config.schedule == "step":
-        drop = math.ceil(config.iterations * 2 / 3)
+        drop = math.ceil(config.iterations * config.lr_drop)
         rest = f"falls to {0.1 * config.lr:.1e} at step {drop}" if step < drop else "stays there"
     else:
         rest = "falls along a cosine to 0" if config.schedule == "cosine" else "falls as a power of the steps left to 0"

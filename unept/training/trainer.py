@@ -20,7 +20,7 @@ from ..data.loader import Batch
 from ..data.photometric import distort
 from ..evaluation.evaluator import evaluate_model
 from ..memory import memory_advice, out_of_memory
-from ..model.loss import Targets
+from ..model.loss import Targets, UNEPTLoss
 from ..model.network import UNEPT
 from ..model.output import TrainableModel
 from ..pictures.figures import draw_samples
@@ -83,7 +83,7 @@ class Trainer:
         self.resumes = distributed.run_on_main(lambda: run_folder.should_resume(config, out))
         self.model = self.build_model().to(self.device)
         freeze(self.model, config.recipe)
-        self.loss = build_loss(config, self.train_set).to(self.device)
+        self.loss = self.build_loss().to(self.device)
         if config.matmul_precision == "high":
             torch.set_float32_matmul_precision("high")
         self.amp = uses_bfloat16(config.amp, self.device.type)
@@ -123,6 +123,10 @@ class Trainer:
             options.update(pretrained_backbone=False, backbone_weights=None)
         model = UNEPT(len(classes), classes=classes, palette=self.train_set.palette, **options)
         return prepare_model(model, self.config.recipe, resumes)
+
+    def build_loss(self) -> UNEPTLoss:
+        """Return the loss. A subclass that trains another network may return another one."""
+        return build_loss(self.config, self.train_set)
 
     def train(self) -> dict[str, Any]:
         """Train to the last step, from the last checkpoint if the run is continued.
@@ -363,16 +367,9 @@ class Trainer:
         )
 
     def _draw_samples(self) -> None:
-        if self.config.num_samples:
-            draw_samples(
-                self.evaluated_model,
-                self.validation_set,
-                self.config.num_samples,
-                self.inference,
-                self.device,
-                self.out / "samples" / f"step_{self.step:08d}.png",
-                self.config.data.on_bad_sample,
-            )
+        if count := self.config.num_samples:
+            path, on_bad = self.out / "samples" / f"step_{self.step:08d}.png", self.config.data.on_bad_sample
+            draw_samples(self.evaluated_model, self.validation_set, count, self.inference, self.device, path, on_bad)
 
     def save(self) -> None:
         """Save a checkpoint on rank 0; all ranks have to call it."""

@@ -1,0 +1,103 @@
+"""Which trainings and measurements `bench.ablations` makes, and the networks that they build."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from unept.config import ModelConfig
+from unept.presets import DEIT
+
+from .compared import ComparedNetwork
+from .heads import build_network
+from .models import CONVOLUTIONAL_HEADS
+from .smp import Baseline
+
+FINAL = "unept"
+BASELINES = {"DeepLabV3+": "DeepLabV3Plus", "UPerNet": "UPerNet", "FPN": "FPN", "SegFormer": "Segformer"}
+# Further networks of Tables 1, 2, 7 and 8, on the same backbone.
+COMPARED = {"PSPNet": "PSPNet", "DeepLabV3": "DeepLabV3", **{name: name for name in CONVOLUTIONAL_HEADS}}
+RATES = (3.0,)  # times the learning rates
+PAPER_GB = {"resnet50": 7.0, DEIT: 8.5}  # Table 8, batch 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, or one measurement of memory."""
+
+    name: str
+    part: str
+    """Part of the plan (`bench.ablations`)."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Options of `ModelConfig` for a training of UNEPT, arguments of `measure_memory` for a measurement."""
+    baseline: str | None = None
+    """Key of `BASELINES` or `COMPARED`; None trains UNEPT."""
+    rate: float = 1.0
+    """Factor of the learning rates."""
+    seed: int = 0
+
+    @property
+    def row(self) -> str:
+        """Name of the row of the table; trainings that differ only in their seed share it."""
+        return self.name.removesuffix(f" seed {self.seed}")
+
+    def with_seed(self, seed: int) -> "Job":
+        """Return the same training with another seed."""
+        return dataclasses.replace(self, name=f"{self.row} seed {seed}", part="seeds", seed=seed)
+
+    def build(self, classes: Sequence[str], palette: Sequence[Any], model: ModelConfig) -> ComparedNetwork:
+        """Build the baseline of this job (`bench.heads.training.Build`)."""
+        assert self.baseline is not None
+        if self.baseline in CONVOLUTIONAL_HEADS:
+            return build_network(self.baseline, classes, palette, model.backbone, weights=model.backbone_weights)
+        architecture = {**BASELINES, **COMPARED}[self.baseline]
+        return Baseline(architecture, classes, palette, model.backbone_weights)
+
+
+def plan(results: dict[str, dict[str, Any]], seeds: int = 1) -> list[Job]:
+    """List the jobs that are known so far.
+
+    Args:
+        results: of the jobs that are done, by name. Two more seeds of the final network and of the best baseline follow
+            from them.
+        seeds: number of seeds of every training.
+    """
+    jobs = [
+        Job("baseline", "parts", {"num_levels": 1, "context_queries": "learned"}),
+        Job("pyramid", "parts", {"context_queries": "learned"}),
+        Job(FINAL, "parts"),
+        *(Job(name, "baselines", baseline=name) for name in BASELINES),
+        *(Job(name, "compared", baseline=name) for name in COMPARED),
+        *(
+            Job(f"{name} x{rate:g}", "rates", baseline=None if name == FINAL else name, rate=rate)
+            for name in (FINAL, *BASELINES)
+            for rate in RATES
+        ),
+        *(
+            Job(f"L={scales} N={points}", "points", {"num_levels": scales, "num_points": points})
+            for scales, points in ((1, 4), (1, 16), (3, 4))  # L=3 N=16 is the final network
+        ),
+    ]
+    best = {name: job for name in (FINAL, *BASELINES) if (job := best_rate(name, jobs, results)) is not None}
+    if len(best) == 1 + len(BASELINES):
+        strongest = max(BASELINES, key=lambda name: results[best[name].name]["mIoU"])
+        jobs += [best[name].with_seed(seed) for seed in (1, 2) for name in (FINAL, strongest)]
+    jobs += [job.with_seed(seed) for seed in range(1, seeds) for job in jobs if job.part != "seeds"]
+    jobs = list({job.name: job for job in jobs}.values())
+    for backbone in PAPER_GB:
+        for batch in (2, 16):
+            for backend in ("triton", "torch"):
+                for amp in ("bf16", "float32"):
+                    for mode in ("compiled", "eager"):
+                        name = f"memory {backbone.split('_')[0]} B={batch} {backend} {amp} {mode}"
+                        choice = {"backbone": backbone, "batch": batch, "backend": backend, "amp": amp, "mode": mode}
+                        jobs.append(Job(name, "memory", choice))
+    return jobs
+
+
+def best_rate(name: str, jobs: Sequence[Job], results: dict[str, dict[str, Any]]) -> Job | None:
+    """Return the training of a network whose learning rate gave the highest mIoU; None until all have a result."""
+    own = [job for job in jobs if job.part != "seeds" and not job.model and (job.baseline or FINAL) == name]
+    if not all("mIoU" in results.get(job.name, {}) for job in own):
+        return None
+    return max(own, key=lambda job: results[job.name]["mIoU"])
