@@ -5,6 +5,7 @@ import importlib.metadata
 from .model.loss import UNEPTLoss
 from .model.network import UNEPT
 from .model.output import UNEPTOutput
+from .model.refiner import Refiner
 from .model.registry import create_model, list_models
 from .segmenter import Segmentation, Segmenter
 
@@ -12,4 +13,4 @@ try:
     __version__ = importlib.metadata.version("unept")
 except importlib.metadata.PackageNotFoundError:  # used from a clone without installing
     __version__ = "0+unknown"
-__all__ = ["UNEPT", "Segmentation", "Segmenter", "UNEPTLoss", "UNEPTOutput", "create_model", "list_models"]
+__all__ = ["UNEPT", "Refiner", "Segmentation", "Segmenter", "UNEPTLoss", "UNEPTOutput", "create_model", "list_models"]

@@ -158,8 +158,8 @@ class UNEPTLoss(nn.Module):
             size = (targets.labels.shape[1], targets.labels.shape[2])
             offset = refinement_offset(output.boundary, output.direction, size, ONE_STEP)
             losses["refined"] = self._cross_entropy(output, targets, offset) / segmentation_count
-            losses["boundary"] = self._boundary_sum(output.boundary, targets) / pixel_count
-            losses["direction"] = _direction_sum(output.direction, targets) / boundary_count
+            boundary_sum, direction_sum = self.boundary_sums(output.boundary, output.direction, targets)
+            losses["boundary"], losses["direction"] = boundary_sum / pixel_count, direction_sum / boundary_count
         weighted = [getattr(self.weights, name) * loss for name, loss in losses.items()]
         return {"loss": torch.stack(weighted).sum(), **losses}
 
@@ -173,6 +173,16 @@ class UNEPTLoss(nn.Module):
             class_weights=self.class_weights,
             reduction="sum",
         )
+
+    def boundary_sums(self, boundary: Tensor, direction: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """L_bound and L_dir of Eq. 7, summed over pixels: `targets.counts[1]` and `[2]` divide them.
+
+        Args:
+            boundary: logits (B, 1, h, w).
+            direction: logits (B, 8, h, w).
+            targets: what `targets` gives with boundaries.
+        """
+        return self._boundary_sum(boundary, targets), _direction_sum(direction, targets)
 
     def _boundary_sum(self, boundary: Tensor, targets: Targets) -> Tensor:
         """Summed binary cross-entropy of boundary logits (B, 1, h, w)."""
