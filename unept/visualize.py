@@ -162,7 +162,8 @@ def draw_comparisons(options: VisualizeConfig) -> int:
     """
     assert options.compare is not None
     device = cli.choose_device(options.device)
-    found, missing = [], 0
+    found: list[FoundImage] = []
+    missing = 0
     if options.images:
         found, missing = cli.find_named_images(options.images, options.recursive, options.out)
     loaded = [load_run(run, device) for run in options.compare]
