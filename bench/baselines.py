@@ -135,3 +135,21 @@ def dcnv4() -> Op:
         return function.apply(value, maps.tensor, maps.starts, both, value.shape[0], logits.shape[-1]).flatten(2)
 
     return run
+
+
+def deformops(fp32acc: bool, softmax: bool = False) -> Op:
+    """The Triton backend of deformops, all tensors in the dtype of value.
+
+    Args:
+        fp32acc: sum the gradient of value in float32, not in value's dtype.
+        softmax: take logits (B, Q, M, L, N) in place of weights.
+    """
+    needs_cuda("deformops")
+    registry = imported("deformops.registry", "deformops (with Python 3.12 or newer)")
+    options = {"backend": registry.Backend.TRITON, "fp32acc": fp32acc, "softmax": softmax}
+
+    def run(value: Tensor, maps: Maps, locations: Tensor, scores: Tensor) -> Tensor:
+        tensors = (locations.to(value.dtype).contiguous(), scores.to(value.dtype).contiguous())
+        return registry.msda(value, maps.tensor, maps.starts, *tensors, **options)
+
+    return run

@@ -29,6 +29,9 @@ VARIANTS = [
     "hub kernel",
     "msda-triton",
     "DCNv4",
+    "deformops",
+    "deformops fp32acc",
+    "deformops fp32acc softmax",
 ]
 BASELINE = "grid_sample"
 BASELINE_OPS: dict[str, tuple[Callable[[], baselines.Op], str]] = {
@@ -37,7 +40,11 @@ BASELINE_OPS: dict[str, tuple[Callable[[], baselines.Op], str]] = {
     "hub kernel": (baselines.hub_kernel, "kernels"),
     "msda-triton": (baselines.msda_triton, "msda-triton"),
     "DCNv4": (baselines.dcnv4, "DCNv4"),
+    "deformops": (partial(baselines.deformops, fp32acc=False), "deformops"),
+    "deformops fp32acc": (partial(baselines.deformops, fp32acc=True), "deformops"),
+    "deformops fp32acc softmax": (partial(baselines.deformops, fp32acc=True, softmax=True), "deformops"),
 }
+TAKE_LOGITS = ("DCNv4", "deformops fp32acc softmax")
 HEADS, CHANNELS = 8, 32
 CHECKED_QUERIES = 256
 # DCNv4 rounds locations to float16, about 0.02 of 60 pixels, whatever its inputs.
@@ -166,7 +173,7 @@ def function_of(case: Case, name: str, maps: Maps, reference: Tensor) -> Callabl
 
     def run(value: Tensor, points: Tensor, scores: Tensor) -> Tensor:
         locations, weights = deformable_inputs(maps, points, scores, reference.to(points.dtype))
-        return op(value, maps, locations, scores if name == "DCNv4" else weights)
+        return op(value, maps, locations, scores if name in TAKE_LOGITS else weights)
 
     return run
 
@@ -235,6 +242,8 @@ def prepare(case: Case, problem: Callable[[], Problem], name: str) -> Variant:
         baselines.needs_cuda("Triton")
     if name == "DCNv4" and (case.points not in (4, 8) or case.dtype != torch.float16):
         raise Unavailable("DCNv4 takes N of 4 or 8 and float16 only")
+    if case.op == "ms_deform_attn" and name in TAKE_LOGITS[1:]:
+        raise Unavailable("this form takes logits, and the case gives weights")
     made = problem()
     run = function_of(case, name, made.maps, made.reference)
     if name.endswith("compiled"):

@@ -32,7 +32,7 @@ def sparse_sampling_attention(
     (B or 1, Q, 2), the paper's c_q in [0, 1], give out (B, Q, M * D).
     """
     offsets, logits = offsets.permute(2, 0, 1, 3, 4, 5), logits.permute(2, 0, 1, 3, 4)  # heads first
-    weights = logits.flatten(3).softmax(-1).unflatten(3, logits.shape[3:])
+    weights = logits.flatten(3).softmax(-1).reshape(logits.shape)
     locations = []
     for (height, width), offset in zip(spatial_shapes, offsets.unbind(3), strict=True):
         dx, dy = offset.unbind(-1)
@@ -63,15 +63,14 @@ def weighted_samples(
 
     In an image at [0, 1] x [0, 1], as here, pixel centres lie at (i + 1/2) / size; samples outside are zero.
     """
-    B, _, M, _ = value.shape
     maps = value.permute(2, 0, 3, 1).split([height * width for height, width in spatial_shapes], dim=3)
     out = value.new_zeros(())
     for level, (height, width) in enumerate(spatial_shapes):
-        image = maps[level].reshape(M * B, -1, height, width)
+        image = maps[level].flatten(0, 1).unflatten(2, (height, width))  # (M * B, D, height, width)
         grid = (2 * locations[level] - 1).flatten(0, 1).to(value.dtype)  # (M * B, Q, N, 2), in [-1, 1]
         samples = F.grid_sample(image, grid, align_corners=False)  # (M * B, D, Q, N)
         out = out + (samples * weights[:, :, :, level].flatten(0, 1)[:, None]).sum(-1)
-    return out.unflatten(0, (M, B)).permute(1, 3, 0, 2).flatten(2)  # (B, Q, M * D)
+    return out.unflatten(0, locations[0].shape[:2]).permute(1, 3, 0, 2).flatten(2)  # (B, Q, M * D)
 
 
 # --- interpolation ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The signals that stop a run, and how the processes that read its data are kept out of them."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -18,10 +19,14 @@ def shield_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+        # The process that started it, which is not the parent of a process that a fork server has forked.
+        parent = multiprocessing.parent_process()
+        starter = os.getppid() if parent is None or parent.pid is None else parent.pid
+        threading.Thread(target=_end_when_asked, args=(starter,), daemon=True).start()
 
 
-def _end_when_the_parent_asks() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _end_when_asked(starter: int) -> None:
+    """End this process at a SIGTERM from the process that started it, as `multiprocessing` sends it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != starter:
         pass
     os._exit(0)

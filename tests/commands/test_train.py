@@ -9,6 +9,7 @@ import pytest
 from unept import train
 from unept.config import DataConfig, ModelConfig, TrainConfig
 from unept.presets import PRESETS
+from unept.recipe import RecipeConfig
 
 
 def test_no_argument_is_the_shapes_preset():
@@ -27,9 +28,9 @@ def test_help_explains_every_option(preset, capsys):
     with pytest.raises(SystemExit):
         train.parse([preset, "--help"])
     text = capsys.readouterr().out
-    for part in (ModelConfig, DataConfig, TrainConfig):
+    for part in (ModelConfig, DataConfig, RecipeConfig, TrainConfig):
         for field in dataclasses.fields(part):
-            if field.name not in ("model", "data"):
+            if field.name not in ("model", "data", "recipe"):
                 assert f"--{field.name.replace('_', '-')}" in text or f"--no-{field.name.replace('_', '-')}" in text
     words = " ".join(text.replace("│", " ").split())
     for explanation in ("lambda_1..4 of Eq. 7", "Optimiser steps", "Mirror half of the training images"):

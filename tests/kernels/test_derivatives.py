@@ -63,6 +63,7 @@ def test_ops_with_first_derivatives_only_say_so():
 # --- torch.func -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("op", [attention, deformable])
 def test_torch_func(op, backend):
     case = make_case(**SMALL, shared=True, normalised=op is deformable)
@@ -87,6 +88,7 @@ def stacked(cases):
     return tuple(torch.stack([case.inputs[name].detach() for case in cases]) for name in cases[0].inputs)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("op", [attention, deformable])
 def test_vmap(op, backend):
     cases = [

@@ -219,7 +219,8 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
 
         Returns:
             Maps (B, K, h, w), (B, 1, h', w') and (B, m, h', w'). By default h = h' = ceil(H / 8) and w = w' =
-            ceil(W / 8); see `UNEPTOutput`.
+            ceil(W / 8); see `UNEPTOutput`. For `torch.jit.trace` and `torch.onnx.export`, which take nothing but
+            tensors, it is a plain tuple of the maps that there are.
 
         Raises:
             ValueError: the images have another shape.
@@ -240,10 +241,15 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         covered = padded_size((height, width))
         logits = _crop(self.classifier(decoded), covered, self.logits_stride)
         if self.boundary_head is None or self.direction_head is None:
-            return UNEPTOutput(logits, None, None, self.logits_stride)
+            return self._output(logits)
         seen = torch.cat([details, decoded], dim=1) if self.boundaries_see_decoder else details
         boundary = _crop(self.boundary_head(seen), covered, self.boundary_stride)
         direction = _crop(self.direction_head(seen), covered, self.boundary_stride)
+        return self._output(logits, boundary, direction)
+
+    def _output(self, logits: Tensor, boundary: Tensor | None = None, direction: Tensor | None = None) -> Any:
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            return tuple(maps for maps in (logits, boundary, direction) if maps is not None)
         return UNEPTOutput(logits, boundary, direction, self.logits_stride)
 
     def predict(self, images: Tensor, *, refine: bool = True, refine_scale: int = 1, refine_steps: int = 1) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +35,7 @@ class WandbTracker:
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=folder.name,
-            id=_run_id(folder, "wandb", wandb.util.generate_id),
+            id=_run_id(folder, "wandb", lambda: uuid.uuid4().hex[:12]),
             resume="allow",
             dir=str(folder),
             config=options,
