@@ -82,8 +82,9 @@ class Refiner(nn.Module):
         mean, std = ((buffer.flatten() / 255).tolist() for buffer in (model.mean, model.std))
         first: Any = model.boundary_head[0][0]  # its first convolution
         refiner = cls(first.in_channels, first.out_channels, STRIDE // model.boundary_stride, mean, std)
-        refiner.branch, refiner.boundary_head = model.queries, model.boundary_head
-        refiner.direction_head = model.direction_head
+        parts: Any = model  # whose heads are there, as was checked
+        refiner.branch = parts.queries
+        refiner.boundary_head, refiner.direction_head = parts.boundary_head, parts.direction_head
         return refiner.to(model.mean.device).train(model.training)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,8 +111,9 @@ class Refiner(nn.Module):
             criterion: has the weights, the radius and the id that is ignored.
         """
         targets: Targets = criterion.targets(labels)
-        boundary, direction = criterion.boundary_losses(*self(images), targets)
-        return criterion.weights.boundary * boundary + criterion.weights.direction * direction
+        boundary, direction = self(images)
+        boundary_loss, direction_loss = criterion.boundary_losses(boundary, direction, targets)
+        return criterion.weights.boundary * boundary_loss + criterion.weights.direction * direction_loss
 
     def refine(self, prediction: Tensor, images: Tensor, refinement: Refinement = TWO_PIXELS) -> Tensor:
         """Refine what any model predicts for images, in evaluation mode and without gradients.
