@@ -6,6 +6,7 @@ from .data.registry import register_dataset
 from .model.loss import UNEPTLoss
 from .model.network import UNEPT
 from .model.output import UNEPTOutput
+from .model.refiner import Refiner
 from .model.registry import create_model, list_models
 from .segmenter import Segmentation, Segmenter
 
@@ -15,6 +16,7 @@ except importlib.metadata.PackageNotFoundError:  # used from a clone without ins
     __version__ = "0+unknown"
 __all__ = [
     "UNEPT",
+    "Refiner",
     "Segmentation",
     "Segmenter",
     "UNEPTLoss",

@@ -196,16 +196,13 @@ class UNEPTLoss(nn.Module):
             What `forward` returns.
         """
         counts = torch.where(targets.counts == 0, 1, targets.counts)
-        segmentation_count, pixel_count, boundary_count, image_count = counts.unbind()
+        segmentation_count, _, _, image_count = counts.unbind()
         losses = {"segmentation": self._cross_entropy(output, targets) / segmentation_count}
         if output.boundary is not None and output.direction is not None:
             size = (targets.labels.shape[1], targets.labels.shape[2])
             offset = refinement_offset(output.boundary, output.direction, size, ONE_STEP)
             losses["refined"] = self._cross_entropy(output, targets, offset) / segmentation_count
-            boundary = upsample_boundary(output.boundary, size)
-            losses["boundary"] = self._boundary_loss(boundary, targets, pixel_count, boundary_count)
-            predicted = boundary > 0 if self.direction_pixels == "predicted" else None
-            losses["direction"] = _direction_sum(output.direction, targets, predicted) / boundary_count
+            losses["boundary"], losses["direction"] = self.boundary_losses(output.boundary, output.direction, targets)
         for name, region_sum in self.region_losses.items():
             losses[name] = region_sum(output.logits, targets.labels) / image_count
         weights = {**vars(self.weights), **self.region_weights}
@@ -221,6 +218,20 @@ class UNEPTLoss(nn.Module):
             ignore_index=self.ignore_index,
             class_weights=self.class_weights,
         )
+
+    def boundary_losses(self, boundary: Tensor, direction: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """L_bound and L_dir of Eq. 7, divided by the counts of `targets`.
+
+        Args:
+            boundary: logits (B, 1, h, w).
+            direction: logits (B, m, h, w).
+            targets: what `targets` gives with boundaries.
+        """
+        _, pixel_count, boundary_count, _ = torch.where(targets.counts == 0, 1, targets.counts).unbind()
+        logits = upsample_boundary(boundary, (targets.labels.shape[1], targets.labels.shape[2]))
+        predicted = logits > 0 if self.direction_pixels == "predicted" else None
+        direction_loss = _direction_sum(direction, targets, predicted) / boundary_count
+        return self._boundary_loss(logits, targets, pixel_count, boundary_count), direction_loss
 
     def _boundary_loss(self, logits: Tensor, targets: Targets, pixels: Tensor, boundary_pixels: Tensor) -> Tensor:
         """Binary cross-entropy of boundary logits (B, H, W), divided by the number of pixels of the whole batch."""

@@ -1,0 +1,82 @@
+"""The refinement on its own: any model's ids and logits, a UN-EPT's heads, training on labels, files."""
+
+import pytest
+import torch
+from torch import nn
+
+from unept import UNEPT, Refiner
+from unept.data.shapes import Shapes
+from unept.model.boundary import Refinement
+from unept.training.refiner import train_refiner
+
+
+class Perfect(Refiner):
+    """Knows that the image is bright on the right of a vertical edge, and how to walk away from it."""
+
+    def forward(self, images):
+        bright = images[:, :1].float() > 100
+        edge = bright.float().diff(dim=3, prepend=bright[..., :1].float()).abs()
+        near = nn.functional.max_pool2d(edge, (1, 9), 1, (0, 4)) > 0
+        direction = torch.zeros(len(images), 8, *images.shape[2:])
+        direction[:, 4:5][bright] = 1  # to the right where bright
+        direction[:, 0:1][~bright] = 1
+        return near.float() * 20 - 10, direction
+
+
+def test_refines_ids_and_logits_of_any_model():
+    images = torch.zeros(1, 3, 16, 32, dtype=torch.uint8)
+    images[..., 16:] = 200
+    wrong = (torch.arange(32) >= 14).long().expand(1, 16, 32)  # the edge two pixels too far left
+    right = (torch.arange(32) >= 16).long().expand(1, 16, 32)
+    refiner, two = Perfect(width=8), Refinement(scale=2)
+    assert torch.equal(refiner.refine(wrong, images, two), right)
+    assert refiner.refine(wrong.to(torch.uint8), images, two).dtype == torch.uint8
+    logits = nn.functional.one_hot(wrong, 3).permute(0, 3, 1, 2).float()
+    assert torch.equal(refiner.refine(logits, images, two), right)
+    coarse = nn.functional.avg_pool2d(logits, 4)
+    assert refiner.refine(coarse, images, two).shape == (1, 16, 32)
+    for bad in (wrong[..., :8], wrong.float(), wrong.repeat(2, 1, 1)):
+        with pytest.raises(
+            ValueError, match=r"give integer ids \(1, 16, 32\), or floating-point logits \(1, K, h, w\)"
+        ):
+            refiner.refine(bad, images)
+
+
+@pytest.mark.parametrize("upsampling", ["bilinear", "subpixel"])
+def test_taken_from_a_model(upsampling):
+    sizes = {"d_model": 16, "num_heads": 2, "num_points": 2, "ffn_dim": 16, "boundary_upsampling": upsampling}
+    model = UNEPT(3, "resnet10t", **sizes).eval()
+    for parameter in (*model.boundary_head.parameters(), *model.direction_head.parameters()):
+        nn.init.normal_(parameter, std=0.5)
+    images = torch.randint(0, 256, (2, 3, 40, 50), dtype=torch.uint8)
+    refiner = Refiner.from_model(model)
+    with torch.no_grad():
+        output = model(images)
+        boundary, direction = refiner(images)
+    # At its border the network sees more of the padding.
+    torch.testing.assert_close(boundary[..., :4, :4], output.boundary[..., :4, :4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(direction[..., :4, :4], output.direction[..., :4, :4], rtol=1e-4, atol=1e-5)
+    seeing_more = UNEPT(3, "resnet10t", **sizes, boundary_features="spatial+decoder")
+    with pytest.raises(ValueError, match="see the decoder's features: give a model"):
+        Refiner.from_model(seeing_more)
+    with pytest.raises(ValueError, match="do not exist: give a model"):
+        Refiner.from_model(UNEPT(3, "resnet10t", **sizes, context_queries="learned"))
+
+
+def test_trained_on_labels_and_kept_in_a_file(tmp_path):
+    torch.manual_seed(0)
+    refiner = Refiner(width=16, hidden=16)
+    losses = train_refiner(refiner, Shapes(split="train", size=64), iterations=12, batch_size=2, crop_size=64, lr=5e-3)
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
+    assert not refiner.training
+    refiner.save(tmp_path / "refiner.safetensors")
+    again = Refiner.load(tmp_path / "refiner.safetensors")
+    images = torch.randint(0, 256, (1, 3, 30, 44), dtype=torch.uint8)
+    ids = torch.randint(0, 3, (1, 30, 44))
+    assert torch.equal(again.refine(ids, images), refiner.refine(ids, images))
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="does not hold a Refiner"):
+        Refiner.load(tmp_path / "other.safetensors")
