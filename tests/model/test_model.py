@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import itertools
+import json
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from unept import train
 from unept.model.attention import SparseSamplingAttention, ring_offsets
 from unept.model.backbone import Backbone
 from unept.model.boundary import DIRECTIONS, Refinement, SubpixelConv, refinement_offset
+from unept.model.hub import DIGEST
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
 from unept.model.transformer import DecoderLayer, EncoderLayer, LayerSize, reference_grid, sine_position_encoding
@@ -400,6 +402,10 @@ def test_saved_model_with_missing_weights_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "model")
     kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder")}
     save_file({name: tensor.clone() for name, tensor in kept.items()}, tmp_path / "model" / "model.safetensors")
+    config = tmp_path / "model" / "config.json"
+    options = json.loads(config.read_text())
+    del options[DIGEST]  # that of other weights is refused before
+    config.write_text(json.dumps(options))
     with pytest.raises(RuntimeError, match=r"encoder\.scale_encoding"):
         UNEPT.from_pretrained(str(tmp_path / "model"))
 
@@ -448,7 +454,7 @@ def test_unreachable_hub_names_the_alternatives(monkeypatch):
         ({"backbone": "resnet5"}, "close names: resnet"),
         ({"d_model": 30, "num_heads": 3}, "multiple of 8"),
         ({"num_heads": 5}, "multiple of num_heads"),
-        ({"context_queries": "none"}, "'spatial' or 'learned'"),
+        ({"context_queries": "none"}, "'spatial', 'learned' or 'spatial"),
         ({"classes": ["a"]}, "classes has 1 entries"),
         ({"num_levels": 9}, "lower num_levels"),
     ],
