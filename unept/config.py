@@ -158,8 +158,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_type("imports", self.imports, tuple[str, ...])
-        import_modules(self.imports)
-        if isinstance(self.dataset, str):
+        # Reading the options of a run must not run code that they name: `build` imports it.
+        deferred = bool(self.imports) and self.dataset not in DATASETS
+        if isinstance(self.dataset, str) and not deferred:
             find_dataset(self.dataset)  # whose message lists the names
         check_fields(self)
         for name, low, high in (("workers", 0, 1024), ("short_side", 8, 1 << 16), ("long_side", 8, 1 << 16)):
@@ -176,12 +177,13 @@ class DataConfig:
             self.short_side is None or self.long_side is None,
             f"short_side is {self.short_side} and long_side {self.long_side}; give one of them",
         )
-        self._check_dataset_options()
-        in_memory = find_dataset(self.dataset).in_memory
-        _require(not in_memory or self.root is None, f"dataset {self.dataset!r} is made in memory: omit --root")
+        if not deferred:
+            self._check_dataset_options()
 
     def _check_dataset_options(self) -> None:
         """Raise ValueError for an option that is set although the data set does not have it, and would not heed it."""
+        in_memory = find_dataset(self.dataset).in_memory
+        _require(not in_memory or self.root is None, f"dataset {self.dataset!r} is made in memory: omit --root")
         own = find_dataset(self.dataset).options
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for entry_name, entry in DATASETS.items():
@@ -194,6 +196,8 @@ class DataConfig:
 
     def build(self, split: str, root: Path | None = None) -> SegmentationDataset:
         """Build one split of the data set, from another root if one is given; raises as `unept.data.build_dataset`."""
+        import_modules(self.imports)
+        self._check_dataset_options()
         options = {name: getattr(self, name) for name in find_dataset(self.dataset).options}
         return build_dataset(self.dataset, root or self.root, split, **options)
 

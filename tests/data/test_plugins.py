@@ -73,7 +73,9 @@ def test_a_dataset_of_ones_own(module, tmp_path, capsys):
     # As in a process of its own, which knows nothing of the dataset yet.
     DATASETS.pop(module)
     sys.modules.pop(module)
-    assert load_run(out, torch.device("cpu"))[0].data.build("val").classes == ("dark", "light")
+    config, _ = load_run(out, torch.device("cpu"))
+    assert module not in sys.modules, "options that are only read run no code"
+    assert config.data.build("val").classes == ("dark", "light")
     evaluate.evaluate_run(evaluate.EvaluateConfig(out, workers=0))
     assert "dark" in capsys.readouterr().out
     model = UNEPT.from_pretrained(out / "model")
@@ -87,14 +89,14 @@ def test_a_dataset_of_ones_own(module, tmp_path, capsys):
 def test_modules_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="imports names the module no_such_module, which is not found: start"):
-        DataConfig(imports=("no_such_module",))
+        DataConfig(imports=("no_such_module",)).build("train")
     with pytest.raises(ValueError, match="augmentation is 'json'; give module:object"):
         load_object("json", "augmentation")
     with pytest.raises(ValueError, match="but json has no augment"):
         load_object("json:augment", "augmentation")
     (tmp_path / "needs_more.py").write_text("import no_such_module\n")
     with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_module'"):
-        DataConfig(imports=("needs_more",))
+        DataConfig(imports=("needs_more",)).build("train")
 
 
 def test_entry_points(module, monkeypatch):
@@ -108,7 +110,7 @@ def test_entry_points(module, monkeypatch):
 
 
 def test_a_name_is_given_once(module):
-    DataConfig(imports=(module,))
+    DataConfig(imports=(module,), dataset=module).build("train")
     with pytest.raises(ValueError, match=f"there is a dataset '{module}' already"):
         register_dataset(module)(TrainConfig)
 
