@@ -191,7 +191,10 @@ def test_poly_schedule():
         ({"layer_decay": 0.0}, r"layer_decay is 0\.0; it must be in \(0, 1\]"),
         ({"clip_grad": -1.0}, r"clip_grad is -1\.0; it must be 0 or more"),
         ({"label_smoothing": 1.0}, r"label_smoothing is 1\.0; it must be in \[0, 1\)"),
-        ({"segmentation_loss": "hinge"}, "segmentation_loss is 'hinge'; give one of cross-entropy, focal, ohem"),
+        (
+            {"segmentation_loss": "hinge"},
+            "segmentation_loss is 'hinge'; it must be 'cross-entropy' or 'focal' or 'ohem'",
+        ),
     ],
 )
 def test_options_that_are_refused(options, message):

@@ -14,6 +14,7 @@ from tests.helpers.states import training_state
 from unept.config import DataConfig, ModelConfig, TrainConfig
 from unept.files import read_json_lines
 from unept.memory import memory_advice
+from unept.recipe import RecipeConfig
 from unept.training import checkpoint
 from unept.training.history import ADVISED_TO_CHANGE, FREE_TO_CHANGE, changed_options
 from unept.training.lock import locked
@@ -115,7 +116,8 @@ def test_every_option_that_a_message_names_may_change(tmp_path):
     named = {name.replace("-", "_") for text in advice for name in re.findall(r"--([a-z][a-z-]*)", text)}
     assert named >= {"accumulate", "batch_size", "crop_size", "amp", "window", "lr", "warmup", "resume"}
     assert named <= ADVISED_TO_CHANGE | FREE_TO_CHANGE
-    known = {field.name for part in (TrainConfig, DataConfig, ModelConfig) for field in dataclasses.fields(part)}
+    parts = (TrainConfig, DataConfig, ModelConfig, RecipeConfig)
+    known = {field.name for part in parts for field in dataclasses.fields(part)}
     assert known >= ADVISED_TO_CHANGE | FREE_TO_CHANGE
 
 

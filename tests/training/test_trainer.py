@@ -19,6 +19,7 @@ from unept.config import TrainConfig
 from unept.data import DatasetError
 from unept.files import read_json_lines
 from unept.model.network import UNEPT
+from unept.signals import SIGNALS
 from unept.training import checkpoint
 from unept.training.class_weights import balanced_class_weights
 from unept.training.interruption import Stopped
@@ -103,6 +104,16 @@ def test_resume_after_sigkill_is_exact(finished, data, tmp_path, capsys):
     assert str(out / "samples") in stdout
 
 
+@pytest.fixture
+def signals_heard():
+    """Signals that a shell has this process ignore, as that of a job in the background, are heard as in a terminal."""
+    defaults = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def interrupt(monkeypatch, method: str, when, number: int) -> None:
     """Send this process a signal in a method of the trainer, once `when(trainer)` is true."""
     called = getattr(Trainer, method)
@@ -115,6 +126,7 @@ def interrupt(monkeypatch, method: str, when, number: int) -> None:
     monkeypatch.setattr(Trainer, method, wrapped)
 
 
+@pytest.mark.usefixtures("signals_heard")
 def test_signals_finish_the_step_and_lose_nothing(finished, data, tmp_path, capsys):
     """The command is stopped by one signal after another, in steps and in an evaluation; continued, it ends as ever."""
     out = tmp_path / "stopped"
@@ -146,6 +158,7 @@ def test_signals_finish_the_step_and_lose_nothing(finished, data, tmp_path, caps
     assert final["best"] == expected["best"]
 
 
+@pytest.mark.usefixtures("signals_heard")
 def test_second_interrupt_ends_at_once(data, tmp_path, monkeypatch):
     trainer = Trainer(config_of(data), tmp_path / "run")
 

@@ -338,6 +338,7 @@ class Trainer:
         self.throughput.stop()
         with out_of_memory(f"while evaluating whole images: --window sees them in parts. {describe_saved(self.out)}"):
             self.scores = self.evaluate()
+        self._stop(self.signals.now())
         better = not self.best >= 0 or self.scores["mIoU"] > self.best  # no score so far may be NaN, too
         self.stale = 0 if better else self.stale + 1
         if better:
