@@ -78,6 +78,8 @@ def make(options: Options) -> None:
     for name in ("refine_scale", "refine_steps"):
         if (value := getattr(options, name)) is not None:
             setattr(config, name, value)
+    config.amp = "auto"  # the model may run on a CPU without bfloat16
+    model.preprocessing.pop("amp", None)
     model.preprocessing.update(config.inference().protocol())
     inference = resolve(InferenceOptions(), model)
     round_weights(model)
