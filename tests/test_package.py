@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"unept": "unept", "kernels": "unept/kernels"}
+DEMO_MODEL = {f"unept/assets/camvid_tiny/{name}" for name in ("README.md", "config.json", "model.safetensors")}
 TESTED_TOO = (
     "tests",
     "bench",
@@ -122,7 +123,7 @@ def test_wheel(wheel):
         (entry_points,) = (archive.read(name).decode() for name in names if name.endswith("/entry_points.txt"))
     assert len(names) == len(set(names))
     metadata = {name for name in names if ".dist-info/" in name}
-    assert set(names) - metadata == sources() | {"unept/py.typed"}
+    assert set(names) - metadata == sources() | {"unept/py.typed"} | DEMO_MODEL
     expected = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "entry_points.txt", "LICENSE"}
     assert {Path(name).name for name in metadata} == expected
     scripts = dict(re.findall(r"^([\w-]+) = (.+)$", entry_points, re.M))
@@ -171,7 +172,7 @@ def test_sdist(sdist, wheel, tmp_path):
     tested_too = [path for name in TESTED_TOO for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()]
     tested_too = {str(path.relative_to(ROOT)) for path in tested_too if path.suffix != ".pyc"}
     others = {"README.md", "LICENSE", "MANIFEST.in", "pyproject.toml", "PKG-INFO", "setup.cfg", "unept/py.typed"}
-    assert names == modules | tested_too | others
+    assert names == modules | tested_too | others | DEMO_MODEL
     (unpacked,) = tmp_path.iterdir()
     with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as other, zipfile.ZipFile(wheel) as archive:
         assert {file.filename: file.CRC for file in other.infolist()} == {
