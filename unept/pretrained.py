@@ -57,7 +57,7 @@ def load(source: str | Path, device: torch.device) -> UNEPT:
 
     Args:
         source: a run folder of `unept.train`, a folder that `save_pretrained` wrote, or, where there is no such path,
-            ORG/NAME of a repository on the Hugging Face hub.
+            ORG/NAME of a repository on the Hugging Face hub, or `camvid_tiny`, the demo model.
         device: device of the model.
 
     Returns:
@@ -68,6 +68,8 @@ def load(source: str | Path, device: torch.device) -> UNEPT:
         ValueError: its config.json or its weights cannot be read by this version.
     """
     folder = Path(source)
+    if str(source) == DEMO.name and not folder.exists():
+        folder = DEMO
     if (folder / "model.safetensors").is_file():
         return _read_model(folder, device)
     if not folder.exists() and REPOSITORY.fullmatch(str(source)):

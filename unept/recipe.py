@@ -14,9 +14,9 @@ class RecipeConfig:
     """What is not in the paper: fine-tuning, freezing, other losses, and how the optimiser is held."""
 
     init_from: str | None = None
-    """Start from a trained model: a run folder, a folder that save_pretrained wrote, or ORG/NAME on the Hugging Face
-    hub. The network is built as that one, unless options of the network say otherwise; every tensor that fits is taken,
-    and for other classes the classifier is made anew."""
+    """Start from a trained model: a run folder, a folder that save_pretrained wrote, camvid_tiny (the demo model), or
+    ORG/NAME on the Hugging Face hub. The network is built as that one, unless options of the network say otherwise;
+    every tensor that fits is taken, and for other classes the classifier is made anew."""
     freeze_backbone: bool = False
     """Do not train the backbone; its batch normalisation keeps its statistics too."""
     freeze_stages: int = 0

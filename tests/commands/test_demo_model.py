@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from unept import Segmenter, predict
+from unept import Segmenter, predict, train
 from unept.data.camvid import CLASSES
 from unept.pretrained import DEMO
 
@@ -34,6 +35,36 @@ def test_a_segmenter_without_a_source_is_the_demo_model_and_says_so():
     assert shares["Fence"] < 0.1
     assert found.confidence.mean() > 0.8
     assert 0.02 < (found.boundary > 0.5).float().mean() < 0.5
+
+
+def test_it_is_what_one_fine_tunes(tmp_path, monkeypatch, capsys):
+    """On a folder of two classes: all but the classifier is taken."""
+    for split in ("train", "val"):
+        for kind, mode, pixels in (("images", "RGB", (90, 90, 90)), ("labels", "L", 0)):
+            folder = tmp_path / "data" / kind / split
+            folder.mkdir(parents=True)
+            for i in range(2):
+                picture = Image.new(mode, (64, 48), pixels)
+                picture.paste(1 if mode == "L" else (200, 50, 50), (8 * i, 8, 8 * i + 24, 40))
+                picture.save(folder / f"{i}.png")
+    (tmp_path / "data" / "classes.txt").write_text("background\nthing\n")
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--short-side",
+        "48",
+        "--crop-size",
+        "48",
+        "48",
+        "--batch-size",
+        "2",
+        "--iterations",
+        "1",
+        "--workers",
+        "0",
+    ]
+    assert train.train(["folder", "--root", "data", "--init-from", "camvid_tiny", "--out", "tuned", *options]) == 0
+    assert re.search(r"Started from camvid_tiny: .*anew: classifier", capsys.readouterr().out)
+    assert Segmenter("tuned", device="cpu").classes == ("background", "thing")
 
 
 def test_a_command_without_a_run_takes_it_and_says_so(monkeypatch, tmp_path, capsys):
