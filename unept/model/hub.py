@@ -161,8 +161,8 @@ class HubMixin(
             with contextlib.redirect_stdout(None):  # PyTorchModelHubMixin announces local folders
                 model = super()._from_pretrained(model_id=model_id, strict=strict, **options)
             stored = dict(config.get("preprocessing", {}))
-            if model.in_chans != config.get("in_chans", 3):  # the stored ones are of other channels
-                for name in ("mean", "std"):
+            for name in ("mean", "std"):  # the stored ones are of other channels, or the caller gives others
+                if model.in_chans != config.get("in_chans", 3) or options.get(name) != config.get(name):
                     stored.pop(name, None)
             model.preprocessing.update(stored)
             if not other_classes:
@@ -236,6 +236,7 @@ def _check_stored(folder: Path, options: Mapping[str, Any], config: Mapping[str,
     check_sizes(numbers)
     if not (complete and weights.is_file()):
         return
+    _check_digest(weights)
     with safe_open(weights, "pt") as file:
         stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     if (least := least_parameters(numbers)) > stored:

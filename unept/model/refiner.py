@@ -36,6 +36,9 @@ class Refiner(nn.Module):
         upscale: 8 predicts every pixel (sub-pixel heads), 1 every eighth as the paper does, up-sampled bilinearly.
         mean: of RGB in [0, 1], with which uint8 images are normalised.
         std: the standard deviation likewise.
+        num_directions: m, directions that the direction head tells apart.
+        widths: channels of the first two convolutions of the branch; None: 32 and `width`.
+        last_relu: whether the branch ends in a ReLU.
 
     Example:
         >>> refiner = Refiner.load("refiner.safetensors")
@@ -52,17 +55,21 @@ class Refiner(nn.Module):
         upscale: int = STRIDE,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        num_directions: int = len(DIRECTIONS),
+        widths: Sequence[int] | None = None,
+        last_relu: bool = True,
     ):
         super().__init__()
         if upscale not in (1, STRIDE):
             raise ValueError(f"upscale is {upscale}; it must be 1 or {STRIDE}")
         self.options: dict[str, Any] = {"width": width, "hidden": hidden, "upscale": upscale}
-        self.options |= {"mean": [*mean], "std": [*std]}
-        self.branch = SpatialBranch(width)
+        self.options |= {"mean": [*mean], "std": [*std], "num_directions": num_directions}
+        self.options |= {"widths": None if widths is None else [*widths], "last_relu": last_relu}
+        self.branch = SpatialBranch(width, len(mean), widths, last_relu)
         self.boundary_head = PixelHead(width, 1, hidden=hidden, upscale=upscale)
-        self.direction_head = PixelHead(width, len(DIRECTIONS), hidden=hidden, upscale=upscale)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.direction_head = PixelHead(width, num_directions, hidden=hidden, upscale=upscale)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1) * 255, persistent=False)
 
     normalized = UNEPT.normalized
 
@@ -81,7 +88,16 @@ class Refiner(nn.Module):
             )
         mean, std = ((buffer.flatten() / 255).tolist() for buffer in (model.mean, model.std))
         first: Any = model.boundary_head[0][0]  # its first convolution
-        refiner = cls(first.in_channels, first.out_channels, STRIDE // model.boundary_stride, mean, std)
+        refiner = cls(
+            first.in_channels,
+            first.out_channels,
+            STRIDE // model.boundary_stride,
+            mean,
+            std,
+            num_directions=model.options["num_directions"],
+            widths=model.options["spatial_widths"],
+            last_relu=model.options["spatial_last_relu"],
+        )
         parts: Any = model  # whose heads are there, as was checked
         refiner.branch = parts.queries
         refiner.boundary_head, refiner.direction_head = parts.boundary_head, parts.direction_head
@@ -97,7 +113,7 @@ class Refiner(nn.Module):
             Logits (B, 1, h, w) of "closer to another class than 5 pixels" and (B, 8, h, w) of `DIRECTIONS`, for the
             image padded to multiples of 8, at all of its pixels or at 1/8.
         """
-        images = self.normalized(images)
+        images = self.normalized(images).to(next(self.parameters()).dtype)
         height, width = padded_size(images.shape[2:])
         features = self.branch(F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2])))
         return self.boundary_head(features), self.direction_head(features)

@@ -15,7 +15,16 @@ FREE_TO_CHANGE |= {"init_from", "patience", "grad_checkpointing", "tracker"}
 FREE_TO_CHANGE |= {"check_data", "on_bad_sample"}  # a file was found to be bad meanwhile
 # Options that change the result from there on. They are the way out that a message names: of too little memory, of a
 # loss that is not finite, of a number of processes that does not divide the batch, of a run that has ended too early.
-ADVISED_TO_CHANGE = {"accumulate", "batch_size", "crop_size", "amp", "compile", "window", "window_stride"}
+ADVISED_TO_CHANGE = {
+    "accumulate",
+    "batch_size",
+    "crop_size",
+    "amp",
+    "matmul_precision",
+    "compile",
+    "window",
+    "window_stride",
+}
 ADVISED_TO_CHANGE |= {"lr", "backbone_lr", "warmup", "iterations", "clip_grad"}
 
 Changes = dict[str, tuple[Any, Any]]

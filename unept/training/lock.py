@@ -59,9 +59,13 @@ def _lock(folder: Path) -> int:
                     raise FileExistsError(_refusal(folder, holder)) from None
                 raise
             warnings.warn(f"{path} cannot be locked here ({error}): start no other run in this folder", stacklevel=2)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError:
+            os.close(descriptor)
+            raise
         _locked.add(folder)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return descriptor
 
 

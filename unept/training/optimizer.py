@@ -77,7 +77,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, sta
         steps: number of steps after which it was stored.
     """
     options = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    # PyTorch places the counts of steps by what a group says of `fused`: on the device that this optimiser is on.
+    groups = [{**stored, **own} for stored, own in zip(state["param_groups"], options, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     scheduler.last_epoch = steps
     for group, own, rate, factor in zip(
         optimizer.param_groups, options, scheduler.base_lrs, scheduler.lr_lambdas, strict=True

@@ -41,7 +41,8 @@ def train_refiner(
         The loss of each step.
     """
     loader = training_loader(dataset, train_transform(crop_size), batch_size, seed, workers=workers)
-    criterion = UNEPTLoss(ignore_index=dataset.ignore_index)
+    num_directions = refiner.options["num_directions"]
+    criterion = UNEPTLoss(ignore_index=dataset.ignore_index, num_directions=num_directions)
     optimizer = torch.optim.AdamW(refiner.parameters(), lr, weight_decay=1e-4)
     schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / iterations)))
     device, losses = refiner.mean.device, []

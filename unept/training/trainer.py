@@ -287,6 +287,8 @@ class Trainer:
     def _stop(self, number: int) -> None:
         """End the run after its state was saved, if a signal asks for it (its number, or 0)."""
         if number:
+            if self.recorder is not None:
+                self.recorder.close()
             distributed.run_on_main(lambda: add_to_history(self.out, "stop", self.step, signal=number))
             raise Stopped(number, self.step)
 
