@@ -171,9 +171,9 @@ def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage],
             say(f"error: {error}", sys.stderr)
             failed += 1
         except OSError as error:
-            if error.errno in DISK_ERRORS:
+            if error.errno is None or error.errno in DISK_ERRORS:
                 raise
-            reason = os.strerror(error.errno or errno.EIO)
+            reason = os.strerror(error.errno)
             say(f"error: the results of {image.path} can't be written ({reason}): rename it", sys.stderr)
             failed += 1
     if failed:

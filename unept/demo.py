@@ -27,7 +27,7 @@ class DemoConfig:
 
     run: Path | None = None
     """Run folder that unept.train wrote, folder that save_pretrained wrote, or ORG/NAME of a repository on the Hugging
-    Face hub. None: the newest run folder with a model under runs/."""
+    Face hub. None: the newest run folder with a model under runs/, or the demo model if there is none."""
     host: str = "127.0.0.1"
     """Address to serve on. 0.0.0.0 lets other machines in."""
     port: int | None = None

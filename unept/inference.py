@@ -195,7 +195,7 @@ def resolve(options: InferenceOptions, model: SegmentationModel) -> InferenceCon
     if "window" in chosen:
         trained.pop("window_stride", None)  # it belongs to the trained window
     for name, other in (("short_side", "long_side"), ("long_side", "short_side")):
-        if name in chosen:
+        if chosen.get(name):
             trained.pop(other, None)
     values = {**trained, **chosen}
     if not model.refines:

@@ -121,7 +121,9 @@ def draw_image(options: VisualizeConfig, config: InferenceConfig, model: UNEPT, 
                 figures.draw_pyramid(image, recording, path)
             elif picture == "attention":
                 figures.draw_attention(model, image, recording, query, path)
-            elif recording.points is not None:
+            elif recording.points is None:
+                continue  # `missing` says why
+            else:
                 caption = f"{file.stem}: what a query of the {ATTENTIONS[options.points_of]} reads"
                 drawing.sampled_points(recording.points, image.cpu(), caption, path)
         except NotInModel as error:

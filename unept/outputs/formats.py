@@ -219,7 +219,14 @@ class CocoFile:
         """Add a segmented image."""
         height, width = result.ids.shape
         images, annotations = self.record["images"], self.record["annotations"]
-        images.append({"id": len(images) + 1, "file_name": result.file.name, "height": height, "width": width})
+        images.append(
+            {
+                "id": len(images) + 1,
+                "file_name": (result.name.parent / result.file.name).as_posix(),
+                "height": height,
+                "width": width,
+            }
+        )
         ids = result.ids.numpy()
         for k in np.unique(ids).tolist():
             mask = ids == k

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..colors import overlay
 from ..data import DatasetError
 from ..inference import InferenceConfig, Maps, averaged_output, predict_ids, window_maps, window_starts
+from ..model.finite import require_numbers
 from ..model.output import STRIDE, SegmentationModel, class_ids, padded_size
 from ..optional import require
 
@@ -163,8 +164,9 @@ def _row_of_windows(
     top, rows, width = place
     columns = min(config.window, width)
     lefts = window_starts(width, columns, config.window_stride)
-    for start in range(0, len(lefts), config.window_batch):
-        batch = lefts[start : start + config.window_batch]
+    step = max(1, config.window_batch // 2) if config.flip else config.window_batch  # mirrored ones go along
+    for start in range(0, len(lefts), step):
+        batch = lefts[start : start + step]
         crops = torch.stack([_read_padded(model, source, device, (top, left, rows, columns)) for left in batch])
         maps = window_maps(model, crops, config)
         for b, left in enumerate(batch):
@@ -188,6 +190,7 @@ def _class_ids(
     left, right = horizontal
     outer = (max(0, left - margin), min(right + margin, band.width))
     output = averaged_output(band.crop(vertical, outer))
+    require_numbers(output.scores)
     size = (vertical[1] - vertical[0], outer[1] - outer[0])
     return class_ids(output, size, config.refinement)[0, :, left - outer[0] : right - outer[0]].to("cpu", torch.uint8)
 

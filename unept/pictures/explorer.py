@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..colors import overlay
 from ..inference import InferenceConfig, infer, read_prediction
+from ..model.finite import require_numbers
 from ..model.network import UNEPT
 from ..model.output import boundary_probability, class_ids
 from . import charts, drawing
@@ -46,6 +47,7 @@ def explore(model: UNEPT, image: Tensor, config: InferenceConfig, alpha: float =
     size = image.shape[1:]
     refines = replace(config, refine=model.refines)
     output = infer(model, image.to(model.mean.device), refines)
+    require_numbers(output.scores)
     ids, confidence = (maps[0].cpu() for maps in read_prediction(output, size, refines))
     plain = class_ids(output, size, None)[0].cpu()
     image = image.cpu()
