@@ -270,6 +270,8 @@ def test_damaged_and_foreign_folders(saved, tmp_path):
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"broken/model\.safetensors is damaged"):
         load(broken, CPU)
+    with pytest.raises(ValueError, match=r"broken/model\.safetensors is damaged"):
+        UNEPT.from_pretrained(broken)
     edit_config(foreign, lambda stored: stored.update(d_model=64))
     with pytest.raises(ValueError, match=r"do not fit the network that its config.json describes"):
         load(foreign, CPU)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..files import sha256
@@ -236,9 +236,11 @@ def _check_stored(folder: Path, options: Mapping[str, Any], config: Mapping[str,
     check_sizes(numbers)
     if not (complete and weights.is_file()):
         return
-    _check_digest(weights)
-    with safe_open(weights, "pt") as file:
-        stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    try:
+        with safe_open(weights, "pt") as file:
+            stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise DamagedWeights(f"{weights} is damaged ({error}): restore it or train again") from error
     if (least := least_parameters(numbers)) > stored:
         raise ValueError(
             f"it describes a network of at least {least} parameters, but model.safetensors holds {stored}: restore the "
