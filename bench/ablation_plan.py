@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unept.config import ModelConfig
-from unept.presets import DEIT
+from unept.presets.recipe import DEIT
 
 from .compared import ComparedNetwork
 from .heads import build_network

@@ -37,7 +37,7 @@ from unept.files import write_json
 from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
-from unept.presets import camvid
+from unept.presets.small import camvid
 from unept.train import Trainer
 from unept.training.throughput import peak_memory
 

@@ -45,7 +45,7 @@ def benchmark(name: str, file: str, *options: str) -> Step:
 
 def steps() -> dict[str, list[Step]]:
     """The steps of each part."""
-    workers = ["-n", "4", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
     kernel_tests = ["tests/kernels", "-k", "triton and matches"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
     # An access past the end of a tensor shows only where each tensor is an allocation of its own.

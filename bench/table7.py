@@ -15,7 +15,7 @@ import timm
 from torch import Tensor, nn
 
 from unept.model.network import UNEPT
-from unept.presets import DEIT
+from unept.presets.recipe import DEIT
 
 from .counting import Cost, cost
 from .harness import Unavailable

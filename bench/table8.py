@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from unept.model.attention_variants import ATTENTIONS
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
-from unept.presets import DEIT
+from unept.presets.recipe import DEIT
 
 from .counting import cost, counted, kept_for_backward
 from .harness import DEVICE, device_name

@@ -142,7 +142,7 @@ def test_ci_finds_the_test_command():
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     (marked,) = re.findall(r"<!-- test command -->\n```sh\n(.*)\n```", README.read_text())
     assert done.stdout == marked
-    assert marked.endswith("-m pytest -n auto --dist loadgroup")
+    assert marked.endswith("-m pytest -n auto --dist loadfile")
 
 
 # --- links, paths and names -------------------------------------------------------------------------------------------

@@ -134,6 +134,7 @@ def test_wheel(wheel):
         assert callable(importlib.import_module(f"unept.{name}").main)
 
 
+@pytest.mark.slow
 def test_wheel_works_where_it_is_installed(wheel, tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(tmp_path)]
     subprocess.run([*pip, str(wheel)], check=True)

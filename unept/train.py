@@ -22,7 +22,7 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
     args = list(sys.argv[1:] if args is None else args)
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
         args.insert(0, "shapes")
-    # The help says what a preset is and what to expect of it; its docstring in unept/presets.py has the rest.
+    # The help says what a preset is and what to expect of it; its docstring in unept/presets/ has the rest.
     presets = {name: ((inspect.getdoc(preset) or "").split("\nSize:")[0], preset()) for name, preset in PRESETS.items()}
     if (source := _init_from(args)) is not None and args[0] in presets:
         presets[args[0]][1].model = network_of(source)

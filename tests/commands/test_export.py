@@ -121,7 +121,8 @@ def assert_gives_what_the_model_gives(network, function):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("output", ["ids", pytest.param("logits", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["ids", "logits"])
 def test_program_needs_nothing_of_this_package(exported, output):
     _, program = exported(output)
     assert "unept" not in {str(node.target).split(".")[0].split("::")[0] for node in program.graph.nodes}

@@ -12,8 +12,6 @@ import triton
 
 from tests.helpers import offline
 
-pytestmark = pytest.mark.xdist_group("compile_offline")  # a report takes a minute, that of everything several
-
 # What is compiled: the paper's kernels in their first configuration for one GPU, or everything.
 OF_THE_PAPER = [pytest.param("paper", op, id=op) for op in offline.OF_THE_PAPER]
 EVERYTHING = [pytest.param("everything", op, id=f"all-{op}", marks=pytest.mark.slow) for op in offline.OPS]

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import triton
 
-pytestmark = pytest.mark.xdist_group("launches")  # a process that imports everything takes some seconds
-
 HAS_COMPILER = shutil.which("gcc") and (Path(triton.__file__).parent / "backends/nvidia/include/cuda.h").exists()
 
 # Launches of a training step of the network in tests/helpers/launches.py: of 6 layers of attention, 3 losses and the
@@ -104,12 +102,9 @@ def test_a_second_process_takes_its_choices_from_disk(tmp_path):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="the stub of libcuda needs gcc and the header that Triton brings")
-@pytest.mark.parametrize(
-    "scenarios",
-    [("boundary",), pytest.param(("attention", "gather", "losses", "sizes", "training"), marks=pytest.mark.slow)],
-    ids=" ".join,
-)
-def test_triton_s_own_launcher_takes_every_call(tmp_path, scenarios):
+@pytest.mark.slow
+def test_triton_s_own_launcher_takes_every_call(tmp_path):
+    scenarios = ("boundary", "attention", "gather", "losses", "sizes", "training")
     rows, _ = launched(tmp_path, "--compile", *scenarios)
     assert {row["scenario"] for row in rows} == set(scenarios)
     assert not [row for row in rows if row["repeat"] and row["compilations"]]

@@ -26,7 +26,9 @@ def form(request):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+    "dtype",
+    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float16))],
+    ids=str,
 )
 def test_every_form_of_the_kernels(form, dtype):
     check(attention, make_case(batch=1, queries=70, heads=2, levels=3, num_points=5, channels=7).to(form, dtype))

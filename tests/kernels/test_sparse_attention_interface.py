@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from tests.helpers.attention import SHAPES, Case, attention, check, deformable, gradients, make_case, with_gradients
-from tests.helpers.marks import slow
 from unept.kernels import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
 from unept.kernels._scatter import ScatterBuffer
 
@@ -53,7 +52,8 @@ def test_saves_its_inputs_and_nothing_else(backend, op):
     assert set(saved) == {t.data_ptr() for t in case.inputs.values()}
 
 
-@pytest.mark.parametrize("op", [attention, slow(deformable)])
+@pytest.mark.slow_interpreted
+@pytest.mark.parametrize("op", [attention, deformable])
 def test_opcheck(backend, op):
     sizes = {"queries": 3, "heads": 2, "channels": 3, "num_points": 2, "shapes": [(2, 3), (1, 2)]}
     case = make_case(**sizes, normalised=op is deformable).to(backend[1], torch.float32)
@@ -74,7 +74,7 @@ def test_opcheck(backend, op):
         torch.library.opcheck(torch.ops.unept.sparse_sampling_backward, arguments)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_without_a_graph_break(backend, compiler):
     case = make_case(batch=1, queries=5, heads=1).to(backend[1], torch.float32)
     eager = with_gradients(attention, case)

@@ -325,7 +325,8 @@ def test_baseline_without_spatial_branch():
     assert model.predict(torch.randn(1, 3, 40, 56)).shape == (1, 40, 56)
 
 
-@pytest.mark.parametrize("amp", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
 def test_compiled_model_and_loss_have_no_graph_break(amp):
     """What unept.train compiles: bytes in, under autocast on a GPU."""
     model, loss = tiny_model(output_stride=32, dropout=0.0), UNEPTLoss()

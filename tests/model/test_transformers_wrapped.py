@@ -61,6 +61,7 @@ def test_saved_and_copied(name, calls):
     assert not calls
 
 
+@pytest.mark.slow
 def test_another_process_reads_what_was_saved(tmp_path):
     ours = build("RT-DETRv2")[1]
     patch(ours)

@@ -26,7 +26,6 @@ from unept.training.interruption import StopSignals
 from unept.training.trainer import Trainer
 
 # One process of pytest-xdist starts the two processes that most of these tests read.
-pytestmark = pytest.mark.xdist_group("distributed")
 
 OPTIONS = [
     "--batch-size",

@@ -14,8 +14,6 @@ from unept.recipe import RecipeConfig
 from unept.training.optimizer import build_optimizer, learning_rate_factor
 from unept.training.trainer import Trainer
 
-pytestmark = pytest.mark.xdist_group("recipe")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -132,8 +130,13 @@ def test_more_stages_than_there_are(data, tmp_path):
 def test_early_stopping(data, tmp_path, monkeypatch, capsys):
     """After two evaluations that are not better; the run is complete then, and goes on with more patience alone."""
     scores = iter([0.3, 0.4, 0.2, 0.4, 0.5, 0.1])
-    evaluate = Trainer.evaluate
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: {**evaluate(self), "mIoU": next(scores)})
+    evaluate, measured = Trainer.evaluate, []
+
+    def pretend(trainer):
+        measured[:] = measured or [evaluate(trainer)]
+        return {**measured[0], "mIoU": next(scores)}
+
+    monkeypatch.setattr(Trainer, "evaluate", pretend)
     options = arguments(data, "--batch-size", "2", "--workers", "0", "--num-samples", "0", "--out", str(tmp_path / "r"))
     options += ["--iterations", "6", "--eval-every", "1", "--checkpoint-every", "6"]
     train.train([*options, "--patience", "2"])

@@ -22,7 +22,7 @@ from tests.helpers.training import arguments, loss_curve, read_records
 from unept import pretrained
 from unept.training import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stress")]
+pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("STRESS_SECONDS", "15"))
 SEED = os.environ.get("STRESS_SEED", "0")
