@@ -15,6 +15,7 @@ from unept import cli
 from unept.config import TrainConfig
 from unept.evaluation.evaluator import evaluate_model, format_table
 from unept.inference import InferenceOptions, resolve
+from unept.model.boundary import StepDirection
 from unept.model.network import UNEPT
 from unept.presets import PRESETS
 from unept.pretrained import DEMO, load_run
@@ -50,6 +51,8 @@ class Options:
     """Length of a step of the refinement in pixels, which the model keeps. None: as in training."""
     refine_steps: int | None = None
     """Number of steps of the refinement, which the model keeps. None: as in training."""
+    refine_direction: StepDirection | None = None
+    """Direction of the steps of the refinement, which the model keeps. None: as in training."""
 
 
 def round_weights(model: UNEPT) -> None:
@@ -75,7 +78,7 @@ def make(options: Options) -> None:
     """Write the demo model and its card, and print its scores."""
     config, model = load_run(options.run, torch.device("cpu"))
     dataset = config.data.build("val", options.root)
-    for name in ("refine_scale", "refine_steps"):
+    for name in ("refine_scale", "refine_steps", "refine_direction"):
         if (value := getattr(options, name)) is not None:
             setattr(config, name, value)
     config.amp = "auto"  # the model may run on a CPU without bfloat16

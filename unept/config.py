@@ -11,6 +11,7 @@ from .data.base import SegmentationDataset
 from .data.registry import DATASETS, build_dataset, find_dataset
 from .distributed import Device
 from .inference import InferenceConfig
+from .model.boundary import StepDirection
 from .model.limits import check_sizes
 from .model.loss import PAPER_WEIGHTS, LossWeights
 from .plugins import import_modules
@@ -281,6 +282,9 @@ class TrainConfig:
     """Length in pixels of a step into its segment by which the prediction of a boundary pixel is refined."""
     refine_steps: int = 1
     """Number of these steps, each from where the one before ended; the paper takes one."""
+    refine_direction: StepDirection = "best"
+    """best: a step leads in the most likely direction, as in the paper. mean: in the mean of all directions, weighted
+    by their probabilities, and it is shorter where they disagree."""
     num_samples: int = 4
     """Number of validation images drawn into samples/ at each evaluation."""
 
@@ -322,6 +326,7 @@ class TrainConfig:
             refine=self.refine and self.model.context_queries != "learned",
             refine_scale=self.refine_scale,
             refine_steps=self.refine_steps,
+            refine_direction=self.refine_direction,
             short_side=self.data.short_side or 0,
             long_side=self.data.long_side or 0,
             amp=self.amp,

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import cli
 from .files import temporary_file
 from .inference import InferenceOptions, resolve
+from .model.boundary import StepDirection
 from .model.exportable import WholeImage, explain_failure, export_program
 
 Format = Literal["onnx", "torch-export", "aoti"]
@@ -29,6 +30,7 @@ SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".
 # The largest difference of logits, relative to the largest logit; the share of pixels whose ids differ, since rounding
 # decides between equals.
 TOLERANCE = {"logits": 1e-4, "ids": 1e-3}
+REFINEMENT = ("refine", "refine_scale", "refine_steps", "refine_direction")
 TIME_LIMIT = 10  # minutes that the export may take
 # What is checked: B, the multiples of the smallest size that can be exported in H and W, and the pixels beyond these.
 CHECKED = ((1, 2, 3, 1, 0), (2, 3, 2, -5, 7), (3, 2, 2, 0, 0))
@@ -52,6 +54,8 @@ class ExportConfig:
     """Length of a step in pixels. None: as the run was validated, else 1."""
     refine_steps: int | None = None
     """Number of steps, each from where the one before ended. None: as the run was validated, else 1."""
+    refine_direction: StepDirection | None = None
+    """best: in the most likely direction. mean: in the mean of all. None: as the run was validated, else best."""
     size: tuple[int, int] | None = None
     """Height and width, if all images have the same: for a backbone that can't be exported for any size, or a runtime
     that wants one. None: any."""
@@ -172,7 +176,7 @@ def export(options: ExportConfig) -> None:
     """
     device = cli.choose_device(options.device)
     model = cli.load(options.run, device)
-    chosen = {name: getattr(options, name) for name in ("refine", "refine_scale", "refine_steps")}
+    chosen = {name: getattr(options, name) for name in REFINEMENT}
     config = resolve(InferenceOptions(**chosen), model)
     network = WholeImage(model, options.output, config.refinement).eval()
     folder = options.run if options.run.is_dir() else Path()

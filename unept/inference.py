@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import upsample_argmax
-from .model.boundary import Refinement, mirrored_directions
+from .model.boundary import Refinement, StepDirection, mirrored_directions
 from .model.finite import require_numbers
 from .model.output import (
     STRIDE,
@@ -60,6 +60,8 @@ class InferenceConfig:
     """Length of a step into the segment in pixels, from 1 to 127."""
     refine_steps: int = 1
     """Number of steps, each from where the one before ended, from 1 to 127."""
+    refine_direction: StepDirection = "best"
+    """best: in the most likely direction, as in the paper. mean: in the mean of all, shorter where they disagree."""
     short_side: int = 0
     """Pixels of the image's short side at scale 1. 0: as many as it has."""
     long_side: int = 0
@@ -103,7 +105,7 @@ class InferenceConfig:
     @property
     def refinement(self) -> Refinement | None:
         """How boundary pixels are refined; None if they are not."""
-        return Refinement(self.refine_scale, self.refine_steps) if self.refine else None
+        return Refinement(self.refine_scale, self.refine_steps, self.refine_direction) if self.refine else None
 
     def protocol(self) -> dict[str, Any]:
         """The fields that a run fixes for its model (`PROTOCOL`), as `UNEPT.preprocessing` and config.json keep them.
@@ -111,7 +113,7 @@ class InferenceConfig:
         Those that say nothing (no window, the image's own size, autocast as the device has it) are omitted.
         """
         kept = {name: getattr(self, name) for name in PROTOCOL}
-        return {name: value for name, value in kept.items() if value is False or value not in (0, "auto")}
+        return {name: value for name, value in kept.items() if value is False or value not in (0, "auto", "best")}
 
     def resize_ratio(self, height: int, width: int) -> float:
         """How much larger an image of height x width is seen at scale 1 than it is."""
@@ -123,13 +125,14 @@ class InferenceConfig:
         """The protocol in one line: all that two results must share to be compared."""
         scales = " ".join(f"{scale:g}" for scale in self.scales)
         steps = f"{self.refine_steps} times " if self.refine_steps > 1 else ""
+        length = "up to " if self.refine_direction == "mean" else ""
         sides = [f"{side} side {n}" for side, n in (("short", self.short_side), ("long", self.long_side)) if n]
         return "; ".join(
             [
                 f"scale{'s' * (len(self.scales) > 1)} {scales} {'with' if self.flip else 'without'} flip",
                 *(sides or ["images at their own size"]),
                 f"windows of {self.window} with stride {self.window_stride}" if self.window else "whole images",
-                f"refined {steps}by {self.refine_scale} px" if self.refine else "not refined",
+                f"refined {steps}by {length}{self.refine_scale} px" if self.refine else "not refined",
             ]
         )
 
@@ -158,6 +161,9 @@ class InferenceOptions:
     """Length of a step into the segment in pixels. None: as the run was validated, else 1."""
     refine_steps: int | None = None
     """Number of steps, each from where the one before ended. None: as the run was validated, else 1."""
+    refine_direction: StepDirection | None = None
+    """best: in the most likely direction, as in the paper. mean: in the mean of all directions, weighted by their
+    probabilities, shorter where they disagree. None: as the run was validated, else best."""
     short_side: int | None = None
     """Pixels of the image's short side at scale 1. 0: as many as it has. None: as the run was trained, else 0."""
     long_side: int | None = None

@@ -78,8 +78,8 @@ def test_whole_image_crops_maps_of_every_resolution():
     model = UNEPT(5, "resnet10t", output_stride=8, logits_stride=2, **sizes).eval()
     images = noise(1, 3, 35, 46)
     with torch.no_grad():
-        ids, logits = (WholeImage(model, output, Refinement(2, 2))(images) for output in ("ids", "logits"))
-        wanted = model.predict(images, refine_scale=2, refine_steps=2)
+        ids, logits = (WholeImage(model, output, Refinement(4, 2, "mean"))(images) for output in ("ids", "logits"))
+        wanted = model.predict(images, refine_scale=4, refine_steps=2, refine_direction="mean")
     assert torch.equal(ids, wanted)
     assert torch.equal(logits.argmax(1), wanted)
 
@@ -103,7 +103,7 @@ def exported(model):
 
     @functools.cache
     def make(output: str) -> tuple[WholeImage, torch.export.ExportedProgram]:
-        network = WholeImage(model, output, Refinement(scale=2)).eval()
+        network = WholeImage(model, output, Refinement(scale=4, direction="mean")).eval()
         return network, export_program(network)
 
     return make

@@ -88,7 +88,14 @@ def random_images(*shape: int) -> Tensor:
 @pytest.mark.parametrize("size", [(33, 47), (40, 48), (8, 5)])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"refine": False}, {"refine_scale": 2}, {"refine_scale": 2, "refine_steps": 3}, {"window": 64}],
+    [
+        {},
+        {"refine": False},
+        {"refine_scale": 2},
+        {"refine_scale": 4, "refine_direction": "mean"},
+        {"refine_scale": 2, "refine_steps": 3},
+        {"window": 64},
+    ],
     ids=str,
 )
 def test_a_single_view_is_the_model_to_the_bit(unept, size, options):
@@ -502,10 +509,13 @@ def test_a_model_without_boundaries_is_not_refined():
 
 
 def test_what_a_run_fixes_comes_back():
-    config = InferenceConfig(scales=(0.5, 2.0), flip=True, window=480, refine=False, refine_scale=2, amp="bf16")
+    config = InferenceConfig(
+        scales=(0.5, 2.0), flip=True, window=480, refine=False, refine_scale=2, refine_direction="mean", amp="bf16"
+    )
     kept = config.protocol()
     assert kept == {
-        "window": 480, "window_stride": 320, "refine": False, "refine_scale": 2, "refine_steps": 1, "amp": "bf16",
+        "window": 480, "window_stride": 320, "refine": False, "refine_scale": 2, "refine_steps": 1,
+        "refine_direction": "mean", "amp": "bf16",
     }  # fmt: skip
     assert set(kept) < set(PROTOCOL)
     assert resolve(InferenceOptions(scales=(0.5, 2.0), flip=True), trained_model(**kept)) == config

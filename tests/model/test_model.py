@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unept import train
 from unept.model.attention import SparseSamplingAttention, ring_offsets
 from unept.model.backbone import Backbone
-from unept.model.boundary import DIRECTIONS, Refinement, SubpixelConv, refinement_offset
+from unept.model.boundary import DIRECTIONS, Refinement, SubpixelConv, mean_direction, refinement_offset
 from unept.model.hub import DIGEST
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
@@ -251,6 +251,29 @@ def test_refinement_goes_on_from_where_a_step_ended():
         assert offset[b, :, y, x].tolist() == total
 
 
+def test_mean_direction_is_shorter_where_directions_disagree():
+    """Against a sum over the directions of each pixel; certain directions give whole steps, opposite ones none."""
+    boundary, direction = torch.randn(2, 1, 5, 7), 2 * torch.randn(2, 8, 5, 7)
+    direction[0, :, 0, 0], direction[0, 3, 0, 0], boundary[0, 0, 0, 0] = 0.0, 50.0, 1.0
+    direction[0, :, 0, 1], boundary[0, 0, 0, 1] = torch.tensor([50.0, 0, 0, 0, 50, 0, 0, 0]), 1.0
+    refinement = Refinement(scale=4, direction="mean")
+    offset = refinement_offset(boundary, direction, (5, 7), refinement)
+    assert offset[0, :, 0, 0].tolist() == [round(4 * math.sqrt(0.5)), -round(4 * math.sqrt(0.5))]
+    assert offset[0, :, 0, 1].tolist() == [0, 0]
+    for b, y, x in itertools.product(range(2), range(5), range(7)):
+        total = torch.zeros(2)
+        for k, probability in enumerate(direction[b, :, y, x].softmax(0)):
+            angle = math.radians(45 * k - 180)
+            total += 4 * probability * torch.tensor([math.cos(angle), math.sin(angle)])
+        expected = total.round() if boundary[b, 0, y, x] > 0 else torch.zeros(2)
+        assert offset[b, :, y, x].tolist() == expected.tolist()
+    coarse = refinement_offset(boundary, direction, (40, 56), refinement)  # up-sampled after the mean
+    up = torch.nn.functional.interpolate(mean_direction(direction, (5, 7)), (40, 56), mode="bilinear")
+    moved = coarse.any(1)
+    assert moved.any()
+    assert torch.equal(coarse.movedim(1, -1)[moved], (4 * up).round().short().movedim(1, -1)[moved])
+
+
 def test_refinement_threshold_is_a_probability():
     """A logit of 0.1 is a probability of 0.52: boundary. Thresholding the logit itself at 0.5 would miss it."""
     direction = torch.zeros(1, 8, 2, 2)
@@ -294,7 +317,7 @@ def test_subpixel_maps_cover_the_image_and_learn(features, logits_stride):
     UNEPTLoss()(output, torch.randint(0, 3, (2, 50, 70)))["loss"].backward()
     for module in (model.classifier, model.boundary_head, model.direction_head):
         assert all(parameter.grad.any() for parameter in module.parameters())
-    assert model.predict(images, refine_scale=2, refine_steps=2).shape == (2, 50, 70)
+    assert model.predict(images, refine_scale=2, refine_steps=2, refine_direction="mean").shape == (2, 50, 70)
 
 
 def test_boundaries_see_the_decoder_only_if_asked_to():

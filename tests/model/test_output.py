@@ -44,6 +44,10 @@ def test_averaged_probabilities_are_read_like_logits():
     assert torch.equal(read_offset(averaged(output), padded, Refinement(scale=2)), expected)
     assert torch.equal(expected.any(1), offset.any(1))
     torch.testing.assert_close(boundary_probability(averaged(output), SIZE), boundary_probability(output, SIZE))
+    mean = Refinement(scale=5, direction="mean")
+    one, other = (read_offset(maps, padded, mean) for maps in (output, averaged(output)))
+    assert one.any()
+    assert (one != other).float().mean() < 0.01  # rounding decides where the mean ends between two pixels
 
 
 def test_class_ids_are_those_of_the_largest_score():

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from ..kernels import upsample_argmax
 from .spatial import conv_bn_relu
+
+StepDirection = Literal["best", "mean"]
 
 # (dx, dy) of the paper's 8 directions: bin k is centred on the angle -180 + 45 k degrees of atan2(dy, dx).
 DIRECTIONS = ((-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1), (0, 1), (-1, 1))
@@ -24,6 +27,10 @@ class Refinement:
     steps: int = 1
     """Number of steps, each from where the one before ended, in the direction predicted there. A pixel stops where no
     boundary is predicted. The paper takes one step."""
+    direction: StepDirection = "best"
+    """best: a step leads in the direction with the largest score, as in the paper. mean: it is the mean of the unit
+    vectors of all directions, weighted by their probabilities, times `scale`: shorter where they disagree, as they do
+    on thin objects."""
     threshold: float = 0.5
     """A pixel lies on a boundary if its boundary probability is above this."""
 
@@ -97,21 +104,42 @@ def direction_steps(bins: Tensor, num_directions: int) -> Tensor:
     return step.round().to(torch.int16)
 
 
+def mean_direction(direction: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mean of the unit vectors of all directions, weighted by their probabilities.
+
+    Args:
+        direction: logits (B, m, h, w) of the m directions.
+        size: (H, W) of the result, to which the mean is up-sampled bilinearly.
+
+    Returns:
+        (B, 2, H, W) float32, (dx, dy); its length is 1 where one direction is certain, and 0 where all are equally
+        likely or opposite ones are.
+    """
+    count = direction.shape[1]
+    probabilities = direction.float().softmax(1)
+    angle = torch.arange(count, device=direction.device)[:, None, None] * (2 * math.pi / count) - math.pi
+    mean = torch.stack([(probabilities * angle.cos()).sum(1), (probabilities * angle.sin()).sum(1)], dim=1)
+    return mean if mean.shape[2:] == size else F.interpolate(mean, size, mode="bilinear", align_corners=False)
+
+
 @torch.no_grad()
 def refinement_offset(boundary: Tensor, direction: Tensor, size: tuple[int, int], refinement: Refinement) -> Tensor:
     """Where each pixel reads its refined prediction: further inside its segment on a boundary, at itself elsewhere.
 
     Args:
         boundary: logits (B, 1, h, w).
-        direction: logits or probabilities (B, m, h, w) of the m directions, by default `DIRECTIONS`.
+        direction: logits (B, m, h, w) of the m directions, by default `DIRECTIONS`; for the best one, probabilities do.
         size: (H, W) of the result.
-        refinement: length and number of the steps, and what counts as boundary.
+        refinement: length, number and direction of the steps, and what counts as boundary.
 
     Returns:
         (B, 2, H, W) int16, (dx, dy) in pixels; (0, 0) off the boundary.
     """
-    best = direction.argmax(1) if direction.shape[2:] == size else upsample_argmax(direction, size)
-    step = direction_steps(best, direction.shape[1]) * refinement.scale
+    if refinement.direction == "mean":
+        step = (mean_direction(direction, size) * refinement.scale).round().to(torch.int16)
+    else:
+        best = direction.argmax(1) if direction.shape[2:] == size else upsample_argmax(direction, size)
+        step = direction_steps(best, direction.shape[1]) * refinement.scale
     step = step * (upsample_boundary(boundary, size).sigmoid() > refinement.threshold)[:, None]
     offset = step
     for _ in range(refinement.steps - 1):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..validation import check_arguments, check_choice
 from .attention_variants import ATTENTIONS
 from .backbone import Backbone, PyramidProjection
-from .boundary import DIRECTIONS, PixelHead, Refinement, SubpixelConv
+from .boundary import DIRECTIONS, PixelHead, Refinement, StepDirection, SubpixelConv
 from .finite import require_numbers
 from .hub import HubMixin
 from .labels import Labelled, check_labels
@@ -252,7 +252,15 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
             return tuple(maps for maps in (logits, boundary, direction) if maps is not None)
         return UNEPTOutput(logits, boundary, direction, self.logits_stride)
 
-    def predict(self, images: Tensor, *, refine: bool = True, refine_scale: int = 1, refine_steps: int = 1) -> Tensor:
+    def predict(
+        self,
+        images: Tensor,
+        *,
+        refine: bool = True,
+        refine_scale: int = 1,
+        refine_steps: int = 1,
+        refine_direction: StepDirection = "best",
+    ) -> Tensor:
         """Class ids of every pixel, in evaluation mode and without gradients; the mode is restored.
 
         Args:
@@ -260,6 +268,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
             refine: read the prediction of boundary pixels inside their segment (Sec. 3.2).
             refine_scale: length of a step in pixels.
             refine_steps: number of steps, each from where the one before ended.
+            refine_direction: `"best"` or `"mean"` (`unept.model.boundary.Refinement`).
 
         Returns:
             (B, H, W) int64.
@@ -267,7 +276,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         Raises:
             FloatingPointError: the prediction holds NaN.
         """
-        refinement = Refinement(refine_scale, refine_steps) if refine else None
+        refinement = Refinement(refine_scale, refine_steps, refine_direction) if refine else None
         with evaluation_mode(self):
             output = self(images)
             require_numbers(output.logits)

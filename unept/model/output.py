@@ -40,6 +40,10 @@ class DenseOutput(Protocol):
     def direction(self) -> Tensor | None:
         """(B, m, h', w'); the direction with the largest score points into the segment; None likewise."""
 
+    @property
+    def direction_logits(self) -> Tensor | None:
+        """(B, m, h', w'): logits of the directions, whose softmax over m gives their probabilities; None likewise."""
+
     def confidence(self, ids: Tensor, offset: Tensor | None) -> Tensor:
         """Probability (B, H, W) float32 of the classes `ids` (B, H, W), read at p + offset(p) (`read_offset`)."""
 
@@ -71,6 +75,11 @@ class UNEPTOutput(NamedTuple):
         """See `DenseOutput`."""
         return self.boundary
 
+    @property
+    def direction_logits(self) -> Tensor | None:
+        """See `DenseOutput`."""
+        return self.direction
+
     def confidence(self, ids: Tensor, offset: Tensor | None) -> Tensor:
         """See `DenseOutput`."""
         # The cross-entropy of a class is the negative logarithm of its softmax probability.
@@ -96,6 +105,11 @@ class AveragedOutput(NamedTuple):
     def boundary_logits(self) -> Tensor | None:
         """See `DenseOutput`."""
         return None if self.boundary is None else self.boundary.logit(eps=1e-6)
+
+    @property
+    def direction_logits(self) -> Tensor | None:
+        """See `DenseOutput`."""
+        return None if self.direction is None else self.direction.clamp(min=1e-6).log()
 
     def confidence(self, ids: Tensor, offset: Tensor | None) -> Tensor:
         """See `DenseOutput`."""
@@ -194,8 +208,11 @@ def read_offset(output: DenseOutput, size: tuple[int, int], refinement: Refineme
     Returns:
         (B, 2, H, W) int16, (dx, dy) in pixels; None if every pixel is read where it lies.
     """
-    boundary, direction = output.boundary_logits, output.direction
-    if refinement is None or boundary is None or direction is None:
+    if refinement is None:
+        return None
+    boundary = output.boundary_logits
+    direction = output.direction_logits if refinement.direction == "mean" else output.direction
+    if boundary is None or direction is None:
         return None
     return refinement_offset(boundary, direction, size, refinement)
 
