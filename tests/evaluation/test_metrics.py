@@ -8,7 +8,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from unept.evaluation.metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
+from unept.evaluation.boundary_metrics import BoundaryFScore, BoundaryIoU
+from unept.evaluation.metrics import ConfusionMatrix
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

@@ -21,7 +21,8 @@ from tests.kernels.test_bilinear_gather import assert_matches_reference as asser
 from tests.kernels.test_boundary_targets import assert_matches_reference as assert_targets
 from unept.data import TrainingSampler, train_transform
 from unept.data.photometric import distort
-from unept.evaluation.metrics import BoundaryFScore, ConfusionMatrix
+from unept.evaluation.boundary_metrics import BoundaryFScore
+from unept.evaluation.metrics import ConfusionMatrix
 from unept.kernels import upsample_argmax, upsample_cross_entropy, use_backend
 from unept.model.loss import UNEPTLoss
 from unept.model.output import UNEPTOutput

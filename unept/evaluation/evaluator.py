@@ -15,8 +15,9 @@ from ..data.loader import OnBadSample
 from ..inference import InferenceConfig, infer, read_prediction
 from ..model.finite import raise_not_a_number
 from ..model.output import SegmentationModel, class_ids
+from .boundary_metrics import BoundaryFScore, BoundaryIoU
 from .inspection import Inspection
-from .metrics import BoundaryFScore, BoundaryIoU, ConfusionMatrix
+from .metrics import ConfusionMatrix
 
 
 class _Metrics:
