@@ -108,13 +108,14 @@ def train(args: list[str] | None = None) -> int:
 def print_results(trainer: Trainer) -> None:
     """Print where the results of a run are, as far as they are there."""
     out = trainer.out
-    print(f"\nRun folder  {out}")
+    cli.say("")
+    cli.say(f"Run folder  {out}")
     if has_model(out):
-        print(f"Model       {out / 'model'} (best validation mIoU {trainer.best:.4f})")
+        cli.say(f"Model       {out / 'model'} (best validation mIoU {trainer.best:.4f})")
     if pictures := [path for path in (out / "samples", out / "curves.png") if path.is_file() or any(path.glob("*"))]:
-        print(f"Pictures    {', '.join(map(str, pictures))}")
+        cli.say(f"Pictures    {', '.join(map(str, pictures))}")
     if has_model(out):
-        print(f"Try it      python -m unept.predict IMAGE --run {out}")
+        cli.say(f"Try it      python -m unept.predict IMAGE --run {out}")
 
 
 def main() -> None:
