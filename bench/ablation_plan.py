@@ -80,7 +80,7 @@ def plan(results: dict[str, dict[str, Any]], seeds: int = 1) -> list[Job]:
     ]
     best = {name: job for name in (FINAL, *BASELINES) if (job := best_rate(name, jobs, results)) is not None}
     if len(best) == 1 + len(BASELINES):
-        strongest = max(BASELINES, key=lambda name: results[best[name].name]["mIoU"])
+        strongest = max(BASELINES, key=lambda name: results[best[name].name]["mIoU"] or 0)
         jobs += [best[name].with_seed(seed) for seed in (1, 2) for name in (FINAL, strongest)]
     jobs += [job.with_seed(seed) for seed in range(1, seeds) for job in jobs if job.part != "seeds"]
     jobs = list({job.name: job for job in jobs}.values())
@@ -100,4 +100,4 @@ def best_rate(name: str, jobs: Sequence[Job], results: dict[str, dict[str, Any]]
     own = [job for job in jobs if job.part != "seeds" and not job.model and (job.baseline or FINAL) == name]
     if not all("mIoU" in results.get(job.name, {}) for job in own):
         return None
-    return max(own, key=lambda job: results[job.name]["mIoU"])
+    return max(own, key=lambda job: results[job.name]["mIoU"] or 0)  # None: no class has an IoU

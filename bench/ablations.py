@@ -33,7 +33,7 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from unept.config import ModelConfig
-from unept.files import write_json
+from unept.files import write_atomically, write_json
 from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
@@ -155,7 +155,7 @@ def run_job(job: Job, options: Options) -> None:
     record |= {"triton": version("triton"), "iterations": options.iterations, "batch_size": options.batch_size}
     record |= {"rate": job.rate, "seed": job.seed, "date": time.strftime("%Y-%m-%d")}
     path = options.out / f"{job.name}.json"
-    path.write_text(json.dumps({**record, **result}, indent=1) + "\n")
+    write_json(path, {**record, **result})
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -195,7 +195,8 @@ def main() -> int:
     head = f"# Ablations\n\n`python -m bench.ablations {' '.join(sys.argv[1:])}`\n\n"
     where = ("{device}, torch {torch}, triton {triton}, {date}".format_map(result) for result in results.values())
     devices = sorted(set(where))
-    (options.out / "README.md").write_text(head + "\n".join(f"- {device}" for device in devices) + f"\n\n{text}\n")
+    content = head + "\n".join(f"- {device}" for device in devices) + f"\n\n{text}\n"
+    write_atomically(options.out / "README.md", content.encode())
     print(text)
     if failed:
         print(f"failed: {', '.join(sorted(failed))}", file=sys.stderr)

@@ -23,7 +23,7 @@ from unept.training.checkpoint import save_model
 
 # Options that do not say what was trained.
 INCIDENTAL = {"out", "resume", "root", "device", "workers", "backbone_weights", "pretrained_backbone"}
-INCIDENTAL |= {"eval_every", "checkpoint_every", "log_every", "num_samples"}
+INCIDENTAL |= {"eval_every", "checkpoint_every", "log_every", "num_samples", "init_from"}
 ABOUT = """
 ## Training and use
 
@@ -67,7 +67,7 @@ def changes(config: TrainConfig) -> str:
 
     def flatten(config: TrainConfig) -> dict[str, Any]:
         options = dataclasses.asdict(config)
-        return {**options.pop("model"), **options.pop("data"), **options}
+        return {**options.pop("model"), **options.pop("data"), **options.pop("recipe"), **options}
 
     preset, run = flatten(PRESETS["camvid"]()), flatten(config)
     listed = [f"{name} {run[name]}" for name in run if name not in INCIDENTAL and run[name] != preset[name]]

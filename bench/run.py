@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from unept.files import write_atomically, write_json
+
 from .harness import device_name, revision
 from .report import check_targets, read, table
 
@@ -116,13 +118,13 @@ def main() -> int:
         start = time.monotonic()
         outcome = run(step)
         state[step.name] = {**where, "outcome": outcome, "seconds": round(time.monotonic() - start)}
-        STATE.write_text(json.dumps(state, indent=1) + "\n")
+        write_json(STATE, state)
         print(f"== {step.name}: {outcome}", flush=True)
     measured = [RESULTS / f"{step.name}.json" for part in parts.values() for step in part if step.measures]
     rows = read(path for path in measured if path.exists())
     outcomes = "\n".join(f"- {name}: {done['outcome']} ({done['seconds']} s)" for name, done in state.items())
     text = f"{outcomes}\n\n{check_targets(rows)}\n\n{table(rows)}\n"
-    (RESULTS / "table.md").write_text(text)
+    write_atomically(RESULTS / "table.md", text.encode())
     print(text)
     return int(not all(state[step.name]["outcome"].startswith("passed") for step in chosen))
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from unept.model.attention_variants import ATTENTIONS
 from unept.model.loss import UNEPTLoss
 from unept.model.network import UNEPT
+from unept.pictures.drawing import save_figure
 from unept.presets.recipe import DEIT
 
 from .counting import cost, counted, kept_for_backward
@@ -162,7 +163,7 @@ def draw(found: dict[str, list[tuple[float, float]]], sizes: tuple[int, ...], ba
         axes.grid(alpha=0.3, which="both")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file, dpi=120)
 
 
 def main() -> int:

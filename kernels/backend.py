@@ -5,16 +5,15 @@ requests, not hints: where one cannot be met, the op raises an error that says w
 
 The choice of `use_backend` is a context variable: it holds in its thread or asyncio task and in no other. Below it lies
 one default for the whole process. A gradient is computed by autograd's own threads, which see neither the context nor
-its choice, so each op notes in its forward what its backward is to run on (`chosen_backend`, `run_on`).
+its choice, so ops with a gradient take the backend as an argument, and their backward gets that of their forward.
 """
 
 import os
-from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
 
 import torch
+import torch._dynamo.source
 from torch import Tensor, float64
 
 from ._triton import HAS_TRITON, INTERPRETED
@@ -80,27 +79,32 @@ def requested_backend() -> str:
     return _chosen.get() or _default
 
 
-def chosen_backend() -> str | None:
-    """What this thread chose with `use_backend`, for `run_on`; None if nothing, and in code that is being compiled."""
-    return None if torch.compiler.is_compiling() else _chosen.get()
+# Whether `torch.compile` compiles anew where a context variable has another value; without it a graph holds no choice.
+_GUARDED = hasattr(torch._dynamo.source, "ContextVarGetSource")
 
 
-def run_on(backend: str | None, op: Callable[..., Any], *arguments: Any) -> Any:
-    """Call an op under the choice that `chosen_backend` returned in another thread."""
-    if backend is None:
-        return op(*arguments)
-    with use_backend(backend):
-        return op(*arguments)
+def backend_argument() -> str | None:
+    """The backend that this thread has requested, for an op and its gradient.
+
+    In code that is being compiled it is a constant of the graph, which is compiled anew for another choice. It is None,
+    for what is requested when the op runs, in a graph that is exported or traced, and under a `torch.compile` that does
+    not look at context variables.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return None
+    if torch.compiler.is_compiling() and not _GUARDED:
+        return None
+    return requested_backend()
 
 
-def runs_on_triton(tensor: Tensor) -> bool:
-    """Whether an op on `tensor` runs through Triton under the current choice.
+def runs_on_triton(tensor: Tensor, backend: str | None = None) -> bool:
+    """Whether an op on `tensor` runs through Triton under the choice `backend`; None is the current one.
 
     Raises:
         RuntimeError: if the choice is `triton`, and Triton is not installed or cannot run on the tensor's device.
         TypeError: if the choice is `triton` and the tensor is float64.
     """
-    requested = requested_backend()
+    requested = backend or requested_backend()
     if requested == "torch":
         return False
     if requested == "auto":

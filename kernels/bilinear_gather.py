@@ -26,7 +26,7 @@ from torch import Tensor
 from . import bilinear_gather_triton
 from . import reference as plain
 from ._registration import refuse_second_derivatives, register_autograd, register_vmap
-from .backend import chosen_backend, run_on, runs_on_triton
+from .backend import backend_argument, runs_on_triton
 from .checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
 
 PADDINGS = ("zeros", "border")
@@ -119,31 +119,43 @@ def _backward_torch(
 
 
 @torch.library.custom_op("unept::bilinear_gather", mutates_args=())
-def _bilinear_gather(features: Tensor, points: Tensor, padding: str) -> Tensor:
+def _bilinear_gather(features: Tensor, points: Tensor, padding: str, backend: str | None = None) -> Tensor:
     shape = features.shape[0], features.shape[1], points.shape[1]
     if 0 in shape:
         return features.new_empty(shape)
-    run = bilinear_gather_triton.forward if runs_on_triton(features) else _forward_torch
+    run = bilinear_gather_triton.forward if runs_on_triton(features, backend) else _forward_torch
     return run(features, points, padding)
 
 
 @_bilinear_gather.register_fake
-def _bilinear_gather_fake(features: Tensor, points: Tensor, padding: str) -> Tensor:
+def _bilinear_gather_fake(features: Tensor, points: Tensor, padding: str, backend: str | None = None) -> Tensor:
     return features.new_empty(features.shape[0], features.shape[1], points.shape[1])
 
 
 @torch.library.custom_op("unept::bilinear_gather_backward", mutates_args=())
 def _bilinear_gather_backward(
-    grad_out: Tensor, features: Tensor, points: Tensor, padding: str, needs_features: bool, needs_points: bool
+    grad_out: Tensor,
+    features: Tensor,
+    points: Tensor,
+    padding: str,
+    needs_features: bool,
+    needs_points: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of features and points; one that is not needed comes back empty."""
-    run = bilinear_gather_triton.backward if runs_on_triton(features) else _backward_torch
+    run = bilinear_gather_triton.backward if runs_on_triton(features, backend) else _backward_torch
     return run(grad_out, features, points, padding, needs_features, needs_points)
 
 
 @_bilinear_gather_backward.register_fake
 def _(
-    grad_out: Tensor, features: Tensor, points: Tensor, padding: str, needs_features: bool, needs_points: bool
+    grad_out: Tensor,
+    features: Tensor,
+    points: Tensor,
+    padding: str,
+    needs_features: bool,
+    needs_points: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     return (
         features.new_empty(features.shape if needs_features else (0,)),
@@ -156,17 +168,16 @@ _run_backward = refuse_second_derivatives(_bilinear_gather_backward, "bilinear_g
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """The forward saves features and points, and nothing else."""
-    features, points, ctx.padding = inputs
-    ctx.backend = chosen_backend()
+    features, points, ctx.padding, ctx.backend = inputs
     ctx.save_for_backward(features, points)
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     needs_features, needs_points = ctx.needs_input_grad[:2]
-    grad_features, grad_points = run_on(
-        ctx.backend, _run_backward, grad_out, *ctx.saved_tensors, ctx.padding, needs_features, needs_points
+    grad_features, grad_points = _run_backward(
+        grad_out, *ctx.saved_tensors, ctx.padding, needs_features, needs_points, ctx.backend
     )
-    return grad_features if needs_features else None, grad_points if needs_points else None, None
+    return grad_features if needs_features else None, grad_points if needs_points else None, None, None
 
 
 _run = register_autograd(_bilinear_gather, _save_inputs, _backward)
@@ -213,5 +224,5 @@ def bilinear_gather(features: Tensor, points: Tensor, padding: str = "zeros") ->
     sizes = points.shape[1:-1]
     check_count("pixels in features", features.shape[2] * features.shape[3])
     check_count("points", math.prod(sizes))
-    gathered = _run(features, points.reshape(B, math.prod(sizes), 2), padding)
+    gathered = _run(features, points.reshape(B, math.prod(sizes), 2), padding, backend_argument())
     return gathered.reshape(B, features.shape[1], *sizes)

@@ -28,6 +28,7 @@ def _sparse_sampling(
     scores: Tensor,
     reference_points: Tensor | None,
     spatial_shapes: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     if spatial_shapes is not None:
         return differentiable.sample(value, spatial_shapes, points, scores, reference_points)
@@ -39,13 +40,18 @@ def _sparse_sampling(
     return reference.sparse_sampling_attention(maps, pairs, points, scores, reference_points).to(value.dtype)
 
 
-def _bilinear_gather(features: Tensor, points: Tensor, padding: str) -> Tensor:
+def _bilinear_gather(features: Tensor, points: Tensor, padding: str, backend: str | None = None) -> Tensor:
     dtype = compute_dtype(features)
     return reference.bilinear_gather(features.to(dtype), points.to(dtype), padding).to(features.dtype)
 
 
 def _upsample_cross_entropy(
-    logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor | None,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    backend: str | None = None,
 ) -> Tensor:
     logits = logits.to(compute_dtype(logits))
     weights = None if class_weights is None else class_weights.to(logits.dtype)

@@ -149,8 +149,8 @@ def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage],
     Args:
         images: the images.
         process: processes one of them, and yields lines to print; a line is printed only the first time. What it raises
-            about this image alone is reported on stderr: a `DatasetError`, a `MemoryError`, or an `OSError` about its
-            name or path, rather than about the disk.
+            about this image alone is reported on stderr: a `DatasetError`, a `MemoryError`, a `FloatingPointError`, or
+            an `OSError` about its name or path, rather than about the disk.
         failure: what could not be done with such an image, for the last line on stderr, such as "read".
 
     Returns:
@@ -169,6 +169,9 @@ def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage],
                         printed.add(line)
         except (DatasetError, MemoryError) as error:
             say(f"error: {error}", sys.stderr)
+            failed += 1
+        except FloatingPointError as error:
+            say(f"error: with {image.path}: {error}", sys.stderr)
             failed += 1
         except OSError as error:
             if error.errno is None or error.errno in DISK_ERRORS:

@@ -131,7 +131,7 @@ def _evaluate_run(options: EvaluateConfig, run: Path, out: Path, device: torch.d
     if worst:
         files.append(out / "worst.png")
         draw_worst(model, dataset, worst, config, device, files[-1])
-    print(f"Written: {', '.join(map(str, files))}")
+    cli.say(f"Written: {', '.join(map(str, files))}")
     return scores
 
 

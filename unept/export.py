@@ -184,18 +184,18 @@ def export(options: ExportConfig) -> None:
     with time_limit(TIME_LIMIT):
         program = export_program(network, options.size)
     write(program, options.format, path)
-    print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    cli.say(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
     sizes = f"with H and W over {model.divisor}" if options.size is None else "of {} x {}".format(*options.size)
-    print(f"takes images, uint8 (B, 3, H, W), RGB, {sizes}; gives {_described(network)}")
+    cli.say(f"takes images, uint8 (B, 3, H, W), RGB, {sizes}; gives {_described(network)}")
     left_out = [f"{name} {value}" for name in ("short_side", "long_side", "window") if (value := getattr(config, name))]
     if left_out:
-        print(f"not in it, though the model was validated so: {', '.join(left_out)}")
+        cli.say(f"not in it, though the model was validated so: {', '.join(left_out)}")
     if options.format == "onnx" and not is_installed("onnxruntime"):
-        print("not checked: pip install onnxruntime", file=sys.stderr)
+        cli.say("not checked: pip install onnxruntime", sys.stderr)
         return
     worst = check(network, load(options.format, path, device), options.size)
     kind = "of the pixels differ" if options.output == "ids" else "of the largest logit"
-    print(f"checked against the model at {len(CHECKED)} sizes: {worst:.1e} {kind}")
+    cli.say(f"checked against the model at {len(CHECKED)} sizes: {worst:.1e} {kind}")
 
 
 @contextlib.contextmanager

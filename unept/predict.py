@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from . import cli
 from .colors import overlay
+from .data import DatasetError
 from .data.finding import FoundImage
 from .data.reading import read_image
 from .files import result_path
@@ -22,8 +23,9 @@ from .inference import InferenceConfig, InferenceOptions, infer, predict_ids
 from .model import UNEPT
 from .model.finite import require_numbers
 from .model.output import class_ids
+from .optional import require
 from .outputs import tiled
-from .outputs.formats import Format, Result, Writer, read_probabilities
+from .outputs.formats import Format, Result, Writer, check_packages, read_probabilities
 from .outputs.video import VideoWriter, is_video, open_clip
 
 
@@ -70,7 +72,10 @@ class PredictConfig:
         self.format = tuple(dict.fromkeys(self.format))
 
     def check(self, clips: Sequence[Path]) -> None:
-        """Raise ValueError if videos, the paths `clips`, or --tiled stand beside options that do not allow them."""
+        """Raise ValueError if videos, the paths `clips`, or --tiled stand beside options that do not allow them.
+
+        Or if a package that is needed is not installed, before a model is loaded and a folder is made.
+        """
         others = [name for name in self.format if name not in ("ids", "overlay")]
         if others and (clips or self.tiled):
             what = f"{clips[0]} is a video" if clips else "--tiled is given"
@@ -82,6 +87,11 @@ class PredictConfig:
                 f"several videos are called {duplicates[0].stem} and would share one result: run the command for each "
                 "of them, with different --out"
             )
+        check_packages(self.format)
+        if clips:
+            require("av", "a video")
+        if self.tiled:
+            require("rasterio", "--tiled")
 
 
 def describe(ids: Tensor, classes: Sequence[str], count: int = 5) -> str:
@@ -129,7 +139,9 @@ def predict_clip(options: PredictConfig, config: InferenceConfig, model: UNEPT, 
         A line that says where they are, and how fast it went.
 
     Raises:
-        DatasetError: if the video can't be read.
+        DatasetError: if the video can't be read, or has no frame.
+        FloatingPointError: the prediction holds NaN.
+        OSError: if the results can't be written. In all of these cases those that were there before are intact.
     """
     clip = open_clip(found.path, options.fps)
     suffixes = {"ids": "mkv", "overlay": "mp4"}
@@ -144,6 +156,8 @@ def predict_clip(options: PredictConfig, config: InferenceConfig, model: UNEPT, 
             if "overlay" in videos:
                 videos["overlay"].write(overlay(frame, ids, model.palette, options.alpha))
             count += 1
+        if not count:
+            raise DatasetError(f"{found.path} can't be read as a video: it has no frame; convert or remove it")
     rate = count / (time.perf_counter() - start)
     yield f"{'  '.join(map(str, paths.values()))}  {count} images, {rate:.1f} images/s"
 
@@ -181,7 +195,7 @@ def memory_advice(image: Tensor, config: InferenceConfig, found: FoundImage) -> 
 def predict(options: PredictConfig) -> int:
     """Segment the images; print where the results are and which classes were found.
 
-    An image that can't be read or is too large is reported on stderr, and the others are still segmented.
+    An image that can't be read, is too large or gives NaN is reported on stderr, and the others are still segmented.
 
     Returns:
         The exit status: 1 if anything that was named could not be segmented, else 0.
@@ -210,7 +224,7 @@ def predict(options: PredictConfig) -> int:
 
     start = time.perf_counter()
     everything = [*images, *(FoundImage(path, Path(path.stem)) for path in clips)]
-    failed = cli.process_images(everything, process, failure="read")
+    failed = cli.process_images(everything, process, failure="segmented")
     for path in writer.finish() if images and not options.tiled else ():
         cli.say(path)
     if len(images) > 1 and not clips:

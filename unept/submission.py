@@ -142,9 +142,9 @@ def submit(options: SubmissionConfig) -> None:
     config = resolve(options.inference, model)
     out = options.run / f"submission_{options.split}" if options.out is None else options.out
     result = write_submission(model, dataset, config, device, out, options.workers)
-    print(f"{len(dataset)} images of {dataset.description}, split {options.split}. Written: {result}")
+    cli.say(f"{len(dataset)} images of {dataset.description}, split {options.split}. Written: {result}")
     if dataset.has_test_server:
-        print(f"The same ids are in {out / 'labels'}, and in colour in {out / 'view'}")
+        cli.say(f"The same ids are in {out / 'labels'}, and in colour in {out / 'view'}")
 
 
 def main() -> None:

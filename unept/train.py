@@ -2,18 +2,20 @@
 
 import inspect
 import sys
+from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from . import cli, distributed
-from .config import RENAMED, TrainConfig
+from .config import RENAMED, ModelConfig, TrainConfig
 from .data import check_splits
 from .evaluation.evaluator import format_table
 from .presets import PRESETS
 from .pretrained import has_model
 from .training.fine_tuning import network_of
 from .training.interruption import Stopped
-from .training.run_folder import reserved
+from .training.run_folder import find_run, reserved
 from .training.trainer import Trainer
 
 
@@ -24,8 +26,8 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
         args.insert(0, "shapes")
     # The help says what a preset is and what to expect of it; its docstring in unept/presets/ has the rest.
     presets = {name: ((inspect.getdoc(preset) or "").split("\nSize:")[0], preset()) for name, preset in PRESETS.items()}
-    if (source := _init_from(args)) is not None and args[0] in presets:
-        presets[args[0]][1].model = network_of(source)
+    if (source := _value(args, "--init-from")) is not None and args[0] in presets:
+        presets[args[0]][1].model = _network(args, source)
     config = tyro.extras.overridable_config_cli(
         presets,
         prog="python -m unept.train",
@@ -36,11 +38,22 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
     return args[0], config
 
 
-def _init_from(args: list[str]) -> str | None:
-    """Return the value of --init-from, which says how the network is built unless other options do."""
+def _network(args: list[str], source: str) -> ModelConfig:
+    """Return the network of --init-from, unless other options change it.
+
+    A run that continues has it in its folder, so that the trained model may be gone.
+    """
+    out = _value(args, "--out")
+    resume: Literal["auto", "never"] = "auto" if _value(args, "--resume") == "auto" else "never"
+    run = find_run(TrainConfig(out=None if out is None else Path(out), resume=resume), args[0])
+    return network_of(source) if run is None else TrainConfig.from_json(run / "config.json").model
+
+
+def _value(args: list[str], option: str) -> str | None:
+    """Return the value of an option on a command line that is not parsed yet; None if it is not there."""
     for argument, value in zip(args, [*args[1:], ""], strict=True):
         name, separator, inline = argument.partition("=")
-        if name.replace("_", "-") == "--init-from":
+        if name.replace("_", "-") == option:
             return inline if separator else value
     return None
 
@@ -95,13 +108,14 @@ def train(args: list[str] | None = None) -> int:
 def print_results(trainer: Trainer) -> None:
     """Print where the results of a run are, as far as they are there."""
     out = trainer.out
-    print(f"\nRun folder  {out}")
+    cli.say("")
+    cli.say(f"Run folder  {out}")
     if has_model(out):
-        print(f"Model       {out / 'model'} (best validation mIoU {trainer.best:.4f})")
+        cli.say(f"Model       {out / 'model'} (best validation mIoU {trainer.best:.4f})")
     if pictures := [path for path in (out / "samples", out / "curves.png") if path.is_file() or any(path.glob("*"))]:
-        print(f"Pictures    {', '.join(map(str, pictures))}")
+        cli.say(f"Pictures    {', '.join(map(str, pictures))}")
     if has_model(out):
-        print(f"Try it      python -m unept.predict IMAGE --run {out}")
+        cli.say(f"Try it      python -m unept.predict IMAGE --run {out}")
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ class VisualizeConfig:
     """Number of the layer, from 1. None: the last."""
     compare: tuple[Path, ...] | None = None
     """Two or more run folders. With images or --samples: draw what each of them predicts, and where they differ most
-    (Fig. 1 and 3). Without: draw their IoU per class, as unept.evaluate measured it (Fig. 8)."""
+    (Fig. 1 and 3). Without: draw their IoU per class, as unept.evaluate measured it, or else the training (Fig. 8)."""
     samples: int = 0
     """With --compare: so many images of the first run's validation set, with their truth and the errors of each run."""
     root: Path | None = None
@@ -149,7 +149,7 @@ def draw_class_bars(runs: Sequence[Path], out: Path) -> None:
     path = out / "class_iou_comparison.png"
     drawing.class_comparison(shown, short_names(*runs), means, path)
     note = f"  the {MAX_CLASSES} of {len(rows)} classes that differ most" if len(rows) > MAX_CLASSES else ""
-    print(f"{path}{note}")
+    cli.say(f"{path}{note}")
 
 
 def draw_comparisons(options: VisualizeConfig) -> int:

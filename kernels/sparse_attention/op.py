@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 
 from .. import reference as plain
 from .._registration import register_autograd, register_vmap
-from ..backend import chosen_backend, run_on, runs_on_triton
+from ..backend import backend_argument, runs_on_triton
 from ..checks import check_count, check_floating, check_same_device, check_shape, compute_dtype
 from . import differentiable, torch_backend, triton_backward, triton_forward
 from . import shapes as spatial
@@ -44,13 +44,14 @@ def _sparse_sampling(
     scores: Tensor,
     reference: Tensor | None,
     spatial_shapes: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The output. A graph that was captured with spatial_shapes (L, 2) as a tensor has no shapes: it is read here."""
     if value.numel() == 0 or points.numel() == 0:
         return value.new_empty((value.shape[0], points.shape[1], value.shape[2] * value.shape[3]))
     if spatial_shapes is not None:
         shapes = spatial.flat_shapes(spatial_shapes.tolist(), value)
-    run = (triton_forward if runs_on_triton(value) else torch_backend).forward
+    run = (triton_forward if runs_on_triton(value, backend) else torch_backend).forward
     return run(value, shapes, points, scores, reference)
 
 
@@ -62,6 +63,7 @@ def _sparse_sampling_fake(
     scores: Tensor,
     reference: Tensor | None,
     spatial_shapes: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     return value.new_empty((value.shape[0], points.shape[1], value.shape[2] * value.shape[3]))
 
@@ -77,6 +79,7 @@ def _sparse_sampling_backward(
     needs_value: bool,
     needs_reference: bool,
     spatial_shapes: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of value, points, scores and reference; empty tensors for value and reference if not needed."""
     if grad_out.numel() == 0:
@@ -85,7 +88,7 @@ def _sparse_sampling_backward(
     else:
         if spatial_shapes is not None:
             shapes = spatial_shapes.flatten().tolist()
-        run = (triton_backward if runs_on_triton(value) else torch_backend).backward
+        run = (triton_backward if runs_on_triton(value, backend) else torch_backend).backward
         grad_value, grad_points, grad_scores, grad_reference = run(
             grad_out, value, shapes, points, scores, reference, needs_value, needs_reference
         )
@@ -109,6 +112,7 @@ def _(
     needs_value: bool,
     needs_reference: bool,
     spatial_shapes: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         value.new_empty(value.shape if needs_value else (0,)),
@@ -122,7 +126,7 @@ def _(
 
 
 def _save_inputs_of_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_out, value, ctx.shapes, points, scores, reference, _, _, spatial_shapes = inputs
+    grad_out, value, ctx.shapes, points, scores, reference, _, _, spatial_shapes, _ = inputs
     ctx.save_for_backward(grad_out, value, points, scores, reference, spatial_shapes)
 
 
@@ -134,7 +138,7 @@ def _second_backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]
     of_grad_out, of_value, of_points, of_scores, *of_reference = differentiable.backward_derivatives(
         grad_grads, grad_out, value, spatial_shapes, points, scores, reference
     )
-    return of_grad_out, of_value, None, of_points, of_scores, *(of_reference or [None]), None, None, None
+    return of_grad_out, of_value, None, of_points, of_scores, *(of_reference or [None]), None, None, None, None
 
 
 _run_backward = register_autograd(_sparse_sampling_backward, _save_inputs_of_backward, _second_backward)
@@ -142,8 +146,7 @@ _run_backward = register_autograd(_sparse_sampling_backward, _save_inputs_of_bac
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """The forward saves its inputs and nothing else."""
-    value, ctx.shapes, points, scores, reference, spatial_shapes = inputs
-    ctx.backend = chosen_backend()
+    value, ctx.shapes, points, scores, reference, spatial_shapes, ctx.backend = inputs
     ctx.save_for_backward(value, points, scores, reference, spatial_shapes)
 
 
@@ -152,13 +155,14 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     needs_value, needs_reference = needs[0], reference is not None and needs[4]
     inputs = (grad_out, value, ctx.shapes, points, scores, reference)
-    grads = run_on(ctx.backend, _run_backward, *inputs, needs_value, needs_reference, spatial_shapes)
+    grads = _run_backward(*inputs, needs_value, needs_reference, spatial_shapes, ctx.backend)
     return (
         grads[0] if needs_value else None,
         None,
         grads[1] if needs[2] else None,
         grads[2] if needs[3] else None,
         grads[3] if needs_reference else None,
+        None,
         None,
     )
 
@@ -283,7 +287,7 @@ def _attend(
 ) -> Tensor:
     """The op on checked arguments; in forward mode, for which it has no formula, by PyTorch's own operators."""
     if forward_ad._current_level < 0:
-        return _run(value, shapes, points, scores, reference, spatial_shapes)
+        return _run(value, shapes, points, scores, reference, spatial_shapes, backend_argument())
     if spatial_shapes is None:
         spatial_shapes = differentiable.shapes_tensor(shapes, value.device)
     return differentiable.sample(value, spatial_shapes, points, scores, reference)
@@ -325,7 +329,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the inputs and nothing else."""
         value, spatial_shapes, _, locations, weights = inputs[:5]
-        ctx.num_inputs = len(inputs)
+        ctx.num_inputs, ctx.backend = len(inputs), backend_argument()
         ctx.shapes, unread = spatial.read(spatial_shapes, None, value)
         ctx.save_for_backward(value, locations, weights, unread)
 
@@ -334,7 +338,8 @@ class MSDeformAttnFunction(torch.autograd.Function):
         """The gradients of value, locations and weights."""
         value, locations, weights, unread = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        grads = _run_backward(grad_out, value, ctx.shapes, locations, weights, None, needs[0], False, unread)
+        shapes, backend = ctx.shapes, ctx.backend
+        grads = _run_backward(grad_out, value, shapes, locations, weights, None, needs[0], False, unread, backend)
         wanted = [
             grads[0] if needs[0] else None,
             None,

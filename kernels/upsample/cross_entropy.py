@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._registration import refuse_second_derivatives, register_autograd, register_vmap
-from ..backend import chosen_backend, run_on, runs_on_triton
+from ..backend import backend_argument, runs_on_triton
 from ..checks import check_floating, check_integer, check_same_device, check_shape, compute_dtype
 from . import cross_entropy_triton
 from .tiles_torch import Where, check_maps, visit_tiles
@@ -100,17 +100,27 @@ def _check_ids(target: Tensor, K: int, ignore_index: int) -> None:
 
 @torch.library.custom_op("unept::upsample_cross_entropy", mutates_args=())
 def _upsample_cross_entropy(
-    logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor | None,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    backend: str | None = None,
 ) -> Tensor:
     """losses (B, H, W), float32 (float64 for float64 logits)."""
     _check_ids(target, logits.shape[1], ignore_index)
-    run = cross_entropy_triton.forward if runs_on_triton(logits) else _losses_torch
+    run = cross_entropy_triton.forward if runs_on_triton(logits, backend) else _losses_torch
     return run(logits, target, offset, class_weights, ignore_index)
 
 
 @_upsample_cross_entropy.register_fake
 def _upsample_cross_entropy_fake(
-    logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor | None,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    backend: str | None = None,
 ) -> Tensor:
     return logits.new_empty(target.shape, dtype=compute_dtype(logits))
 
@@ -123,9 +133,10 @@ def _upsample_cross_entropy_backward(
     offset: Tensor | None,
     class_weights: Tensor | None,
     ignore_index: int,
+    backend: str | None = None,
 ) -> Tensor:
     """Gradient of logits."""
-    run = cross_entropy_triton.backward if runs_on_triton(logits) else _backward_torch
+    run = cross_entropy_triton.backward if runs_on_triton(logits, backend) else _backward_torch
     return run(grad_losses, logits, target, offset, class_weights, ignore_index)
 
 
@@ -137,6 +148,7 @@ def _(
     offset: Tensor | None,
     class_weights: Tensor | None,
     ignore_index: int,
+    backend: str | None = None,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -146,14 +158,13 @@ _run_backward = refuse_second_derivatives(_upsample_cross_entropy_backward, "ups
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """The forward saves its inputs and nothing else."""
-    logits, target, offset, class_weights, ctx.ignore_index = inputs
-    ctx.backend = chosen_backend()
+    logits, target, offset, class_weights, ctx.ignore_index, ctx.backend = inputs
     ctx.save_for_backward(logits, target, offset, class_weights)
 
 
 def _backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-    grad_logits = run_on(ctx.backend, _run_backward, grad_losses, *ctx.saved_tensors, ctx.ignore_index)
-    return grad_logits, None, None, None, None
+    grad_logits = _run_backward(grad_losses, *ctx.saved_tensors, ctx.ignore_index, ctx.backend)
+    return grad_logits, None, None, None, None, None
 
 
 _run = register_autograd(_upsample_cross_entropy, _save_inputs, _backward)
@@ -211,7 +222,7 @@ def upsample_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(map(repr, REDUCTIONS))}")
 
-    losses = _run(logits, target, offset, class_weights, ignore_index)
+    losses = _run(logits, target, offset, class_weights, ignore_index, backend_argument())
     if reduction == "none":
         return losses
     if reduction == "sum":

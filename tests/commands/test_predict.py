@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,31 @@ def test_an_image_that_is_too_large_for_memory(run, command, tmp_path, monkeypat
         assert "b_ids.png" in out
 
 
+@pytest.mark.parametrize("kind", ["image", "tiled", "video"])
+def test_a_prediction_of_nan_does_not_end_the_batch(command, tmp_path, kind):
+    """The weights are finite, but so large that what is not of the mean color overflows."""
+    if kind != "image":
+        pytest.importorskip({"tiled": "rasterio", "video": "av"}[kind])
+    model = small_model()
+    with torch.no_grad():
+        next(model.backbone.parameters()).fill_(3e19)
+    save_run(tmp_path / "run", model)
+    names = ["a.png", "bright.png", "c.png"]
+    for name in names:
+        Image.new("RGB", (48, 32), "white" if name == "bright.png" else (124, 116, 104)).save(tmp_path / name)
+    options, suffix = {"image": ([], "png"), "tiled": (["--tiled"], "tif"), "video": (["--fps", "5"], "mkv")}[kind]
+    if kind == "video":
+        for name in names:
+            (tmp_path / Path(name).stem).mkdir()
+            (tmp_path / name).rename(tmp_path / Path(name).stem / name)
+        names = [Path(name).stem for name in names]
+    status, _, err = command(*names, "--run", "run", "--format", "ids", *options)
+    assert status == 1
+    assert err.startswith(f"error: with {names[1]}: the prediction holds NaN")
+    assert err.endswith("error: 1 of 3 images could not be segmented\n")
+    assert {path.name for path in (tmp_path / "predictions").iterdir()} == {f"a_ids.{suffix}", f"c_ids.{suffix}"}
+
+
 def test_exif_orientation(run, command, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
@@ -153,7 +179,7 @@ def test_a_corrupt_image_does_not_stop_the_others(run, command, tmp_path):
     assert status == 1
     assert err.count("b.jpg") == 1
     assert err.startswith("error: b.jpg can't be read")
-    assert err.endswith("error: 1 of 3 images could not be read\n")
+    assert err.endswith("error: 1 of 3 images could not be segmented\n")
     assert "a_ids.png" in out
     assert "c_ids.png" in out
     assert not (tmp_path / "predictions" / "b_ids.png").exists()

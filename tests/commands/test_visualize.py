@@ -146,7 +146,8 @@ def test_bars_of_three_runs(command, tmp_path, monkeypatch):
     on_save(monkeypatch, lambda figure: seen.extend(len(bars) for bars in figure.axes[0].containers))
     for name in "abc":
         save_evaluation(tmp_path / name, [0.5, 0.25])
-    assert command("--compare", "a", "b", "c")[0] == 0
+    status, out, _ = command("--compare", "a", "b", "c", "--out", "odd\udcff\n")
+    assert (status, out) == (0, "odd\\udcff\\n/class_iou_comparison.png\n")
     assert seen == [2, 2, 2]
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.helpers.runs import save_evaluation
+from tests.helpers.runs import CLASSES, save_evaluation, save_run, small_model
 from unept.evaluation.comparison import compare_classes, format_means, short_names
 
 
@@ -18,6 +18,20 @@ def test_comparison_of_classes(tmp_path):
     rows, means = compare_classes(*(tmp_path / name for name in "abc"))
     assert rows == [("class 2", (0.75, 0.25, 0.5)), ("class 3", (0.25, 0.5, 0.5)), ("class 0", (0.5, 0.5, 0.5))]
     assert means == (0.5, 0.4375, 0.5)
+
+
+def test_a_run_without_an_evaluation_has_that_of_its_model(tmp_path):
+    """As training saves it; `unept.evaluate` comes first where it has run."""
+    save_evaluation(tmp_path / "a", [0.5, 0.5, 0.25], CLASSES)
+    model = small_model()
+    model.evaluation = {"split": "val", "step": 5, "mIoU": 0.3125, "iou": [0.5, None, 0.125]}
+    save_run(tmp_path / "b", model)
+    rows, means = compare_classes(tmp_path / "a", tmp_path / "b")
+    assert rows == [("sand", (0.25, 0.125)), ("sky", (0.5, 0.5))]
+    assert means == (pytest.approx(1.25 / 3), 0.3125)
+    save_run(tmp_path / "c", small_model())
+    with pytest.raises(FileNotFoundError, match="measure the run first"):
+        compare_classes(tmp_path / "a", tmp_path / "c")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 def _train(options: list[str], folder: str, log: str, largest_file: int | None, full_after: int | None) -> None:
     """Run the command in a folder, with its output in a file; the limits are those of `Training`."""
+    # As in a process that a shell starts; in a process of a fork server, each reader of data would import everything.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

@@ -1,5 +1,6 @@
 """The choice of a backend: explicit, reversible, and refused with a remedy where it can't be met."""
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from unept.kernels import (
+    MSDeformAttnFunction,
     bilinear_gather,
+    ms_deform_attn,
     requested_backend,
     set_default_backend,
     sparse_sampling_attention,
@@ -92,23 +95,43 @@ def test_the_default_is_for_threads_that_have_not_chosen():
         set_default_backend("gpu")
 
 
-def test_a_gradient_runs_where_its_op_ran():
+def losses_of_all_ops(maps: torch.Tensor) -> list[torch.Tensor]:
+    """Losses of maps (1, 2, 4, 4)."""
+    points, samples = maps.new_full((1, 5, 2), 0.4), maps.new_full((1, 5, 1, 1, 2, 2), 0.3)
+    value, weights = maps.flatten(2).mT[:, :, None], samples[..., 0]
+    return [
+        bilinear_gather(maps, points).sum(),
+        upsample_cross_entropy(maps, torch.zeros(1, 4, 4, dtype=torch.long), torch.zeros(1, 2, 4, 4)),
+        sparse_sampling_attention(value, [(4, 4)], samples, weights, points).sum(),
+        ms_deform_attn(value, [(4, 4)], None, samples, weights).sum(),
+        MSDeformAttnFunction.apply(value, [(4, 4)], None, samples, weights, 64).sum(),
+    ]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("chosen", [True, False], ids=["chosen", "default"])
+def test_a_gradient_runs_where_its_op_ran(chosen, compiled):
     """Checked in float64, which the Triton kernels refuse, from a thread that chose these."""
-    maps, offset = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True), torch.zeros(1, 2, 4, 4)
-    points = torch.rand(1, 5, 2, dtype=torch.float64)
-    samples = torch.zeros(1, 5, 1, 1, 2, 2, dtype=torch.float64)
-    with use_backend("torch"):
-        losses = [
-            bilinear_gather(maps, points).sum(),
-            upsample_cross_entropy(maps, torch.zeros(1, 4, 4, dtype=torch.long), offset),
-            sparse_sampling_attention(maps.flatten(2).mT[:, :, None], [(4, 4)], samples, samples[..., 0], points).sum(),
-        ]
+    run = torch.compile(losses_of_all_ops, backend="aot_eager", fullgraph=True) if compiled else losses_of_all_ops
+    maps = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    before = requested_backend()
+    choice = use_backend("torch") if chosen else contextlib.nullcontext()
+    try:
+        if not chosen:
+            set_default_backend("torch")
+        with choice:
+            losses = run(maps)
+    finally:
+        set_default_backend(before)
 
     def differentiate():
         with use_backend("triton"):
-            return [torch.autograd.grad(loss, maps)[0].abs().sum() > 0 for loss in losses]
+            gradients = torch.autograd.grad(losses, maps, [torch.ones_like(loss) for loss in losses])
+            with pytest.raises(TypeError, match="not float64"):  # a graph that was compiled for another choice
+                run(maps)
+            return gradients[0].abs().sum() > 0
 
-    assert all(in_thread(differentiate))
+    assert in_thread(differentiate)
 
 
 def test_unknown_name_lists_the_backends():

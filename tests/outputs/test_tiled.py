@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from tests.helpers.runs import small_model
+from unept.colors import save_picture, to_pil
+from unept.data import DatasetError
 from unept.inference import InferenceConfig, InferenceOptions, predict_ids, resolve
 from unept.outputs.tiled import Raster, predict_file, predict_rows, tile_config
 
@@ -83,6 +85,28 @@ def test_a_file_keeps_its_coordinates(tmp_path):
     with rasterio.open(tmp_path / "overlay.tif") as file:
         assert file.transform == transform
         assert np.array_equal(file.read()[:, 10, 20], model.palette[ids[10, 20]])
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    """The image ends in the middle of its rows."""
+    pytest.importorskip("rasterio")
+    save_picture(to_pil(smooth_image(96, 64)), tmp_path / "in.tif")
+    (tmp_path / "ids.tif").write_text("of a run before")
+    source, read = Raster(tmp_path / "in.tif"), Raster.read
+
+    def damaged(self, top, *place):
+        if top:
+            raise DatasetError("in.tif is damaged")
+        return read(self, top, *place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Raster, "read", damaged)
+        with pytest.raises(DatasetError):
+            predict_file(
+                small_model(), source, InferenceConfig(window=32), CPU, tmp_path / "ids.tif", tmp_path / "overlay.tif"
+            )
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ids.tif", "in.tif"]
+    assert (tmp_path / "ids.tif").read_text() == "of a run before"
 
 
 def test_what_cannot_be_tiled():

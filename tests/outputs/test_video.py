@@ -39,6 +39,18 @@ def test_ids_are_kept_to_the_bit(tmp_path):
     assert len(found) == 3
 
 
+def test_a_video_is_written_whole_or_not_at_all(tmp_path):
+    path = write_video(tmp_path / "a.mkv", [torch.zeros(8, 8)])
+    before = path.read_bytes()
+    with pytest.raises(FloatingPointError), VideoWriter(path, Fraction(10)) as video:  # noqa: PT012
+        video.write(torch.ones(8, 8))
+        raise FloatingPointError
+    assert path.read_bytes() == before
+    with pytest.raises(OSError, match=r"while writing .*no/a.mkv"):
+        write_video(tmp_path / "no" / "a.mkv", [torch.zeros(8, 8)])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mkv"]
+
+
 def test_a_turned_video_is_read_upright(tmp_path):
     picture = torch.zeros(3, 32, 64, dtype=torch.uint8)
     picture[:, :16, :32] = 255  # the upper left

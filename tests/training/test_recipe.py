@@ -11,6 +11,7 @@ from tests.helpers.training import arguments, configuration, loss_curve, read_re
 from unept import UNEPT, train
 from unept.config import TrainConfig
 from unept.recipe import RecipeConfig
+from unept.training import checkpoint
 from unept.training.optimizer import build_optimizer, learning_rate_factor
 from unept.training.trainer import Trainer
 
@@ -102,6 +103,24 @@ def test_fine_tuning_on_other_classes(data, trained, tmp_path, capsys):
 def test_fine_tuning_on_the_same_classes_keeps_the_classifier(data, trained, tmp_path):
     trainer = Trainer(config_of(data, "--d-model", "64", "--init-from", str(trained)), tmp_path)
     assert same_weights(UNEPT.from_pretrained(trained / "model").state_dict(), trainer.model.state_dict())
+
+
+def test_a_run_continues_without_the_model_that_it_started_from(data, trained, tmp_path, monkeypatch):
+    """Its own config.json says how its network is built, and its checkpoint holds the weights."""
+    monkeypatch.chdir(tmp_path)
+    source = shutil.copytree(trained, tmp_path / "source")
+    command = ["folder", "--root", str(data), "--init-from", "source", "--batch-size", "2", "--crop-size", "64", "64"]
+    command += ["--short-side", "None", "--workers", "0", "--num-samples", "0", "--amp", "off"]
+    train.train([*command, "--iterations", "1"])
+    shutil.rmtree(source)
+    for out in ([], ["--out", "runs/folder"]):
+        config = train.parse([*command, "--iterations", "2", "--resume", "auto", *out])[1]
+        assert (config.model.d_model, config.recipe.init_from) == (64, "source")
+    train.train([*command, "--iterations", "2", "--resume=auto"])
+    assert checkpoint.load_latest(tmp_path / "runs" / "folder" / "checkpoints", torch.device("cpu")).step == 2
+    for options in ([], ["--out", "elsewhere", "--resume", "auto"]):
+        with pytest.raises(FileNotFoundError, match="source does not exist"):
+            train.train([*command, "--iterations", "2", *options])
 
 
 def test_source_that_does_not_exist(data):

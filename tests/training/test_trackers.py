@@ -4,6 +4,9 @@ import sys
 
 import pytest
 
+from tests.helpers import layouts
+from tests.helpers.training import arguments
+from unept import train
 from unept.config import TrainConfig
 from unept.recipe import RecipeConfig
 from unept.training.recorder import Recorder
@@ -28,6 +31,17 @@ def test_absent_package_is_named(tracker, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=rf'tracker is {tracker}, .* pip install "unept\[{tracker}\]"') as raised:
         start_tracker(config(tracker), tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_absent_package_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    data = layouts.shapes(tmp_path / "data", train=2, val=1)
+    monkeypatch.chdir(tmp_path)
+    options = arguments(data, "--workers", "0", "--device", "cpu", "--tracker", "wandb")
+    for out in ([], ["--out", "run"]):
+        with pytest.raises(ValueError, match="tracker is wandb, which is not installed"):
+            train.train([*options, *out])
+        assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_none_by_default(tmp_path):

@@ -7,26 +7,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import complete_folder
 from ..validation import check_type
 
 
 def load_evaluation(run: Path) -> dict[str, Any]:
     """Read the classes, IoU, mIoU and split that `unept.evaluate` wrote into a run folder.
 
+    Where it has not run, they are those of the last validation that gave a better model, which the model keeps.
+
     Raises:
         FileNotFoundError: if the run has not been evaluated.
         ValueError: if the file is damaged.
     """
     path = run / "evaluation.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: measure the run first with `python -m unept.evaluate {run}`")
+    model = complete_folder(run / "model") / "config.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            path, known = model, json.loads(model.read_text(encoding="utf-8")) if model.is_file() else {}
+            record = {"classes": known.get("classes"), **(known.get("evaluation") or {})}
+            if "iou" not in record:
+                missing = run / "evaluation.json"
+                raise FileNotFoundError(
+                    f"there is no {missing}: measure the run first with `python -m unept.evaluate {run}`"
+                )
         kinds = {"classes": list[str], "iou": list[float | None], "mIoU": float, "split": str}
         for key, kind in kinds.items():
             check_type(key, record[key], kind)
         return {key: record[key] for key in kinds}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): evaluate the run again") from error
 
 

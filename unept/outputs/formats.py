@@ -39,6 +39,12 @@ class Result(NamedTuple):
     """What its results are called, below the folder for them."""
 
 
+def check_packages(formats: Sequence[Format]) -> None:
+    """Raise ValueError if a format needs a package that is not installed."""
+    if any(name in NEED_POLYGONS for name in formats):
+        require("rasterio", "a polygon")
+
+
 class Writer:
     """Write segmented images in several formats into a folder.
 
@@ -58,8 +64,7 @@ class Writer:
     ):
         self.formats, self.out, self.classes, self.palette, self.alpha = formats, out, classes, palette, alpha
         self._coco = CocoFile(classes)
-        if any(name in NEED_POLYGONS for name in formats):
-            require("rasterio", "a polygon")
+        check_packages(formats)
 
     @property
     def needs_probabilities(self) -> bool:

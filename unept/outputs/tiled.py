@@ -7,7 +7,9 @@ row of windows, so that it grows with the width of the image, not with its heigh
 Letters: H, W height and width of the image; all places are in its pixels, padded to multiples of 8 (`STRIDE`).
 """
 
+import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from ..colors import overlay
 from ..data import DatasetError
+from ..files import temporary_file
 from ..inference import InferenceConfig, Maps, averaged_output, predict_ids, window_maps, window_starts
 from ..model.finite import require_numbers
 from ..model.output import STRIDE, SegmentationModel, class_ids, padded_size
@@ -214,7 +217,7 @@ class Raster:
         self._failure = rasterio.errors.RasterioError
         self.path = path
         try:
-            self.file = rasterio.open(path)
+            self.file = _open(path)
         except self._failure as error:
             raise DatasetError(f"{path} can't be read ({error}): the file is damaged or not an image") from error
         if {*self.file.dtypes} - {"uint8", "uint16"}:
@@ -246,6 +249,14 @@ class Raster:
             raise DatasetError(f"{self.path} can't be read ({error}): the file is damaged; restore it") from error
 
 
+def _open(path: Path, mode: str = "r", **options: Any) -> Any:
+    """Open a raster without rasterio's warning that it has no coordinates, which most images have not."""
+    rasterio = require("rasterio", "--tiled")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        return rasterio.open(path, mode, **options)
+
+
 NO_DATA = 255
 
 
@@ -258,7 +269,7 @@ def predict_file(
     overlay_path: Path | None = None,
     alpha: float = 0.5,
 ) -> Tensor:
-    """Segment a file and write GeoTIFFs that have its coordinates.
+    """Segment a file and write GeoTIFFs that have its coordinates, each whole or not at all.
 
     Args:
         model: in any mode.
@@ -271,6 +282,11 @@ def predict_file(
 
     Returns:
         int64 (256,): the number of pixels of every id.
+
+    Raises:
+        DatasetError: the file is damaged.
+        FloatingPointError: the prediction holds NaN.
+        OSError: the disk is full or not writable. In all of these cases the files that were there before are intact.
     """
     rasterio = require("rasterio", "--tiled")
     height, width = source.size
@@ -279,19 +295,21 @@ def predict_file(
         "transform": source.file.transform, "tiled": True, "compress": "deflate", "bigtiff": "if_safer",
     }  # fmt: skip
     counts = torch.zeros(256, dtype=torch.int64)
-    with rasterio.open(ids_path, "w", count=1, nodata=NO_DATA, **profile) as ids_file:
+    with ExitStack() as stack:
+
+        def create(path: Path, **options: Any) -> Any:
+            temporary = stack.enter_context(temporary_file(path))
+            return stack.enter_context(_open(temporary, "w", **profile, **options))
+
+        ids_file = create(ids_path, count=1, nodata=NO_DATA)
         ids_file.write_colormap(1, {k: (*color, 255) for k, color in enumerate(model.palette)})
-        colored = overlay_path and rasterio.open(overlay_path, "w", count=3, photometric="rgb", **profile)
-        try:
-            for top, ids in predict_rows(model, source, config, device, progress=None):
-                ids = torch.where(source.valid(top, len(ids)), ids, NO_DATA)
-                counts += torch.bincount(ids.flatten(), minlength=256)
-                window = rasterio.windows.Window(0, top, width, len(ids))
-                ids_file.write(ids.numpy(), 1, window=window)
-                if colored:
-                    image = source.read(top, 0, len(ids), width)
-                    colored.write(overlay(image, ids, model.palette, alpha).numpy(), window=window)
-        finally:
-            if colored:
-                colored.close()
+        colored = create(overlay_path, count=3, photometric="rgb") if overlay_path else None
+        for top, ids in predict_rows(model, source, config, device, progress=None):
+            ids = torch.where(source.valid(top, len(ids)), ids, NO_DATA)
+            counts += torch.bincount(ids.flatten(), minlength=256)
+            window = rasterio.windows.Window(0, top, width, len(ids))
+            ids_file.write(ids.numpy(), 1, window=window)
+            if colored is not None:
+                image = source.read(top, 0, len(ids), width)
+                colored.write(overlay(image, ids, model.palette, alpha).numpy(), window=window)
     return counts

@@ -1,6 +1,7 @@
 """Videos, read and written by PyAV: files, or folders of frames. Letters: H, W height and width of a frame."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..data import DatasetError
 from ..data.files import list_images, read_image
+from ..files import temporary_file
 from ..optional import require
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm")
@@ -98,11 +100,17 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 class VideoWriter:
-    """Write frames of one size to a video file; a context manager, which closes the file.
+    """Write frames of one size to a video file; a context manager. The file is there when the block has ended.
+
+    Where an error ends the block, the file that was there before, if any, is intact.
 
     Args:
         path: the file. Colors are compressed as H.264 (.mp4), class ids without loss as FFV1 (.mkv).
         rate: frames per second.
+
+    Raises:
+        ValueError: PyAV is not installed.
+        OSError: the disk is full or not writable.
 
     Example:
         >>> with VideoWriter(Path("street.mp4"), Fraction(25)) as video:
@@ -111,10 +119,13 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction):
         self._av = require("av", "a video")
-        self._container = self._av.open(str(path), "w")
         self._lossless = path.suffix == ".mkv"
-        self._stream: Any = self._container.add_stream("ffv1" if self._lossless else "libx264", rate=rate)
-        self._stream.pix_fmt = "gray" if self._lossless else "yuv420p"
+        with ExitStack() as stack:
+            temporary = stack.enter_context(temporary_file(path))
+            self._container: Any = stack.enter_context(self._av.open(str(temporary), "w"))
+            self._stream: Any = self._container.add_stream("ffv1" if self._lossless else "libx264", rate=rate)
+            self._stream.pix_fmt = "gray" if self._lossless else "yuv420p"
+            self._files = stack.pop_all()
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -122,9 +133,12 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._stream.codec_context.is_open:
+        self._files.push(self._flush)  # before the file is closed
+        self._files.__exit__(kind, error, trace)
+
+    def _flush(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None and self._stream.codec_context.is_open:
             self._container.mux(self._stream.encode(None))
-        self._container.close()
 
     def write(self, picture: Tensor) -> None:
         """Append a frame: a picture, uint8 (3, H, W), to a file of colors; class ids (H, W) to one without loss.

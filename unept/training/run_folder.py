@@ -51,9 +51,8 @@ def choose_run_folder(config: TrainConfig, preset: str) -> Path:
         if not should_resume(config, config.out):
             refuse_existing_run(config.out)
         return config.out
-    names = itertools.chain([preset], (f"{preset}-{number}" for number in itertools.count(2)))
     last = None
-    for folder in (RUNS / name for name in names):
+    for folder in _numbered(preset):
         if folder.exists():
             last = folder
             continue
@@ -64,6 +63,19 @@ def choose_run_folder(config: TrainConfig, preset: str) -> Path:
             return folder
         last = folder
     raise AssertionError("unreachable")
+
+
+def find_run(config: TrainConfig, preset: str) -> Path | None:
+    """Return the folder of the run that `choose_run_folder` would continue; None if there is none."""
+    folders = [config.out] if config.out else list(itertools.takewhile(Path.exists, _numbered(preset)))[-1:]
+    continued = [out for out in folders if (out / "config.json").is_file() and should_resume(config, out)]
+    return continued[0] if continued else None
+
+
+def _numbered(preset: str) -> Iterator[Path]:
+    """The run folders of a preset, one after another, without end."""
+    yield RUNS / preset
+    yield from (RUNS / f"{preset}-{number}" for number in itertools.count(2))
 
 
 def refuse_existing_run(folder: Path) -> None:

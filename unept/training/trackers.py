@@ -84,6 +84,12 @@ class MlflowTracker:
 TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
 
 
+def check_tracker(config: TrainConfig) -> None:
+    """Raise ValueError if the package of the tracker that the option of that name asks for is not installed."""
+    if config.recipe.tracker != "none":
+        _require(config.recipe.tracker)
+
+
 def start_tracker(config: TrainConfig, folder: Path) -> Tracker | None:
     """Start the tracker that the option of that name asks for, or continue its record; None for none.
 

@@ -41,7 +41,7 @@ from .optimizer import average_weights, build_optimizer, build_scheduler, clip_g
 from .recorder import Recorder
 from .state import TrainingState
 from .throughput import Throughput, peak_memory
-from .trackers import start_tracker
+from .trackers import check_tracker, start_tracker
 
 
 class Trainer:
@@ -69,7 +69,8 @@ class Trainer:
         scores: result of the last evaluation (`evaluate_model`); empty before the first.
 
     Raises:
-        ValueError: the batch cannot be split over the ranks, or the data or the weights cannot be used.
+        ValueError: the batch cannot be split over the ranks, a package is missing, or the data or the weights cannot be
+            used.
     """
 
     def __init__(self, config: TrainConfig, out: Path, device: torch.device | None = None, augmentation: Any = None):
@@ -78,6 +79,7 @@ class Trainer:
         self.local_batch = distributed.run_on_main(
             lambda: distributed.split_batch(config.batch_size, config.accumulate)
         )
+        distributed.run_on_main(lambda: check_tracker(config))
         torch.manual_seed(config.seed)
         self.train_set, self.validation_set = distributed.run_on_main(self.build_datasets)
         self.resumes = distributed.run_on_main(lambda: run_folder.should_resume(config, out))
