@@ -1,14 +1,16 @@
 """Sparse sampling attention in PyTorch: `op` has the equation, the letters and the conventions.
 
-The maps lie in one table of rows of D channels, each map in a frame of zeros wide enough for samples outside it, so
-that nothing has to be masked. Samples are read by `embedding_bag`, whose bag is one query in one head: it gathers rows
-and adds them up with weights, and keeps nothing. The gradient of the table is the same gather the other way round:
-samples are sorted by row, a bag is one row, and what it gathers are rows of `grad_out`. No sum depends on the order in
-which threads run.
+The maps lie in one table (`torch_table`), in which nothing has to be masked. Samples are read by `embedding_bag`, whose
+bag is one query in one head: it gathers rows and adds them up with weights, and keeps nothing. The gradient of the
+table is the same gather the other way round: samples are sorted by row, a bag is one row, and what it gathers are rows
+of `grad_out`. The other gradients take the products of a row of `grad_out` with four rows of the table, which
+`sampled_addmm` computes without copying rows. No sum depends on the order in which threads run.
 
 Work goes image by image and head by head, in blocks that stay in a CPU's cache: one head's maps are small enough to.
 """
 
+import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
@@ -17,74 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import compute_dtype
-from .levels import levels
+from .torch_table import Block, Layout, map_values, value_table
 
 # Elements of the largest temporary apart from tables; images, heads and queries are taken in blocks to stay below it.
 # Steps with many temporaries take a part of it each, small enough for a CPU's cache and large enough for its threads.
 MAX_TEMPORARY = 1 << 20
-
-# Zeros on each side of a map. Samples outside go to -2 or to the map's size, where both neighbours are zero; with one
-# zero fewer a NaN on the border would be read times zero.
-FRAME = 2
-
-Block = tuple[slice, slice, slice]  # images, queries, heads: an index into tensors (B, Q, M, ...)
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
-
-
-class _Layout:
-    """Where the maps lie in the table: (B, M, rows) rows and FRAME more at the end.
-
-    A level has height + 2 * FRAME lines of width + FRAME pixels: the zeros right of a line are those left of the next.
-    """
-
-    def __init__(self, value: Tensor, shapes: Sequence[int], N: int):
-        heights, widths = shapes[::2], shapes[1::2]
-        lines, pitches = [height + 2 * FRAME for height in heights], [width + FRAME for width in widths]
-        self.B, _, self.M, self.D = value.shape
-        self.level_rows = [line * pitch for line, pitch in zip(lines, pitches, strict=True)]
-        self.rows = sum(self.level_rows)
-        self.shapes = shapes
-        self.dtype = compute_dtype(value)
-        self.device = value.device
-        self.index_dtype = torch.int32 if self.B * self.M * self.rows < 2**31 - 1 else torch.int64
-        origins = [sum(self.level_rows[:level]) + FRAME * pitch + FRAME for level, pitch in enumerate(pitches)]
-
-        def by_sample(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
-            """(L * N,), filled rather than copied to the device: a copy would make the host wait for it."""
-            return torch.cat([torch.full((N,), number, dtype=dtype, device=self.device) for number in numbers])
-
-        self.pitch, self.origin = by_sample(pitches, self.index_dtype), by_sample(origins, self.index_dtype)
-        self.width, self.height = by_sample(widths, self.dtype), by_sample(heights, self.dtype)
-
-    def zeros(self) -> Tensor:
-        return torch.zeros(self.B * self.M * self.rows + FRAME, self.D, dtype=self.dtype, device=self.device)
-
-    def lines(self, rows: Tensor) -> Iterator[Tensor]:
-        """Views (maps, lines, pitch, D) of whole maps' `rows` (maps * rows, D), level by level."""
-        maps = rows.view(-1, self.rows, self.D)
-        for (_, _, _, width), level in zip(levels(self.shapes), maps.split(self.level_rows, 1), strict=True):
-            yield level.unflatten(1, (-1, width + FRAME))
-
-    def pixels(self, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Level by level, its slice of S and the view (B, M, H_l, W_l, D) of its pixels in the table."""
-        for (_, start, height, width), lines in zip(levels(self.shapes), self.lines(table[:-FRAME]), strict=True):
-            inner = lines[:, FRAME:-FRAME, FRAME:].unflatten(0, (self.B, self.M))
-            yield slice(start, start + height * width), inner
-
-    def first_row(self, block: Block) -> int:
-        """The row of the table at which a block's maps begin; they lie one after another."""
-        images, _, heads = block
-        return (images.start * self.M + heads.start) * self.rows
-
-
-def _value_table(value: Tensor, layout: _Layout) -> Tensor:
-    table = layout.zeros()
-    for pixels, inner in layout.pixels(table):
-        inner.copy_(value[:, pixels].unflatten(1, inner.shape[2:4]).permute(0, 3, 1, 2, 4))
-    return table
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -156,7 +95,7 @@ def _axis(points: Tensor, reference: Tensor | None, block: Block, size: Tensor) 
     return low, position.sub_(low)
 
 
-def _samples(layout: _Layout, points: Tensor, scores: Tensor, reference: Tensor | None, block: Block) -> _Samples:
+def _samples(layout: Layout, points: Tensor, scores: Tensor, reference: Tensor | None, block: Block) -> _Samples:
     reference_x, reference_y = (None, None) if reference is None else reference.unbind(-1)
     x0, fx = _axis(points[..., 0], reference_x, block, layout.width)
     y0, fy = _axis(points[..., 1], reference_y, block, layout.height)
@@ -186,8 +125,8 @@ def _bag(rows: Tensor, table: Tensor, weights: Tensor, starts: Tensor | None = N
 
 def forward(value: Tensor, shapes: Sequence[int], points: Tensor, scores: Tensor, reference: Tensor | None) -> Tensor:
     """The output (B, Q, M * D); see `op` for the arguments."""
-    layout = _Layout(value, shapes, points.shape[4])
-    table = _value_table(value, layout)
+    layout = Layout(value, shapes, points.shape[4])
+    table = value_table(value, layout)
     if reference is not None:
         reference = reference.expand(layout.B, -1, -1)
     out = value.new_empty((*points.shape[:3], layout.D))
@@ -217,100 +156,142 @@ def backward(
     needs_reference: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """The gradients of value, points, scores and, per image (B, Q, 2), reference; see `op` for the arguments."""
-    layout = _Layout(value, shapes, points.shape[4])
+    layout = Layout(value, shapes, points.shape[4])
     grad_out = grad_out.unflatten(-1, (layout.M, layout.D))
     if reference is not None:
         reference = reference.expand(layout.B, -1, -1)
-    grad_samples = _sample_gradients(layout, grad_out, value, points, scores, reference, needs_reference)
-    grad_value = _value_gradient(layout, grad_out, value, points, scores, reference) if needs_value else None
-    return grad_value, *grad_samples
-
-
-def _dots(pairs: Tensor, rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """`grad` times the pixel in each row, and times the difference to its right neighbour.
-
-    Args:
-        pairs: (all rows, 2 * D), a pixel and its right neighbour.
-        rows: (b * m * q, L * N).
-        grad: (b * m * q, 1, D).
-
-    Returns:
-        Two tensors of the shape of `rows`.
-    """
-    bags, samples = rows.shape
-    step = max(1, MAX_TEMPORARY // (samples * pairs.shape[1]))
-    dots = grad.new_empty((bags, 1, 2 * samples))
-    gathered = grad.new_empty((min(step, bags) * samples, pairs.shape[1]))
-    for part, part_grad, out in zip(rows.split(step), grad.split(step), dots.split(step), strict=True):
-        corners = torch.index_select(pairs, 0, part.flatten(), out=gathered[: part.numel()])
-        torch.bmm(part_grad, corners.view(len(part), -1, grad.shape[-1]).mT, out=out)
-    left, right = dots.view(bags, samples, 2).unbind(-1)
-    return left, right - left
-
-
-def _sample_gradients(
-    layout: _Layout,
-    grad_out: Tensor,
-    value: Tensor,
-    points: Tensor,
-    scores: Tensor,
-    reference: Tensor | None,
-    needs_reference: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    table = _value_table(value, layout)
-    # A pixel and its right neighbour, (rows, 2 * D): one gather reads both.
-    pairs = table.flatten().unfold(0, 2 * layout.D, layout.D)
-    grad_points, grad_scores = points.new_empty(points.shape), scores.new_empty(scores.shape)
-    grad_reference = table.new_zeros((layout.B, points.shape[1], 2)) if needs_reference else None
-    for block in blocks(points, MAX_TEMPORARY // 8):
-        samples = _samples(layout, points, scores, reference, block)
-        fx, fy, weights = samples.fx, samples.fy, samples.weights
-        grad = _by_map(grad_out, block, layout.dtype).view(-1, 1, layout.D)
-        first = pairs[layout.first_row(block) :]
-        top, top_slope = _dots(first, samples.rows, grad)
-        bottom, bottom_slope = _dots(first, samples.rows.add_(layout.pitch), grad)
-        top = torch.addcmul(top, top_slope, fx)
-        slope_y = torch.addcmul(bottom, bottom_slope, fx).sub_(top)
-        slope_x = torch.lerp(top_slope, bottom_slope, fy)
-        grad_weights = torch.addcmul(top, slope_y, fy)
-
-        shape = points[block].transpose(1, 2).shape[:-1]  # (b, m, q, L, N)
-        for axis, (slope, size) in enumerate(((slope_x, layout.width), (slope_y, layout.height))):
-            slope *= weights
-            if grad_reference is not None:
-                grad_reference[..., axis][block[:2]] += (slope * size).view(shape).sum((1, 3, 4))
-            if reference is None:
-                slope *= size
-            grad_points[..., axis][block].transpose(1, 2).copy_(slope.view(shape))
-        if reference is not None:
-            mean = (weights * grad_weights).sum(-1, keepdim=True)
-            grad_weights.sub_(mean).mul_(weights)
-        grad_scores[block].transpose(1, 2).copy_(grad_weights.view(shape))
-    return grad_points, grad_scores, grad_reference
-
-
-def _value_gradient(
-    layout: _Layout, grad_out: Tensor, value: Tensor, points: Tensor, scores: Tensor, reference: Tensor | None
-) -> Tensor:
-    grad_table = layout.zeros()
+    table = value_table(value, layout)
+    grads = _SampleGradients(
+        points.new_empty(points.shape),
+        scores.new_empty(scores.shape),
+        table.new_zeros((layout.B, points.shape[1], 2)) if needs_reference else None,
+    )
+    grad_table = layout.zeros() if needs_value else None
     # A block walks over all rows of its maps: with fewer samples than rows most of that would be for nothing.
-    limit = max(layout.rows, MAX_TEMPORARY // 2)
-    for block in blocks(points, limit, map_size=layout.rows * layout.D // 2):
+    limit = max(layout.rows if needs_value else 0, MAX_TEMPORARY // 8)
+    for block in blocks(points, limit, map_size=layout.rows * layout.D // 4):
         samples = _samples(layout, points, scores, reference, block)
         grad = _by_map(grad_out, block, layout.dtype).view(-1, layout.D)
-        rows, order = samples.rows.flatten().sort(stable=True)
-        bags = order // samples.rows.shape[1]
-        sorted_samples = (t.flatten().index_select(0, order) for t in (samples.weights, samples.fx, samples.fy))
-        weights = _corner_weights(*sorted_samples)
-        all_rows = torch.arange(_num_maps(block) * layout.rows, dtype=rows.dtype, device=rows.device)
-        starts = torch.searchsorted(rows, all_rows)
-        upper, lower = _bag(bags, grad, weights[0], starts), _bag(bags, grad, weights[2], starts)
-        upper[1:] += _bag(bags, grad, weights[1], starts)[:-1]
-        lower[1:] += _bag(bags, grad, weights[3], starts)[:-1]
-        for above, below in zip(layout.lines(upper), layout.lines(lower), strict=True):
-            above[:, 1:] += below[:, :-1]
-        grad_table[layout.first_row(block) :][: len(upper)] += upper
-    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
-    for pixels, inner in layout.pixels(grad_table):
-        grad_value[:, pixels].unflatten(1, inner.shape[2:4]).copy_(inner.permute(0, 2, 3, 1, 4))
-    return grad_value
+        first = layout.first_row(block)
+        if grad_table is not None:
+            block_rows = _num_maps(block) * layout.rows
+            grad_table[first : first + block_rows] += _value_gradient(layout, samples, grad, block_rows)
+        dots = _corner_dots(layout, table[first:], samples.rows, grad)
+        _write_sample_gradients(layout, samples, dots, grads, block, softmax=reference is not None)
+    return None if grad_table is None else map_values(grad_table, value, layout), *grads
+
+
+class _SampleGradients(NamedTuple):
+    points: Tensor
+    scores: Tensor
+    reference: Tensor | None
+
+
+def _corner_dots(layout: Layout, table: Tensor, rows: Tensor, grad: Tensor) -> Sequence[Tensor]:
+    """`grad` times the pixels at upper left, upper right, lower left and lower right of each sample.
+
+    Args:
+        layout: of the table.
+        table: from the block's first row on.
+        rows: (b * m * q, L * N).
+        grad: (b * m * q, D).
+
+    Returns:
+        Four tensors of the shape of `rows`.
+    """
+    if not table.is_cpu:
+        return [*_gathered_dots(table, rows, grad), *_gathered_dots(table, rows + layout.pitch, grad)]
+    _silence_beta_warning()
+    # Four entries for each sample of the product of grad and the table: a sparse matrix in CSR format.
+    below = rows + layout.pitch
+    corners = torch.cat([rows, rows + 1, below, below + 1], 1)
+    starts = torch.arange(0, corners.numel() + 1, corners.shape[1], dtype=corners.dtype)
+    zeros = grad.new_zeros(corners.numel())
+    wanted = torch.sparse_csr_tensor(starts, corners.flatten(), zeros, (len(grad), len(table)), check_invariants=False)
+    dots = torch.sparse.sampled_addmm(wanted, grad, table.t(), beta=0, out=wanted)
+    return dots.values().view(corners.shape).chunk(4, 1)
+
+
+@functools.cache
+def _silence_beta_warning() -> None:
+    """Make a sparse matrix: PyTorch warns of the first one in a process, which is of no use to the caller."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0], [], [], (0, 0))
+
+
+def _gathered_dots(table: Tensor, rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """`grad` times the pixel in each row, and times its right neighbour; for devices other than a CPU."""
+    bags, samples = rows.shape
+    D = grad.shape[1]
+    # A pixel and its right neighbour, (rows, 2 * D): one gather reads both.
+    pairs = table.flatten().unfold(0, 2 * D, D)
+    step = max(1, MAX_TEMPORARY // (samples * 2 * D))
+    dots = grad.new_empty((bags, 1, 2 * samples))
+    for part, part_grad, out in zip(rows.split(step), grad[:, None].split(step), dots.split(step), strict=True):
+        corners = pairs.index_select(0, part.flatten())
+        torch.bmm(part_grad, corners.view(len(part), -1, D).mT, out=out)
+    left, right = dots.view(bags, samples, 2).unbind(-1)
+    return left, right
+
+
+def _write_sample_gradients(
+    layout: Layout,
+    samples: _Samples,
+    dots: Sequence[Tensor],
+    grads: _SampleGradients,
+    block: Block,
+    softmax: bool,
+) -> None:
+    """Write a block's gradients of points and scores, and add those of the reference."""
+    upper_left, upper_right, lower_left, lower_right = dots
+    fx, fy, weights = samples.fx, samples.fy, samples.weights
+    top_slope, bottom_slope = upper_right - upper_left, lower_right - lower_left
+    top = torch.addcmul(upper_left, top_slope, fx)
+    slope_y = torch.addcmul(lower_left, bottom_slope, fx).sub_(top)
+    slope_x = torch.lerp(top_slope, bottom_slope, fy)
+    grad_weights = torch.addcmul(top, slope_y, fy)
+
+    shape = grads.points[block].transpose(1, 2).shape[:-1]  # (b, m, q, L, N)
+    for axis, (slope, size) in enumerate(((slope_x, layout.width), (slope_y, layout.height))):
+        slope *= weights
+        if grads.reference is not None:
+            grads.reference[..., axis][block[:2]] += (slope * size).view(shape).sum((1, 3, 4))
+        if not softmax:
+            slope *= size
+        grads.points[..., axis][block].transpose(1, 2).copy_(slope.view(shape))
+    if softmax:
+        mean = (weights * grad_weights).sum(-1, keepdim=True)
+        grad_weights.sub_(mean).mul_(weights)
+    grads.scores[block].transpose(1, 2).copy_(grad_weights.view(shape))
+
+
+def _value_gradient(layout: Layout, samples: _Samples, grad: Tensor, block_rows: int) -> Tensor:
+    """What a block's samples add to the gradient of its `block_rows` rows of the table.
+
+    Args:
+        layout: of the table.
+        samples: of the block.
+        grad: (b * m * q, D).
+        block_rows: rows of the block's maps.
+
+    Returns:
+        (block_rows, D).
+    """
+    # A radix sort takes half the time in 16 bits.
+    narrow = torch.int16 if block_rows < 2**15 else samples.rows.dtype
+    rows, order = samples.rows.flatten().to(narrow).sort(stable=True)
+    bags, L_N = samples.rows.shape
+    bag_of = torch.arange(bags, dtype=layout.index_dtype, device=layout.device).repeat_interleave(L_N)
+    sorted_bags, *sorted_samples = (
+        t.flatten().index_select(0, order) for t in (bag_of, samples.weights, samples.fx, samples.fy)
+    )
+    weights = _corner_weights(*sorted_samples)
+    all_rows = torch.arange(block_rows, dtype=narrow, device=layout.device)
+    starts = torch.searchsorted(rows, all_rows, out_int32=layout.index_dtype == torch.int32)
+    upper, lower = (_bag(sorted_bags, grad, weights[corner], starts) for corner in (0, 2))
+    upper[1:] += _bag(sorted_bags, grad, weights[1], starts)[:-1]
+    lower[1:] += _bag(sorted_bags, grad, weights[3], starts)[:-1]
+    for above, below in zip(layout.lines(upper), layout.lines(lower), strict=True):
+        above[:, 1:] += below[:, :-1]
+    return upper
