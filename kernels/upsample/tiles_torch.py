@@ -28,6 +28,9 @@ from ..checks import check_count, check_floating, check_same_device, check_shape
 TILE_COLUMNS = 128
 SLAB_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
+# On a CPU a tile with offsets of whole pixels, none longer than this, is read from itself and a margin around it.
+MAX_MARGIN = 8
+
 
 def check_maps(logits: Tensor, offset: Tensor | None, size: tuple[int, int]) -> None:
     """Raise TypeError or ValueError unless logits (B, K, h, w) and offset (B, 2, *size) or None fit."""
@@ -47,7 +50,9 @@ def check_maps(logits: Tensor, offset: Tensor | None, size: tuple[int, int]) -> 
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
-# Tiles of pixels, whose z is read from a table and whose gradient is added into one, both by embedding_bag.
+# Tiles of pixels, whose z is read from a table and whose gradient is added into one, both by embedding_bag. Without an
+# offset the table is interpolated along one axis after the other. Short offsets of whole pixels, those of the refined
+# prediction, move z on the full-size map after that; others look up four corners per pixel.
 
 # Where a tile lies in (B, H, W): image, rows, columns.
 Where = tuple[int, slice, slice]
@@ -142,7 +147,8 @@ def visit_tiles(
     tile_rows = max(1, budget // (K * min(size[1], TILE_COLUMNS) * dtype.itemsize or 1))
     grad_logits = logits.new_empty((B, K, h, w) if with_gradient else (0,), dtype=dtype)
     for b in range(B):
-        if offset is None:
+        margin = (0, 0) if offset is None else _margin(offset[b])
+        if margin is not None:
             # Rows of the table: columns of the map, (w, h, K).
             table = logits[b].permute(2, 1, 0).to(dtype).reshape(w, h * K)
         else:
@@ -152,14 +158,40 @@ def visit_tiles(
             tiles = [(b, rows, columns) for rows in _blocks(size[0], tile_rows)]
             if not tiles:
                 continue
-            if offset is None:
-                _visit_columns(table, grad_table, (h, w), size, tiles, visit)
+            if margin is not None:
+                _visit_columns(table, grad_table, (h, w), size, tiles, visit, offset, margin)
             else:
+                assert offset is not None
                 _visit_shifted(table, grad_table, (h, w), size, tiles, offset, visit)
         if grad_table is not None:
-            per_pixel = grad_table.view(w, h, K).permute(2, 1, 0) if offset is None else grad_table.t().view(K, h, w)
+            per_pixel = (
+                grad_table.view(w, h, K).permute(2, 1, 0) if margin is not None else grad_table.t().view(K, h, w)
+            )
             grad_logits[b] = per_pixel
     return grad_logits
+
+
+def _margin(offset: Tensor) -> tuple[int, int] | None:
+    """How far an image's offsets (2, H, W) reach along y and x; None unless all are short and of whole pixels."""
+    if not offset.is_cpu or offset.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
+        return None
+    if offset.numel() == 0:
+        return 0, 0
+    x, y = (max(-int(low), int(high)) for low, high in zip(*offset.flatten(1).aminmax(dim=1), strict=True))
+    return (y, x) if max(x, y) <= MAX_MARGIN else None
+
+
+def _widen(pixels: slice, margin: int, size: int) -> slice:
+    return slice(max(pixels.start - margin, 0), min(pixels.stop + margin, size))
+
+
+def _moved_pixels(offset: Tensor, where: Where, rows: slice, columns: slice, size: tuple[int, int]) -> Tensor:
+    """For each pixel of a tile the one that it reads, counted in row-major order in `rows` x `columns` around it."""
+    b, *tile = where
+    y = torch.arange(tile[0].start, tile[0].stop)[:, None] + offset[b, 1, tile[0], tile[1]]
+    x = torch.arange(tile[1].start, tile[1].stop) + offset[b, 0, tile[0], tile[1]]
+    y, x = y.clamp_(0, size[0] - 1).sub_(rows.start), x.clamp_(0, size[1] - 1).sub_(columns.start)
+    return y.mul_(columns.stop - columns.start).add_(x).flatten()
 
 
 def _visit_columns(
@@ -169,23 +201,48 @@ def _visit_columns(
     size: tuple[int, int],
     tiles: list[Where],
     visit: Callable[[Where, Tensor], Tensor | None],
+    offset: Tensor | None,
+    margin: tuple[int, int],
 ) -> None:
-    """Tiles of the same columns: these are interpolated for all low-size rows first, then the rows of each tile."""
+    """Tiles of the same columns: these are interpolated for all low-size rows first, then the rows of each tile.
+
+    With an offset, whose length is at most `margin`, this is done for a tile and what is around it.
+    """
     h, w = low_size
-    (H, W), columns = size, tiles[0][2]
+    H, W = size
+    columns = _widen(tiles[0][2], margin[1], W)
     positions = torch.arange(max(size), dtype=table.dtype, device=table.device)
     across = _axis_bags(positions[columns], W, w)
     n = len(across.index)
     wide = across.read(table).view(n, h, -1).permute(1, 2, 0).reshape(h, -1)  # (h, K * n)
     grad_wide = None if grad_table is None else torch.zeros_like(wide)
     for where in tiles:
-        down = _axis_bags(positions[where[1]], H, h)
-        z = down.read(wide)
-        grad = visit(where, z.view(len(z), -1, n))
+        rows = _widen(where[1], margin[0], H)
+        down = _axis_bags(positions[rows], H, h)
+        z = down.read(wide).view(rows.stop - rows.start, -1, n)
+        if offset is None:
+            grad = visit(where, z)
+        else:
+            grad = _visit_moved(z, _moved_pixels(offset, where, rows, columns, size), where, visit)
         if grad_wide is not None and grad is not None:
-            down.add_transposed(grad.view(z.shape), grad_wide)
+            down.add_transposed(grad.reshape(len(z), -1), grad_wide)
     if grad_table is not None and grad_wide is not None:
         across.add_transposed(grad_wide.view(h, -1, n).permute(2, 0, 1).reshape(n, -1), grad_table)
+
+
+def _visit_moved(
+    z: Tensor,  # (rows, K, columns)
+    pixels: Tensor,  # (m,)
+    where: Where,
+    visit: Callable[[Where, Tensor], Tensor | None],
+) -> Tensor | None:
+    """Visit a tile whose m pixels read these of z; the gradient is that of z."""
+    rows, K, columns = z.shape
+    grad = visit(where, z.transpose(0, 1).reshape(K, -1).index_select(1, pixels)[None])
+    if grad is None:
+        return None
+    grad_z = grad.new_zeros(K, rows * columns).index_add_(1, pixels, grad[0])
+    return grad_z.view(K, rows, columns).transpose(0, 1)
 
 
 def _visit_shifted(

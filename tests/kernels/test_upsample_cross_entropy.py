@@ -7,6 +7,7 @@ from tests.helpers.accuracy import assert_accurate
 from tests.helpers.marks import slow
 from unept.kernels import reference as unfused
 from unept.kernels import upsample_argmax, upsample_cross_entropy
+from unept.kernels.upsample import tiles_torch
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -232,6 +233,26 @@ def test_offsets_within_and_beyond_a_tile_s_window(backend, reach, h, w):
     shift = 2 * torch.rand(1, 2, 8 * h, 8 * w) - 1
     arguments["offset"] = torch.where(far, reach * shift, 2 * shift).to(backend[1])
     assert_matches_reference(arguments)
+
+
+@pytest.mark.parametrize("op", [upsample_cross_entropy, upsample_argmax])
+@pytest.mark.parametrize("reach", [(1, 0), (3, 8), (8, 9)])
+def test_short_offsets_of_whole_pixels_give_what_the_same_numbers_do_as_floats(op, reach, monkeypatch):
+    """The PyTorch backend reads them in another way, tile by tile, up to 8 pixels."""
+    monkeypatch.setitem(tiles_torch.SLAB_BYTES, "cpu", 12 * 128 * 3 * 8)  # tiles of 12 rows and 128 columns
+    arguments = make_inputs("cpu", torch.float64, shape=(2, 3, 5, 40), size=(37, 300))
+    shift = [torch.randint(-n, n + 1, (2, 37, 300)) for n in reach]
+    for axis, n in zip(shift, reach, strict=True):
+        axis[:, 13, 130], axis[:, -1, -1] = -n, n
+    results = []
+    for dtype in (torch.int16, torch.float64):
+        arguments["offset"] = torch.stack(shift, 1).to(dtype)
+        if op is upsample_argmax:
+            results.append([upsample_argmax(arguments["logits"], (37, 300), arguments["offset"])])
+        else:
+            results.append(run(op, arguments, torch.ones(2, 37, 300), reduction="none"))
+    for whole, as_float in zip(*results, strict=True):
+        torch.testing.assert_close(whole, as_float, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("K", [11, 16, slow(48)])
