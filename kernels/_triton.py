@@ -84,6 +84,30 @@ def strides(name: str, dimensions: str, tensor: Tensor | None) -> dict[str, int]
     return {f"{name}_stride_{dimension}": n for dimension, n in zip(dimensions, numbers, strict=True)}
 
 
+@triton.jit
+def split_tf32(x):
+    """float32 -> (high, low): x in TensorFloat-32, to the nearest, and what is left; NaN if x is not finite."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """a @ b + accumulator, in float32; of float32 operands in the given precision.
+
+    Triton splits for "tf32x3" with twice as many instructions: it rounds the low parts too, which tensor cores cut off
+    by themselves, and treats infinity apart, which becomes NaN here.
+    """
+    if PRECISION == "tf32x3" and a.dtype == tl.float32:
+        a_high, a_low = split_tf32(a)
+        b_high, b_low = split_tf32(b)
+        accumulator = tl.dot(a_low, b_high, accumulator, input_precision="tf32")
+        accumulator = tl.dot(a_high, b_low, accumulator, input_precision="tf32")
+        return tl.dot(a_high, b_high, accumulator, input_precision="tf32")
+    else:
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
 def operand(dtype: torch.dtype) -> "tl.dtype":
     """The dtype in which matrices of a dtype are multiplied; the interpreter's products of bfloat16 are wrong."""
     if dtype == torch.bfloat16 and not INTERPRETED:

@@ -1,11 +1,13 @@
 """The options of a run: which values they take, and what config.json may hold."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from unept.config import DataConfig, ModelConfig, TrainConfig
+from unept.evaluate import EvaluateConfig
 
 
 @pytest.mark.parametrize(
@@ -106,3 +108,10 @@ def test_config_with_an_old_name_is_read(tmp_path):
     stored["data"]["category_cap"] = stored["data"].pop("cat_max_ratio")
     (tmp_path / "config.json").write_text(json.dumps(stored))
     assert TrainConfig.from_json(tmp_path / "config.json") == config
+
+
+def test_as_many_workers_as_each_process_has_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(24))
+    for processes, expected in (("1", 8), ("8", 3), ("64", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert DataConfig().workers == EvaluateConfig(Path("run")).workers == expected

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from .data.base import SegmentationDataset
 from .data.registry import DATASETS, build_dataset, find_dataset
-from .distributed import Device
+from .distributed import Device, default_workers
 from .inference import InferenceConfig
 from .model.boundary import StepDirection
 from .model.limits import check_sizes
@@ -151,8 +151,9 @@ class DataConfig:
     short_side to photometric: it must give samples of crop_size."""
     imports: tuple[str, ...] = ()
     """Modules that are imported first, such as one that registers a data set (--import my_module)."""
-    workers: int = 2
-    """Number of processes that load training data; 0 loads in the main process."""
+    workers: int = field(default_factory=default_workers)
+    """Number of processes that load training data; 0 loads in the main process. Default: the cores of each process of
+    the training, at most 8."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """What to do with a file that cannot be read or breaks a rule. error: stop the run, which continues once the file
     is repaired. skip: train on the next image instead, leave the file out of evaluations, and count how often."""

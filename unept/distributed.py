@@ -39,6 +39,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def default_workers() -> int:
+    """Return how many processes read data unless an option says it: the cores that each process has, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def was_restarted() -> bool:
     """Whether torchrun has started this process anew, because one of the processes had ended (`--max-restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

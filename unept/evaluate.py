@@ -51,7 +51,7 @@ class EvaluateConfig:
     """auto: CUDA if there is a device."""
     worst: int = 6
     """Number of images of the lowest mIoU to draw into worst.png, with their truth; 0 draws none."""
-    workers: int = 2
+    workers: int = field(default_factory=distributed.default_workers)
     """Number of processes that read the data; 0 reads in the main process."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """What to do with a file that cannot be read or breaks a rule. error: stop. skip: leave its image out, and say how

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from . import cli
 from .colors import save_palette_png, save_picture
 from .data import SegmentationDataset, image_loader
+from .distributed import default_workers
 from .evaluation.evaluator import check_classes
 from .files import write_atomically
 from .inference import InferenceConfig, InferenceOptions, predict_ids, resolve
@@ -44,7 +45,7 @@ class SubmissionConfig:
     """Views and refinement."""
     device: cli.Device = "auto"
     """auto: CUDA where there is a device."""
-    workers: int = 2
+    workers: int = field(default_factory=default_workers)
     """Processes that read the images; 0 reads in the main process."""
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ POINTS_POOL = [
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 4}, num_warps=4),
     triton.Config({"BLOCK_Q": 64, "BLOCK_N": 4}, num_warps=8),
     triton.Config({"BLOCK_Q": 8, "BLOCK_N": 4}, num_warps=1),
+    triton.Config({"BLOCK_Q": 16, "BLOCK_N": 4}, num_warps=1),  # for 64 channels, see `scale_block_q`
 ]
 
 

@@ -29,6 +29,7 @@ FORWARD_POOL = [
     triton.Config({"BLOCK_Q": 64, "BLOCK_N": 4}, num_warps=8),
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 2}, num_warps=2),
     triton.Config({"BLOCK_Q": 16, "BLOCK_N": 2}, num_warps=1),
+    triton.Config({"BLOCK_Q": 32, "BLOCK_N": 2}, num_warps=1),  # for 64 channels, see `scale_block_q`
 ]
 
 

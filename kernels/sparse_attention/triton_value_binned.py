@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .._autotune import autotuned
 from .._tables import cached_table
-from .._triton import PRECISION, jit, operand, tl, triton
+from .._triton import PRECISION, dot, jit, operand, tl, triton
 from .levels import levels
 from .triton_arguments import Samples, geometry
 from .triton_common import load_level, load_sample, load_tile, pack_xy, split_position, unpack_xy
@@ -34,8 +34,9 @@ from .triton_common import load_level, load_sample, load_tile, pack_xy, split_po
 WINDOW_ROWS = 4
 WINDOW_COLUMNS = tl.constexpr(16)  # what a tensor core multiplies at a time
 
-# Bytes of the records that are held at a time; one image's at the least.
+# Records are held of as many images at a time as take no more bytes than this, or than a part of the free memory.
 MAX_RECORD_BYTES = 1 << 28
+SHARE_OF_FREE_MEMORY = 4
 RECORD_BYTES = 16
 
 WINDOW_POOL = [
@@ -162,15 +163,18 @@ def window_backward_kernel(
     starts_ptr += image_head * C + level.first_cell
 
     batch, head = image_head // M, image_head % M
-    pixel_x = first_x + tl.arange(0, WINDOW_COLUMNS)
     channel = tl.arange(0, BLOCK_D)[None, :]
     grad_out_ptr += (batch * Q * M + head) * D + channel
     grad_value_ptr += (batch * S * M + head) * D + channel
     end_x = tl.minimum(first_x + WINDOW_COLUMNS, level.width)
-    above = tl.zeros([WINDOW_COLUMNS, BLOCK_D], tl.float32)
+    # The pixels above a row of cells, and then those below it: [2 * WINDOW_COLUMNS, ...]
+    i = tl.arange(0, 2 * WINDOW_COLUMNS)
+    is_below = (i >= WINDOW_COLUMNS)[:, None]
+    x_of_sum = (first_x + i % WINDOW_COLUMNS).to(tl.float32)[:, None]
+    pixel_x = first_x + tl.arange(0, WINDOW_COLUMNS)
+    sums = tl.zeros([2 * WINDOW_COLUMNS, BLOCK_D], tl.float32)
     for row in tl.range(first_y, tl.minimum(first_y + ROWS, level.height) + 1):
         # Row `row` of cells lies between the rows of pixels row - 1 and row.
-        below = tl.zeros([WINDOW_COLUMNS, BLOCK_D], tl.float32)
         start = tl.load(starts_ptr + row * (level.width + 1) + first_x)
         end = tl.load(starts_ptr + row * (level.width + 1) + end_x + 1)
         for k in tl.range(start, end, BLOCK_R):
@@ -181,18 +185,18 @@ def window_backward_kernel(
             grad_pointers = grad_out_ptr + (query * M * D)[:, None]
             # [BLOCK_R, BLOCK_D]
             grad = tl.load(grad_pointers, mask=valid[:, None] & (channel < D), other=0.0).to(DOT_TYPE)
-            # [WINDOW_COLUMNS, BLOCK_R]
-            tent = tl.maximum(1.0 - tl.abs(pixel_x.to(tl.float32)[:, None] - x[None, :]), 0.0)
-            lower = (weight * fy)[None, :]
-            upper = (weight - weight * fy)[None, :]
-            above = tl.dot((tent * upper).to(DOT_TYPE), grad, above, input_precision=PRECISION)
-            below = tl.dot((tent * lower).to(DOT_TYPE), grad, below, input_precision=PRECISION)
+            lower = weight * fy
+            # [2 * WINDOW_COLUMNS, BLOCK_R]
+            share = tl.where(is_below, lower[None, :], (weight - lower)[None, :])
+            tent = tl.maximum(1.0 - tl.abs(x_of_sum - x[None, :]), 0.0)
+            sums = dot((tent * share).to(DOT_TYPE), grad, sums, PRECISION)
+        above, below = tl.split(sums.reshape(2, WINDOW_COLUMNS, BLOCK_D).permute(1, 2, 0))
         pixel = level.first_row + (row - 1) * level.width + pixel_x
         pointers = grad_value_ptr + (pixel.to(tl.int64) * M * D)[:, None]
         # The pixels above the window's first row belong to another window.
         mask = (tl.where(row > first_y, pixel_x, level.width) < level.width)[:, None] & (channel < D)
         tl.store(pointers, above.to(grad_value_ptr.dtype.element_ty), mask=mask)
-        above = below
+        sums = tl.join(below, tl.zeros_like(below)).permute(2, 0, 1).reshape(2 * WINDOW_COLUMNS, BLOCK_D)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -215,15 +219,31 @@ def count_cells(shapes: Sequence[int]) -> int:
     return sum((height + 1) * (width + 1) for _, _, height, width in levels(shapes))
 
 
-def images_at_a_time(samples: Samples) -> int:
-    """How many images are binned together, at least one."""
-    return max(1, min(len(samples.pairs), MAX_RECORD_BYTES // (RECORD_BYTES * samples.per_image)))
+def free_bytes(device: torch.device) -> int:
+    """The memory that can be allocated on a GPU; 0 elsewhere, and while a CUDA graph is captured."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return 0
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def images_at_a_time(shapes: Sequence[int], samples: Samples) -> int:
+    """How many images are binned together, at least one. Each round launches all kernels anew."""
+    images, image_bytes = len(samples.pairs), RECORD_BYTES * samples.per_image
+    allowed = MAX_RECORD_BYTES
+    if images * image_bytes > allowed:  # otherwise nobody has to ask the driver
+        allowed = max(allowed, free_bytes(samples.pairs.device) // SHARE_OF_FREE_MEMORY)
+    return max(1, min(images, allowed // image_bytes, (2**31 - 1) // counted_per_image(shapes, samples)))
+
+
+def counted_per_image(shapes: Sequence[int], samples: Samples) -> int:
+    """The number of records or of cells of an image, whichever is larger: 32-bit integers count them."""
+    return max(samples.per_image, samples.pairs.shape[2] * count_cells(shapes))
 
 
 def fits_bins(shapes: Sequence[int], samples: Samples) -> bool:
-    """Whether cells and records of the images that are binned together can be counted in 32 bits."""
-    M = samples.pairs.shape[2]
-    return images_at_a_time(samples) * max(samples.per_image, M * count_cells(shapes)) < 2**31
+    """Whether cells and records of an image can be counted in 32 bits."""
+    return counted_per_image(shapes, samples) < 2**31
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -309,7 +329,7 @@ def value_gradient_binned(
 ) -> Tensor:
     """The gradient of value, (B, S, M, D); see `triton_value.value_gradient` for the arguments."""
     grad_value = value.new_empty(value.shape)
-    step = images_at_a_time(samples)
+    step = images_at_a_time(shapes, samples)
     for first in range(0, len(value), step):
         part = slice(first, min(first + step, len(value)))
         starts, records = bin_samples(shapes, samples.images(part), None if normaliser is None else normaliser[part])

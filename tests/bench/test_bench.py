@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,40 @@ def test_the_dense_gates_pass_the_ops_and_not_a_shifted_map(op, monkeypatch):
     right = test_dense.unfused(op)
     with pytest.raises(AssertionError):
         problem.gate(lambda first, *others: right(first.roll(1, -1), *others))
+
+
+def test_the_share_of_the_bound_is_that_of_the_gpu_s_own_time(monkeypatch):
+    monkeypatch.setattr(harness, "device_name", lambda: "NVIDIA H200")
+    group = Group("g", lambda name: counting(name, []), "a", min_bytes=48 * 10**9)
+    info = harness.extra_info(group, "a", Measured([1.0], 0.0, device_seconds=0.02))
+    assert (info["gb_per_second"], info["device_seconds"], info["share_of_bound"]) == (48, 0.02, 0.5)
+    # The host's time says nothing about the kernels.
+    assert "share_of_bound" not in harness.extra_info(group, "a", Measured([1.0], 0.0))
+    for name in ("GH200", "B200", "MI300X", "H100", "A100"):
+        assert any(name in known for known in harness.BANDWIDTH)
+
+
+def test_the_gpu_s_own_time_starts_when_everything_is_queued_and_l2_is_empty(monkeypatch):
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("event")
+
+        def elapsed_time(self, end):
+            return 3.0  # milliseconds
+
+    flushed = SimpleNamespace(zero_=lambda: order.append("flush"))
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(torch, "empty", lambda size, **_: flushed if size >= 128 << 20 else None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(f"sleep {cycles / harness.MAX_CLOCK:g}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    assert harness.device_seconds(lambda: order.append("step"), host_seconds=0.25, rounds=2) == 0.003
+    assert order == ["sleep 0.5", "flush", "event", "step", "event", "wait"] * 2
 
 
 def test_the_clock_replays_samples():

@@ -10,7 +10,10 @@ from tests.helpers.attention import attention, check, deformable, make_case
 from unept.kernels import use_backend
 from unept.kernels.sparse_attention import force_form, torch_backend, triton_value_binned
 from unept.kernels.sparse_attention.forms import should_pad
-from unept.kernels.sparse_attention.triton_arguments import query_order
+from unept.kernels.sparse_attention.triton_arguments import Samples, make_samples, query_order, scale_block_q
+from unept.kernels.sparse_attention.triton_backward import POINTS_POOL
+from unept.kernels.sparse_attention.triton_forward import FORWARD_POOL
+from unept.kernels.sparse_attention.triton_value_binned import images_at_a_time
 
 # --- the forms of the Triton kernels ----------------------------------------------------------------------------------
 
@@ -62,6 +65,30 @@ def test_images_are_binned_a_few_at_a_time(form, monkeypatch):
     case = make_case(batch=3, queries=9, heads=2).to(form, torch.float32)
     monkeypatch.setattr(triton_value_binned, "MAX_RECORD_BYTES", 16 * 2 * 9 * 2 * 2 * 3)
     check(attention, case)
+
+
+def test_rounds_of_binning_follow_the_free_memory(monkeypatch):
+    points, scores = torch.empty(16, 100, 8, 3, 16, 2, device="meta"), torch.empty(16, 100, 8, 3, 16, device="meta")
+    shapes = (8, 8) * 3
+    samples = make_samples(shapes, points, scores, None)
+    images = 16 * samples.per_image
+    assert images_at_a_time(shapes, samples) == 16, "few records: in one round"
+    monkeypatch.setattr(triton_value_binned, "MAX_RECORD_BYTES", 3 * images)
+    for free, expected in ((0, 3), (4 * 5 * images, 5), (1 << 40, 16)):
+        monkeypatch.setattr(triton_value_binned, "free_bytes", lambda device, free=free: free)
+        assert images_at_a_time(shapes, samples) == expected
+    monkeypatch.setattr(Samples, "per_image", property(lambda self: 2**29))
+    assert images_at_a_time(shapes, samples) == 3, "32-bit integers count the records of a round"
+
+
+def test_tiles_of_twice_the_size_are_tried_for_packed_heads_of_64_channels_only():
+    def tiles(pool, **arguments):
+        return {(config.kwargs["BLOCK_Q"], config.num_warps) for config in (scale_block_q(c, arguments) for c in pool)}
+
+    for pool, double in ((FORWARD_POOL, (16, 1)), (POINTS_POOL, (8, 1))):
+        assert double in tiles(pool, WORDS=32, PACKED=True)
+        for other in ({"WORDS": 16, "PACKED": True}, {"WORDS": 64, "PACKED": False}, {"WORDS": 128, "PACKED": True}):
+            assert len(tiles(pool, **other)) == len(pool) - 1, "no configuration more than before"
 
 
 def test_maps_are_copied_for_many_samples_only():
