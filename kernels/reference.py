@@ -32,7 +32,7 @@ def sparse_sampling_attention(
     (B or 1, Q, 2), the paper's c_q in [0, 1], give out (B, Q, M * D).
     """
     offsets, logits = offsets.permute(2, 0, 1, 3, 4, 5), logits.permute(2, 0, 1, 3, 4)  # heads first
-    weights = logits.flatten(3).softmax(-1).reshape(logits.shape)
+    weights = logits.flatten(3).softmax(-1).unflatten(3, logits.shape[3:])
     locations = []
     for (height, width), offset in zip(spatial_shapes, offsets.unbind(3), strict=True):
         dx, dy = offset.unbind(-1)

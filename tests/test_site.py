@@ -51,12 +51,15 @@ def test_every_page_is_in_the_navigation():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, tmp_path):
-    """Every cell runs, in an empty folder."""
+    """Every cell runs, in an empty folder beside the picture that it opens."""
     client = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     notebook = nbformat.read(path, as_version=4)
-    client.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shutil.copy(ROOT / "docs" / "street.jpg", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    resources = {"metadata": {"path": str(tmp_path / "notebooks")}}
+    client.NotebookClient(notebook, timeout=1200, resources=resources).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert outputs
     if path.stem.startswith("predict"):

@@ -8,12 +8,10 @@ from safetensors import SafetensorError
 from .config import TrainConfig
 from .files import complete_folder
 from .memory import out_of_memory
-from .model.hub import REPOSITORY, DamagedWeights
+from .model.hub import DEMO, REPOSITORY, DamagedWeights
 from .model.network import UNEPT
 
 RUNS = Path("runs")
-# The model that ships with the package: `unept_tiny`, trained on CamVid; its README.md says how, and what it reaches.
-DEMO = Path(__file__).parent / "assets" / "camvid_tiny"
 DEMO_NOTICE = (
     "the demo model that ships with unept: street scenes, the 11 classes of CamVid, for research (its card is "
     f"{DEMO / 'README.md'})"

@@ -129,6 +129,16 @@ def test_lists_of_models():
     assert set(trained) < set(every)
 
 
+def test_the_demo_model_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=r"of another shape: classifier"):
+        network = UNEPT.from_pretrained("camvid_tiny", num_classes=2, ignore_mismatched_sizes=True)
+    assert (network.num_classes, network.backbone.name) == (2, "tf_efficientnet_lite0")
+    (tmp_path / "camvid_tiny").mkdir()  # what is there comes first
+    with pytest.raises(FileNotFoundError, match="camvid_tiny has no config"):
+        UNEPT.from_pretrained("camvid_tiny")
+
+
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c"])
 def test_a_path_that_does_not_exist(source):
     with pytest.raises(FileNotFoundError, match=f"^{source} does not exist: give a folder"):

@@ -34,6 +34,7 @@ class WholeImage(nn.Module):
     def __init__(self, model: UNEPT, output: str = "ids", refinement: Refinement | None = ONE_STEP):
         super().__init__()
         self.model, self.output, self.refinement = model, output, refinement
+        self.training = model.training  # `torch.onnx.export` would put the model into the mode of its wrapper
 
     def forward(self, images: Tensor) -> Tensor:
         """The ids (B, H, W) or logits (B, K, H, W) of images (B, 3, H, W), uint8, RGB."""
@@ -44,7 +45,9 @@ class WholeImage(nn.Module):
         padded = pad(padded, 3, (width + divisor - 1) // divisor * divisor)
         h, w = ((size + STRIDE - 1) // STRIDE for size in (height, width))
         size = (STRIDE * h, STRIDE * w)
-        logits, boundary, direction, logits_stride = self.model(padded)
+        # A trace makes it a plain tuple of the maps that there are.
+        logits, boundary, direction, *_ = (*self.model(padded)[:3], None, None)
+        logits_stride = self.model.logits_stride
         finer = STRIDE // logits_stride
         logits = crop(logits, finer * h, finer * w)
         if boundary is not None and direction is not None:

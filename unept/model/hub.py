@@ -22,6 +22,8 @@ from .limits import check_sizes, least_parameters
 from .transfer import as_dtype, load_fitting
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# The model that ships with the package: `unept_tiny`, trained on CamVid; its README.md says how, and what it reaches.
+DEMO = Path(__file__).parents[1] / "assets" / "camvid_tiny"
 # The key of config.json that holds the SHA-256 of model.safetensors.
 DIGEST = "weights_sha256"
 # Constructor's options that say where weights come from. A saved model carries its weights, and loads without them.
@@ -88,7 +90,8 @@ class HubMixin(
         fetched.
 
         Args:
-            pretrained_model_name_or_path: the folder, or ORG/NAME of the repository on the Hugging Face hub.
+            pretrained_model_name_or_path: the folder, or ORG/NAME of the repository on the Hugging Face hub, or
+                `camvid_tiny`, the demo model that ships with the package.
             options: of the constructor, instead of the stored ones; of `huggingface_hub` (`revision`, `token`,
                 `cache_dir`, `local_files_only`, `force_download`); and these:
                 `dtype` (or `torch_dtype`): converts the weights, such as `torch.float16` or `"bfloat16"`.
@@ -102,6 +105,8 @@ class HubMixin(
             RuntimeError: weights do not fit, and `ignore_mismatched_sizes` was not given.
         """
         source = str(pretrained_model_name_or_path)
+        if source == DEMO.name and not Path(source).exists():
+            source = str(DEMO)
         if not Path(source).exists() and not REPOSITORY.fullmatch(source):
             raise FileNotFoundError(
                 f"{source} does not exist: give a folder that save_pretrained wrote, or ORG/NAME of a repository on "
