@@ -24,7 +24,7 @@ def test_worker_ends_only_when_its_run_ends_it(method):
     ready = context.Event()
     process = context.Process(target=work, args=(ready,), daemon=True)
     process.start()
-    assert ready.wait(120)
+    assert ready.wait(600)
     for number in set(SIGNALS) - {signal.SIGTERM}:
         os.kill(process.pid, number)
     subprocess.run(["kill", "-TERM", str(process.pid)], check=True)  # of another process, as a batch system sends it

@@ -15,6 +15,7 @@ from .data import DatasetError
 from .data.finding import FoundImage, find_images
 from .distributed import Device as Device
 from .distributed import choose_device as choose_device
+from .files import create_folder
 from .inference import InferenceConfig, InferenceOptions, resolve
 from .memory import out_of_memory as out_of_memory
 from .model.loss import LossWeights
@@ -101,7 +102,7 @@ def open_model(
     model = load(source or DEMO, choose_device(device))
     config = resolve(inference, model)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        create_folder(out)
     if source is None:
         say(f"There is no --run and no model under {RUNS}/. This is {DEMO_NOTICE}")
     else:

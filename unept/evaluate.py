@@ -14,8 +14,8 @@ from .evaluation.evaluator import check_classes as check_classes
 from .evaluation.evaluator import evaluate_model as evaluate_model
 from .evaluation.evaluator import format_table as format_table
 from .evaluation.inspection import Inspection, write_class_table
+from .files import create_folder, write_json
 from .files import json_ready as json_ready
-from .files import write_json
 from .inference import InferenceOptions, resolve
 from .memory import out_of_memory
 from .pictures import charts, drawing
@@ -108,7 +108,7 @@ def _evaluate_run(options: EvaluateConfig, run: Path, out: Path, device: torch.d
     trained, model = load_run(run, device)
     dataset = trained.data.build(options.split, options.root)
     config = resolve(options.inference, model)
-    distributed.run_on_main(lambda: out.mkdir(parents=True, exist_ok=True))
+    distributed.run_on_main(lambda: create_folder(out))
     tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
     inspection = Inspection(len(dataset.classes), dataset.ignore_index, device)
     with out_of_memory("with whole images: --window sees them in parts, --window-batch fewer of these at once"):

@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor
 
 from . import cli
-from .files import temporary_file
+from .files import create_folder, temporary_file
 from .inference import InferenceOptions, resolve
 from .model.boundary import StepDirection
 from .model.exportable import WholeImage, explain_failure, export_program
@@ -76,7 +76,7 @@ def write(program: torch.export.ExportedProgram, format: Format, path: Path) -> 
             counterpart of what the network does, and the message gives the reason.
         OSError: the disk is full or not writable; the file that was there before, if any, is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    create_folder(path.parent)
     with temporary_file(path) as temporary:
         _write(program, format, temporary)
 

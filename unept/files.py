@@ -149,6 +149,19 @@ def sha256(path: Path) -> str:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
+def create_folder(folder: Path) -> None:
+    """Create a folder for results, and those above it, if it does not exist.
+
+    Raises:
+        OSError: it cannot be created, or a file has its name; the message says what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = "a file has this name" if isinstance(error, FileExistsError) else error.strerror
+        raise type(error)(f"the folder {folder} can't be created ({what}): choose another one with --out") from error
+
+
 def result_path(folder: Path, name: Path, ending: str) -> Path:
     """The path of a result in a folder: NAME_ENDING, below the subfolder that the name has, which is created."""
     path = folder / name.with_name(f"{name.name}_{ending}")

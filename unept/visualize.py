@@ -14,7 +14,7 @@ from .data.finding import FoundImage
 from .data.reading import read_image
 from .evaluation.comparison import compare_classes, short_names
 from .evaluation.evaluator import check_classes
-from .files import result_path
+from .files import create_folder, result_path
 from .inference import InferenceConfig, InferenceOptions, infer, resolve
 from .model.network import UNEPT
 from .pictures import drawing, figures
@@ -145,7 +145,7 @@ def draw_class_bars(runs: Sequence[Path], out: Path) -> None:
     """
     rows, means = compare_classes(*runs)
     shown = sorted(rows[:MAX_CLASSES], key=lambda row: max(row[1][1:]) - row[1][0])
-    out.mkdir(parents=True, exist_ok=True)
+    create_folder(out)
     path = out / "class_iou_comparison.png"
     drawing.class_comparison(shown, short_names(*runs), means, path)
     note = f"  the {MAX_CLASSES} of {len(rows)} classes that differ most" if len(rows) > MAX_CLASSES else ""
@@ -176,7 +176,7 @@ def draw_comparisons(options: VisualizeConfig) -> int:
     for run, (_, model) in zip(options.compare, loaded, strict=True):
         if model.classes != loaded[0][1].classes:
             raise ValueError(f"{options.compare[0]} and {run} have different classes: compare runs on one data set")
-    options.out.mkdir(parents=True, exist_ok=True)
+    create_folder(options.out)
 
     def draw(name: Path, image: Tensor, truth: Tensor | None) -> str:
         path = result_path(options.out, name, "comparison.png")

@@ -193,6 +193,14 @@ def test_a_corrupt_image_does_not_stop_the_others(run, command, tmp_path):
         (["a.png", "other/a.png"], "error: a.png and other/a.png would share one result"),
         (["a.png", "--run", "nowhere"], "error: nowhere does not exist"),
         (["a.png", "--run", "empty"], "error: empty is not a run folder"),
+        (
+            ["a.png", "--run", "camvid_tiny", "--out", "a.png"],
+            "error: the folder a.png can't be created (a file",
+        ),
+        (
+            ["a.png", "--run", "camvid_tiny", "--out", "a.png/b"],
+            "error: the folder a.png/b can't be created (Not a",
+        ),
     ],
     ids=str,
 )

@@ -275,6 +275,10 @@ def test_labels_that_count_from_1_or_are_ignored(tmp_path, monkeypatch, capsys):
     assert "holds id 2 in 24 pixels" in err
     assert "If ids count from 1, map them: --label-ids 1=0 2=1" in err
     assert "the labels of val have no pixel of any class: all 48 pixels are ignored" in err
+    masks(tmp_path, {"train": [IDS % 2 * 128], "val": [IDS % 2]})
+    err = command(tmp_path, monkeypatch, capsys, "--check-data")[2]
+    assert "holds id 128 in 24 pixels" in err
+    assert "the dataset folder maps them: --label-ids 0=0 128=1" in err
     masks(tmp_path, {"train": [IDS % 2] * 3, "val": [np.where(IDS > 0, 255, 0)]})
     status, out, _ = command(tmp_path, monkeypatch, capsys, "--check-data")
     assert status == 0

@@ -1,10 +1,13 @@
 """The losses that may take the place of the cross-entropy of Eq. 7, against formulas in float64 on full-size logits."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.helpers.runs import small_model
+from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
 from unept.model.output import UNEPTOutput
 from unept.model.pixel_loss import PixelLoss
@@ -147,3 +150,20 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert torch.equal(loss, again)
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
     assert fewer < 0.7 * kept
+
+
+def test_layers_are_computed_again_on_their_backend():
+    """In a thread of autograd, which has not chosen; here one that chose kernels which refuse float64."""
+    model = small_model().double().train()
+    model.set_grad_checkpointing()
+    labels = torch.randint(0, 3, (2, 64, 64), dtype=torch.uint8)
+    with use_backend("torch"):
+        loss = UNEPTLoss()(model(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), labels)["loss"]
+
+    def differentiate() -> None:
+        with use_backend("triton"):
+            loss.backward()
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(differentiate).result()
+    assert all(p.grad is not None for p in model.encoder.parameters())

@@ -151,6 +151,9 @@ class FileDataset(SegmentationDataset):
         )
         if 0 not in found and max(set(found) - {IGNORE_INDEX}, default=0) == len(self.classes):
             message += ". If ids count from 1, map them: --label-ids 1=0 2=1 and so on"
+        elif len(found) <= len(self.classes):  # such as 0, 128 and 255 of three classes
+            pairs = " ".join(f"{i}={k}" for k, i in enumerate(found))
+            message += f". If these are its classes in order, the dataset folder maps them: --label-ids {pairs}"
         return message
 
     def _colors_not_allowed(self, path: Path, unknown: Mapping[int, int]) -> str:

@@ -1,11 +1,15 @@
 """The context branch: encoder, decoder, position and scale encoding (Eq. 5, Sec. 3.1)."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels import requested_backend, use_backend
 from .attention_variants import build_attention
 from .encoding import Shapes, reference_grid, sine_position_encoding
 
@@ -120,6 +124,18 @@ class DecoderLayer(nn.Module):
         return self.norm3(c + self.feed_forward(c))
 
 
+def _same_backend() -> Callable[[], tuple[Any, Any]]:
+    """Contexts of `checkpoint`, whose second forward runs in a thread of autograd: on the backend of the first one."""
+    backend = requested_backend()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with use_backend(backend):
+            yield
+
+    return lambda: (contextlib.nullcontext(), again())
+
+
 class LayerStack(nn.Module):
     """The layers of encoder or decoder, one after another.
 
@@ -134,7 +150,8 @@ class LayerStack(nn.Module):
         """Pass x through all layers, each of which is given `args` too."""
         for layer in self.layers:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(layer, x, *args, use_reentrant=False)
+                options = {} if torch.compiler.is_compiling() else {"context_fn": _same_backend()}
+                x = checkpoint(layer, x, *args, use_reentrant=False, **options)
             else:
                 x = layer(x, *args)
         return x

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import distributed
+from ..files import create_folder
 
 # The folders that this process has locked: a lock does not keep out the process that holds it.
 _locked: set[Path] = set()
@@ -43,7 +44,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _lock(folder: Path) -> int:
     """Lock a folder; the lock lasts until the file descriptor that is returned is closed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    create_folder(folder)
     path = folder / "lock"
     with _guard:
         if folder in _locked:
