@@ -40,6 +40,27 @@ def sparse_sampling_attention(
     return weighted_samples(value, spatial_shapes, locations, weights)
 
 
+def projected_sampling_attention(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    query: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    reference_points: Tensor,
+) -> Tensor:
+    """Eq. 3 before them: offsets and logits are query[b, q, m] @ weight[m] + bias[m].
+
+    query (B, Q, M, C), weight (M, C, 3 * L * N) and bias (M, 3 * L * N), 2 * L * N columns of offsets before those of
+    logits, and the others as above give out (B, Q, M * D).
+    """
+    projected = torch.einsum("bqmc,mcn->bqmn", query, weight) + bias
+    samples = weight.shape[2] // 3
+    offsets, logits = projected.split([2 * samples, samples], dim=-1)
+    levels = len(spatial_shapes)
+    offsets, logits = offsets.unflatten(-1, (levels, -1, 2)), logits.unflatten(-1, (levels, -1))
+    return sparse_sampling_attention(value, spatial_shapes, offsets, logits, reference_points)
+
+
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],

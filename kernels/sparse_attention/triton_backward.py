@@ -122,14 +122,14 @@ def softmax_backward(
 
 @autotuned(
     POINTS_POOL,
-    key=["N", "D", "LOCATIONS", "PADDED", "NEEDS_REFERENCE"],
+    key=["N", "D", "LOCATIONS", "PADDED", "NEEDS_REFERENCE", "JOINT"],
     unspecialised=["Q", "L"],
     fit=scale_block_q,
 )
 def points_backward_kernel(
-    grad_pairs_ptr,  # (B, Q, M, L, N), contiguous
+    grad_pairs_ptr,  # (B, Q, M, L, N), contiguous unless JOINT
     grad_weights_ptr,  # (B, Q, M, L, N), contiguous; float32 if scores are logits
-    grad_scores_ptr,  # (B, Q, M, L, N), contiguous; may be grad_weights_ptr, and is if LOCATIONS
+    grad_scores_ptr,  # (B, Q, M, L, N), contiguous unless JOINT; may be grad_weights_ptr, and is if LOCATIONS
     grad_reference_ptr,  # (B, Q, M, 2) float32, contiguous, or None
     normaliser_ptr,  # (B, Q, M, 2) float32, contiguous, written for `value_gradient`; unused if LOCATIONS
     grad_out_ptr,  # (B, Q, M, D), contiguous
@@ -166,6 +166,7 @@ def points_backward_kernel(
     PADDED: tl.constexpr,
     PACKED: tl.constexpr,
     NEEDS_REFERENCE: tl.constexpr,
+    JOINT: tl.constexpr,  # gradients are (B, Q, M, 3 * L * N) bfloat16, L * N pairs and then L * N scores; N is even
     INT64_INDEX: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -179,9 +180,12 @@ def points_backward_kernel(
     )
     maps = head_maps(value_ptr, value_strides, tile.batch, tile.head, WORDS, PADDED)
     row, mask = tile.row[None, :], tile.mask[None, :]  # [1, BLOCK_Q]
-    grad_pairs_ptr += row * (L * N)
+    GRAD_TYPE: tl.constexpr = tl.bfloat16 if JOINT else POINT_TYPE
+    PAIRS_N: tl.constexpr = 3 * N // 2 if JOINT else N
+    SCORES_N: tl.constexpr = 3 * N if JOINT else N
+    grad_pairs_ptr += row * (L * PAIRS_N)
     grad_weights_ptr += row * (L * N)
-    grad_scores_ptr += row * (L * N)
+    grad_scores_ptr += row * (L * SCORES_N)
     grad = load_grad_out(grad_out_ptr, tile.row, D, WORDS, PACKED)
     if LOCATIONS:
         largest = 0.0
@@ -230,7 +234,7 @@ def points_backward_kernel(
                 grad_x *= level.width
                 grad_y *= level.height
             column = index * N + n
-            tl.store(grad_pairs_ptr + column, pack_xy(grad_x, grad_y, POINT_TYPE), mask=valid)
+            tl.store(grad_pairs_ptr + column, pack_xy(grad_x, grad_y, GRAD_TYPE), mask=valid)
             tl.store(grad_weights_ptr + column, grad_weight.to(grad_weights_ptr.dtype.element_ty), mask=valid)
             mean += weight * grad_weight
 
@@ -258,15 +262,26 @@ def backward(
     reference: Tensor | None,
     needs_value: bool,
     needs_reference: bool,
+    joint: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """The gradients of value, points, scores and, per image (B, Q, 2), reference; see `op` for the arguments."""
+    """The gradients of value, points, scores and, per image (B, Q, 2), reference; see `op` for the arguments.
+
+    Those of points and scores are written into `joint` (B, Q, M, 3 * L * N) bfloat16, if it is given; N is even then.
+    """
     grad_out = grad_out.contiguous()
     samples = make_samples(shapes, points, scores, reference)
     maps = make_maps(value, pad_value(value, shapes) if should_pad(value, points) else None, shapes)
     _, Q, M, L, N = samples.pairs.shape
-    grad_pairs = torch.empty(scores.shape, dtype=samples.pairs.dtype, device=scores.device)
-    grad_scores = scores.new_empty(scores.shape)
-    in_place = reference is None or scores.dtype == torch.float32
+    if joint is None:
+        grad_pairs = torch.empty(scores.shape, dtype=samples.pairs.dtype, device=scores.device)
+        grad_scores = scores.new_empty(scores.shape)
+        point_type = torch.float32 if points.dtype == torch.float64 else points.dtype
+    else:
+        columns = joint.unflatten(3, (3 * L, N))
+        grad_pairs, grad_scores = columns[:, :, :, : 2 * L].view(torch.int32), columns[:, :, :, 2 * L :]
+        grad_pairs = grad_pairs.flatten(3).unflatten(3, (L, N))
+        point_type = joint.dtype
+    in_place = reference is None or grad_scores.dtype == torch.float32
     grad_weights = grad_scores if in_place else grad_scores.new_empty(scores.shape, dtype=torch.float32)
     grad_reference = value.new_empty((*scores.shape[:3], 2), dtype=torch.float32) if needs_reference else None
     normaliser = None if reference is None else value.new_empty((*scores.shape[:3], 2), dtype=torch.float32)
@@ -299,10 +314,10 @@ def backward(
             PADDED=maps.padded,
             PACKED=maps.packed,
             NEEDS_REFERENCE=needs_reference,
+            JOINT=joint is not None,
             INT64_INDEX=maps.int64_index or samples.int64_index,
             enable_fp_fusion=True,
         )
         grad_value = value_gradient(grad_out, value, shapes, samples, normaliser) if needs_value else None
-    point_type = torch.float32 if points.dtype == torch.float64 else points.dtype
-    grad_points = grad_pairs.unsqueeze(-1).view(point_type).to(points.dtype)
+    grad_points = grad_pairs.unsqueeze(-1).view(point_type).to(points.dtype if joint is None else joint.dtype)
     return grad_value, grad_points, grad_scores, None if grad_reference is None else grad_reference.sum(2)

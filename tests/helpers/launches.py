@@ -25,7 +25,7 @@ from unept.kernels import (
     upsample_argmax,
     upsample_cross_entropy,
 )
-from unept.kernels.sparse_attention import force_form
+from unept.kernels.sparse_attention import force_form, projected_sampling_attention
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 Call = tuple[str, Callable[[], Any]]
@@ -60,6 +60,13 @@ def attention(
         backward(ms_deform_attn(value, [(h, w)], None, places, scores))
 
 
+def projected(h: int, w: int, num_points: int = 8) -> None:
+    """One layer over one level, 2 heads, that projects bfloat16 queries itself."""
+    value, query = (leaf(2, h * w, 2, 32, dtype=torch.bfloat16) for _ in range(2))
+    weight, bias = leaf(2, 32, 3 * num_points), leaf(2, 3 * num_points)
+    backward(projected_sampling_attention(value, [(h, w)], query, weight, bias, leaf(1, h * w, 2, grad=False)))
+
+
 def attention_calls() -> Iterator[Call]:
     for dtype, strided, reference in itertools.product(DTYPES, (False, True), (True, False)):
         name = f"{dtype} strided={strided} reference={reference}"
@@ -69,6 +76,8 @@ def attention_calls() -> Iterator[Call]:
     for channels in (1, 5, 64, 256):
         yield f"channels={channels}", lambda c=channels: attention(6, 7, channels=c)
     yield "bfloat16 maps, float32 points", lambda: attention(6, 7, dtype=torch.bfloat16, points=torch.float32)
+    for num_points in (8, 5):
+        yield f"projected inside, {num_points} points", lambda n=num_points: projected(6, 7, n)
     for padded, method in itertools.product((False, True), ("binned", "atomic")):
 
         def forced(padded: bool = padded, method: Any = method) -> None:

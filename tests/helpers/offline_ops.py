@@ -41,21 +41,24 @@ def _attention(
     reference: bool = True,
     gradient: bool = False,
     channels: int = 32,
+    projected: bool = False,
 ) -> None:
     """The encoder's attention, forward and backward, with maps and gradient of the value in a given form.
 
-    Whatever the dtype of the value, the network computes points and scores in float32.
+    Points and scores are float32; `projected`, as `projected_sampling_attention` makes them, float16 with a gradient in
+    bfloat16.
     """
-    grad_out, *inputs = _encoder(dtype, torch.float32, channels)
+    grad_out, *inputs = _encoder(dtype, torch.float16 if projected else torch.float32, channels)
+    joint = _meta(2, inputs[0].shape[1], 8, 3 * 48, dtype=torch.bfloat16) if projected else None
     centres = _meta(1, inputs[0].shape[1], 2, dtype=torch.float32) if reference else None
     with force_form(padded=padded, value_gradient=method):
         triton_forward.forward(*inputs, centres)
-        triton_backward.backward(grad_out, *inputs, centres, needs_value=True, needs_reference=gradient)
+        triton_backward.backward(grad_out, *inputs, centres, True, gradient, joint)
 
 
 def sparse_sampling(dtype: torch.dtype) -> None:
     """Maps padded, the value's gradient binned."""
-    _attention(dtype)
+    _attention(dtype, projected=dtype == torch.bfloat16)
 
 
 def sparse_sampling_masked(dtype: torch.dtype) -> None:
@@ -64,9 +67,10 @@ def sparse_sampling_masked(dtype: torch.dtype) -> None:
 
 
 def sparse_sampling_wide(dtype: torch.dtype) -> None:
-    """Heads of 256 channels, in both forms."""
+    """Heads of 256 channels, in both forms, and of 64."""
     _attention(dtype, channels=256)
     _attention(dtype, channels=256, padded=False, method="atomic")
+    _attention(dtype, channels=64)
 
 
 def sparse_sampling_deterministic(dtype: torch.dtype) -> None:

@@ -45,12 +45,16 @@ COMPILED = {
 }
 
 
+def environment(cache: Path, tune: bool = True) -> dict[str, str]:
+    """The environment of a process that interprets no kernels."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**inherited, "UNEPT_AUTOTUNE": str(int(tune)), "TRITON_CACHE_DIR": str(cache)}
+
+
 def launched(cache: Path, *options: str, tune: bool = False) -> tuple[list[dict[str, Any]], str]:
-    """The rows of tests/helpers/launches.py, from a process that interprets no kernels, and what it wrote to stderr."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"UNEPT_AUTOTUNE": str(int(tune)), "TRITON_CACHE_DIR": str(cache)}
+    """The rows of tests/helpers/launches.py, and what it wrote to stderr."""
     command = [sys.executable, "-m", "tests.helpers.launches", *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(cache, tune), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
@@ -99,6 +103,32 @@ def test_a_second_process_takes_its_choices_from_disk(tmp_path):
     assert not said
     assert again[0]["compilations"]["gather_kernel"] == 1
     assert sum(again[0]["launches"].values()) < 40
+
+
+# Compiles nothing, but waits in each compilation of the kernel until three are there.
+AT_ONCE = """
+import os, threading
+os.sched_getaffinity = lambda process: set(range(8))
+import triton
+from tests.helpers import launches, stub_gpu
+log = stub_gpu.install()
+compile_kernel, three = triton.compiler.compile, threading.Barrier(3)
+def compile_at_once(source, *args, **options):
+    if source.name == "gather_kernel" and log.compilations["gather_kernel"] < 3:
+        three.wait(timeout=60)
+    return compile_kernel(source, *args, **options)
+triton.compiler.compile = compile_at_once
+launches.gather(6, 7, needs=(False, False))
+print(log.compilations["gather_kernel"], three.broken)
+"""
+
+
+@pytest.mark.slow
+def test_the_configurations_of_a_pool_are_compiled_at_the_same_time(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", AT_ONCE], env=environment(tmp_path), capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["3", "False"], done.stderr[-4000:]
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="the stub of libcuda needs gcc and the header that Triton brings")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..kernels import sparse_sampling_attention
+from ..kernels.sparse_attention import project, projected_sampling_attention
 from .encoding import Shapes
 
 
@@ -70,17 +70,15 @@ class SparseSamplingAttention(nn.Module):
 
         Returns:
             Offsets (B, Q, M, L, N, 2), (x, y) in pixels of each level, and logits (B, Q, M, L, N). Both are views of
-            one projection in the dtype of the weights: near 16 pixels, bfloat16 has steps of 1/8 of a pixel.
+            one projection in the dtype of the weights. `forward` rounds it to float16 where it computes in half
+            precision on a GPU: to 1/256 of a pixel below 16 pixels.
         """
-        q = self.query_projection(query).unflatten(-1, (self.num_heads, -1)).to(self.sampling_weight.dtype)
-        with torch.autocast(q.device.type, enabled=False):
-            heads = q.permute(2, 0, 1, 3).flatten(1, 2)  # (M, B * Q, d_k)
-            projected = torch.baddbmm(self.sampling_bias[:, None], heads, self.sampling_weight)
-        projected = projected.unflatten(1, query.shape[:2]).permute(1, 2, 0, 3)
-        samples = self.num_levels * self.num_points
-        offsets, logits = projected.split([2 * samples, samples], dim=-1)
-        levels = (self.num_levels, self.num_points)
-        return offsets.unflatten(-1, (*levels, 2)), logits.unflatten(-1, levels)
+        q = self._heads(self.query_projection(query)).to(self.sampling_weight.dtype)
+        return project(q, self.sampling_weight, self.sampling_bias, self.num_levels)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(B, ..., d_model) -> (B, ..., M, d_k)."""
+        return projected.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, query: Tensor, value: Tensor, shapes: Shapes, reference_points: Tensor) -> Tensor:
         """Attend to the sampled points (Eq. 4 and 6).
@@ -94,6 +92,6 @@ class SparseSamplingAttention(nn.Module):
         Returns:
             (B, Q, d_model).
         """
-        offsets, logits = self.sampling(query)
-        value = self.value_projection(value).unflatten(-1, (self.num_heads, -1))
-        return self.output_projection(sparse_sampling_attention(value, shapes, offsets, logits, reference_points))
+        q, v = self._heads(self.query_projection(query)), self._heads(self.value_projection(value))
+        out = projected_sampling_attention(v, shapes, q, self.sampling_weight, self.sampling_bias, reference_points)
+        return self.output_projection(out)
