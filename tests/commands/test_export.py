@@ -4,11 +4,13 @@ import functools
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.test_docs import blocks
 from unept import UNEPT, export
 from unept.export import SUFFIX
 from unept.kernels import use_backend
@@ -19,6 +21,7 @@ from unept.model.exportable import DECOMPOSITIONS, WholeImage, export_program
 from unept.model.output import class_ids
 
 CPU = torch.device("cpu")
+EXPORT = Path(__file__).parents[2] / "docs" / "export.md"
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,27 @@ def test_one_size(model, tmp_path):
     assert export.check(network, function, (70, 90)) <= 1e-3
     with pytest.raises(AssertionError, match="size"):
         function(noise(1, 3, 90, 70))
+
+
+@pytest.mark.slow
+def test_lines_for_openvino_and_int8(exported, tmp_path, monkeypatch):
+    """The lines of docs/export.md, on a file at the place that they name."""
+    pytest.importorskip("onnxruntime")
+    network, program = exported("ids")
+    monkeypatch.chdir(tmp_path)
+    export.write(program, "onnx", Path("runs/small/model.onnx"))
+    images = noise(1, 3, 65, 200)
+    with torch.no_grad():
+        wanted = network(images)
+    names = {"images": images.numpy(), "calibration": [noise(1, 3, 96, 128).numpy() for _ in range(2)]}
+    openvino, int8 = (text for _, language, text in blocks(EXPORT) if language == "python")
+    exec(compile(int8, EXPORT.name, "exec"), names)
+    found = export.load("onnx", Path("int8.onnx"), CPU)(images)
+    assert found.shape == wanted.shape
+    assert (found == wanted).float().mean() > 0.5  # of 5 classes, of a network with random weights
+    pytest.importorskip("openvino")
+    exec(compile(openvino, EXPORT.name, "exec"), names)
+    assert (torch.from_numpy(names["ids"]) == wanted).float().mean() > 0.9  # in bfloat16 on some CPUs
 
 
 def test_what_takes_too_long_is_stopped():
