@@ -18,6 +18,7 @@ from bench import (
     test_dense,
     test_loader,
     test_model,
+    training_step,
 )
 from bench.harness import Group, Measured, ReplayClock, Unavailable, Variant, assert_close, interleaved, measure
 
@@ -294,3 +295,13 @@ def test_scaling_by_hand():
     rows = scaling.table(step, machine).splitlines()[2:]
     assert [row.split("|")[1].strip() for row in rows] == ["1", "8", "64"]
     assert rows[1].split("|")[2].strip() == "16"
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_a_training_step_is_timed_in_parts_and_trains(bfloat16):
+    step = training_step.Step(training_step.Options(batch=2, size=(64, 64), bfloat16=bfloat16))
+    before = [parameter.detach().clone() for parameter in step.model.parameters()]
+    parts = step.run()
+    assert list(parts) == ["forward", "losses", "backward", "optimizer"]
+    assert all(seconds > 0 for seconds in parts.values())
+    assert any(not torch.equal(old, new) for old, new in zip(before, step.model.parameters(), strict=True))
