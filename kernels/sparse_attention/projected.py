@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from .._registration import refuse_second_derivatives, register_autograd, register_vmap
 from .._triton import HAS_TRITON
-from ..backend import chosen_backend, run_on, runs_on_triton
+from ..backend import backend_argument, runs_on_triton
 from ..checks import check_floating, check_same_device, check_shape
 from . import shapes as spatial
 from . import torch_backend, triton_backward, triton_forward
@@ -58,19 +58,33 @@ def _points(on_triton: bool, levels: int, *projection: Tensor) -> tuple[Tensor, 
 
 @torch.library.custom_op("unept::projected_sampling", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _projected_sampling(
-    value: Tensor, shapes: Sequence[int], query: Tensor, weight: Tensor, bias: Tensor, reference: Tensor
+    value: Tensor,
+    shapes: Sequence[int],
+    query: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    reference: Tensor,
+    backend: str | None = None,
 ) -> Tensor:
     """The output."""
     if value.numel() == 0 or query.numel() == 0:
         return value.new_empty((value.shape[0], query.shape[1], value.shape[2] * value.shape[3]))
-    on_triton = runs_on_triton(value)
+    on_triton = runs_on_triton(value, backend)
     offsets, logits = _points(on_triton, len(shapes) // 2, query, weight, bias)
     run = (triton_forward if on_triton else torch_backend).forward
     return run(value, shapes, offsets, logits, reference)
 
 
 @_projected_sampling.register_fake
-def _(value: Tensor, shapes: Sequence[int], query: Tensor, weight: Tensor, bias: Tensor, reference: Tensor) -> Tensor:
+def _(
+    value: Tensor,
+    shapes: Sequence[int],
+    query: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    reference: Tensor,
+    backend: str | None = None,
+) -> Tensor:
     return value.new_empty((value.shape[0], query.shape[1], value.shape[2] * value.shape[3]))
 
 
@@ -85,11 +99,12 @@ def _projected_sampling_backward(
     reference: Tensor,
     needs_value: bool,
     needs_reference: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of value, query, weight, bias and reference; empty tensors for those that are not needed."""
     if grad_out.numel() == 0:
         return tuple(tensor.new_zeros(tensor.shape) for tensor in (value, query, weight, bias, reference))
-    on_triton = runs_on_triton(value)
+    on_triton = runs_on_triton(value, backend)
     offsets, logits = _points(on_triton, len(shapes) // 2, query, weight, bias)
     # Triton packs x and y of a point into one word, so that rows of the joint gradient need an even length.
     joint = query.new_empty((*logits.shape[:3], weight.shape[2]), dtype=GRADIENT) if on_triton else None
@@ -136,6 +151,7 @@ def _(
     reference: Tensor,
     needs_value: bool,
     needs_reference: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         value.new_empty(value.shape if needs_value else (0,)),
@@ -153,18 +169,16 @@ _run_backward = refuse_second_derivatives(_projected_sampling_backward, "project
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """The forward saves its inputs and nothing else."""
-    value, ctx.shapes, query, weight, bias, reference = inputs
-    ctx.backend = chosen_backend()
+    value, ctx.shapes, query, weight, bias, reference, ctx.backend = inputs
     ctx.save_for_backward(value, query, weight, bias, reference)
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     value, *others = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    inputs = (grad_out, value, ctx.shapes, *others, needs[0], needs[5])
-    grad_value, *grads = run_on(ctx.backend, _run_backward, *inputs)
-    wanted = [grad if needed else None for grad, needed in zip(grads, needs[2:], strict=True)]
-    return (grad_value if needs[0] else None, None, *wanted)
+    grad_value, *grads = _run_backward(grad_out, value, ctx.shapes, *others, needs[0], needs[5], ctx.backend)
+    wanted = [grad if needed else None for grad, needed in zip(grads, needs[2:6], strict=True)]
+    return (grad_value if needs[0] else None, None, *wanted, None)
 
 
 _run = register_autograd(_projected_sampling, _save_inputs, _backward)
@@ -230,4 +244,4 @@ def projected_sampling_attention(
     check_shape("bias", bias, (M, columns), "one number for each column of weight")
     images = 1 if reference_points.shape[0] == 1 else B
     check_shape("reference_points", reference_points, (images, query.shape[1], 2), "it has one point per query")
-    return _run(value, shapes, query, weight, bias, reference_points)
+    return _run(value, shapes, query, weight, bias, reference_points, backend_argument())

@@ -7,7 +7,7 @@ from torchvision import tv_tensors
 
 from unept import UNEPT, Refiner
 from unept.data.shapes import Shapes
-from unept.evaluation.metrics import BoundaryFScore
+from unept.evaluation.boundary_metrics import BoundaryFScore
 from unept.model.boundary import Refinement
 from unept.training.refiner import train_refiner
 

@@ -65,7 +65,8 @@ def camvid() -> TrainConfig:
         class_weights="auto",
         ema=0.998,
         amp="bf16",
-        refine_scale=2,
+        refine_scale=4,
+        refine_direction="mean",
         eval_every=500,
         checkpoint_every=100,
     )
