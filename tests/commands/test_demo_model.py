@@ -14,7 +14,7 @@ from unept.data.camvid import CLASSES
 from unept.pretrained import DEMO
 
 STREET = Path(__file__).parents[2] / "docs" / "street.jpg"
-SHA256 = "a6d546a7af9edc26be74d4c7c69a0b2b86c9377858633bb7c17598c6a93f96a2"
+SHA256 = "8924e1bc1068d1e5425aff379280e836fa0b1447729b4408f43849f106ea5c42"
 
 
 def test_the_weights_are_those_that_were_measured():
