@@ -37,10 +37,13 @@ GRADIENT = torch.bfloat16
 
 def project(query: Tensor, weight: Tensor, bias: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Offsets (B, Q, M, L, N, 2) and logits (B, Q, M, L, N), views of one projection in the dtype of the arguments."""
-    heads = query.permute(2, 0, 1, 3).flatten(1, 2)  # (M, B * Q, C)
     with torch.autocast(query.device.type, enabled=False):  # which would change the dtype
-        projected = torch.baddbmm(bias[:, None], heads, weight)
-    projected = projected.unflatten(1, query.shape[:2]).permute(1, 2, 0, 3)
+        if torch.jit.is_tracing():  # the sizes of a reshape become constants of the trace
+            projected = torch.einsum("bqmc,mcn->bqmn", query, weight) + bias
+        else:
+            heads = query.permute(2, 0, 1, 3).flatten(1, 2)  # (M, B * Q, C)
+            projected = torch.baddbmm(bias[:, None], heads, weight)
+            projected = projected.unflatten(1, query.shape[:2]).permute(1, 2, 0, 3)
     samples = weight.shape[2] // 3
     offsets, logits = projected.split([2 * samples, samples], dim=-1)
     return offsets.unflatten(-1, (levels, -1, 2)), logits.unflatten(-1, (levels, -1))
