@@ -86,6 +86,7 @@ def test_trained_networks_are_drawn_side_by_side(inputs, tmp_path, monkeypatch, 
     assert "train it first by python -m bench.ablations --only OCRNet ..." in "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_a_failed_job_does_not_stop_the_others(inputs, tmp_path, monkeypatch, capfd):
     arguments = [*inputs, tmp_path, "--only", "memory resnet50 B=2 torch bf16 eager"]
     if torch.cuda.is_available():

@@ -37,6 +37,7 @@ def test_help_explains_every_option(preset, capsys):
         assert explanation in words
 
 
+@pytest.mark.slow
 def test_missing_folder_is_one_line_on_the_command_line(tmp_path):
     command = [sys.executable, "-m", "unept.train", "camvid", "--root", str(tmp_path / "nowhere")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -333,6 +333,7 @@ def test_check_data_ends_without_a_run(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_check_data_reports_what_the_quick_check_would_miss(tmp_path):
     labels = [every(range(60))] * 45
     labels[23] = every([7, 61])

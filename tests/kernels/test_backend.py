@@ -173,7 +173,6 @@ def test_triton_without_a_gpu_says_what_to_do():
     done = in_fresh_process(code, UNEPT_BACKEND="triton")
     assert done.returncode != 0
     assert "the tensors are on cpu: move them to a CUDA device, set TRITON_INTERPRET=1" in done.stderr
-    assert in_fresh_process(code, UNEPT_BACKEND="triton", TRITON_INTERPRET="1").returncode == 0
 
 
 def test_no_second_copy_of_the_package():

@@ -46,7 +46,9 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", ["rates", *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name != "rates")]
+)
 def test_resume_is_exact(data, tmp_path, recipe):
     config = config_of(data, *RECIPES[recipe])
     whole = Trainer(config, tmp_path / "whole")
@@ -57,6 +59,7 @@ def test_resume_is_exact(data, tmp_path, recipe):
     assert same_weights(whole.evaluated_model.state_dict(), again.evaluated_model.state_dict())
 
 
+@pytest.mark.slow
 def test_region_losses_are_recorded_and_resume_exactly(data, tmp_path):
     pytest.importorskip("segmentation_models_pytorch")
     config = config_of(data, "--dice-weight", "1", "--lovasz-weight", "0.5")
@@ -146,6 +149,7 @@ def test_more_stages_than_there_are(data, tmp_path):
         Trainer(config_of(data, "--freeze-stages", "9"), tmp_path)
 
 
+@pytest.mark.slow
 def test_early_stopping(data, tmp_path, monkeypatch, capsys):
     """After two evaluations that are not better; the run is complete then, and goes on with more patience alone."""
     scores = iter([0.3, 0.4, 0.2, 0.4, 0.5, 0.1])

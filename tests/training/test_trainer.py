@@ -74,6 +74,7 @@ def test_run_folder(finished):
     assert TrainConfig.from_json(out / "config.json") == trainer.config
 
 
+@pytest.mark.slow
 def test_resume_after_sigkill_is_exact(finished, data, tmp_path, capsys):
     """The command is killed after its first checkpoint; continued, it ends with the same losses and weights."""
     out = tmp_path / "killed"
