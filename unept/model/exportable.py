@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,9 @@ class WholeImage(nn.Module):
         h, w = ((size + STRIDE - 1) // STRIDE for size in (height, width))
         size = (STRIDE * h, STRIDE * w)
         # A trace makes it a plain tuple of the maps that there are.
-        logits, boundary, direction, *_ = (*self.model(padded)[:3], None, None)
+        maps: tuple[Any, ...] = tuple(self.model(padded))
+        logits = maps[0]
+        boundary, direction = maps[1:3] if len(maps) > 2 else (None, None)
         logits_stride = self.model.logits_stride
         finer = STRIDE // logits_stride
         logits = crop(logits, finer * h, finer * w)
