@@ -103,7 +103,7 @@ def train(job: Job, options: Options) -> dict[str, Any]:
         warmup=min(100, options.iterations // 10),
         seed=job.seed,
         ema=1 - max(1 - (base.ema or 0), 6 / max(options.iterations, 12)),  # a mean over at most a sixth of the steps
-        eval_every=max(1, options.iterations // 2),
+        eval_every=options.iterations,
         checkpoint_every=max(1, options.iterations // 20),
     )
     if job.baseline is None:
