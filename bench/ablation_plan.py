@@ -3,16 +3,18 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from unept.config import ModelConfig
 from unept.presets.recipe import DEIT
+from unept.presets.small import camvid
 
 from .compared import ComparedNetwork
 from .heads import build_network
 from .models import CONVOLUTIONAL_HEADS
-from .smp import Baseline
+from .smp import BACKBONE, Baseline
 
+Size = Literal["paper", "tiny"]
 FINAL = "unept"
 BASELINES = {"DeepLabV3+": "DeepLabV3Plus", "UPerNet": "UPerNet", "FPN": "FPN", "SegFormer": "Segformer"}
 # Further networks of Tables 1, 2, 7 and 8, on the same backbone.
@@ -30,6 +32,8 @@ class Job:
     """Part of the plan (`bench.ablations`)."""
     model: dict[str, Any] = field(default_factory=dict)
     """Options of `ModelConfig` for a training of UNEPT, arguments of `measure_memory` for a measurement."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of `TrainConfig` that differ from those of the other trainings."""
     baseline: str | None = None
     """Key of `BASELINES` or `COMPARED`; None trains UNEPT."""
     rate: float = 1.0
@@ -54,14 +58,23 @@ class Job:
         return Baseline(architecture, classes, palette, model.backbone_weights)
 
 
-def plan(results: dict[str, dict[str, Any]], seeds: int = 1) -> list[Job]:
+def network(size: Size) -> ModelConfig:
+    """Return the final network of a size, whose options the jobs change."""
+    return ModelConfig(backbone=BACKBONE) if size == "paper" else camvid().model
+
+
+def plan(results: dict[str, dict[str, Any]], seeds: int = 1, size: Size = "paper") -> list[Job]:
     """List the jobs that are known so far.
 
     Args:
         results: of the jobs that are done, by name. Two more seeds of the final network and of the best baseline follow
             from them.
         seeds: number of seeds of every training.
+        size: size of the networks, which says how many points and which boundary heads the final one has.
     """
+    final = network(size)
+    grid = [(scales, points) for scales in (1, 3) for points in ((4, 16) if size == "paper" else (4, 8, 16))]
+    heads = "bilinear" if final.boundary_upsampling == "subpixel" else "subpixel"
     jobs = [
         Job("baseline", "parts", {"num_levels": 1, "context_queries": "learned"}),
         Job("pyramid", "parts", {"context_queries": "learned"}),
@@ -75,8 +88,11 @@ def plan(results: dict[str, dict[str, Any]], seeds: int = 1) -> list[Job]:
         ),
         *(
             Job(f"L={scales} N={points}", "points", {"num_levels": scales, "num_points": points})
-            for scales, points in ((1, 4), (1, 16), (3, 4))  # L=3 N=16 is the final network
+            for scales, points in grid
+            if (scales, points) != (final.num_levels, final.num_points)
         ),
+        Job(f"{heads} heads", "boundaries", {"boundary_upsampling": heads}),
+        Job("predicted pixels", "boundaries", options={"direction_pixels": "predicted"}),
     ]
     best = {name: job for name in (FINAL, *BASELINES) if (job := best_rate(name, jobs, results)) is not None}
     if len(best) == 1 + len(BASELINES):
@@ -97,7 +113,11 @@ def plan(results: dict[str, dict[str, Any]], seeds: int = 1) -> list[Job]:
 
 def best_rate(name: str, jobs: Sequence[Job], results: dict[str, dict[str, Any]]) -> Job | None:
     """Return the training of a network whose learning rate gave the highest mIoU; None until all have a result."""
-    own = [job for job in jobs if job.part != "seeds" and not job.model and (job.baseline or FINAL) == name]
+    own = [
+        job
+        for job in jobs
+        if job.part != "seeds" and not (job.model or job.options) and (job.baseline or FINAL) == name
+    ]
     if not all("mIoU" in results.get(job.name, {}) for job in own):
         return None
     return max(own, key=lambda job: results[job.name]["mIoU"] or 0)  # None: no class has an IoU

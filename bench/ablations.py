@@ -5,7 +5,9 @@ weights from a file), one schedule and one seed, and measures the memory of a tr
 
     parts       Table 5: the paper's baseline (one scale, learned queries), + pyramid features, + spatial path and
                 refinement
-    points      Table 6: N = 4 and 16 points on L = 1 and 3 scales, none refined in their own column
+    points      Table 6: N = 4 and 16 points (and 8 of the size tiny) on L = 1 and 3 scales, none refined in their own
+                column
+    boundaries  the other kind of up-sampling of boundary and direction maps; directions trained on predicted pixels
     baselines   DeepLabV3+, UPerNet, FPN and SegFormer's head, of segmentation-models-pytorch
     compared    Tables 1, 2, 7 and 8: PSPNet and DeepLabV3 of segmentation-models-pytorch, CCNet, OCRNet, ANL, DNLNet
                 and PointRend of bench.heads
@@ -15,8 +17,10 @@ weights from a file), one schedule and one seed, and measures the memory of a tr
 
 Each job is a process of its own, leaves OUT/NAME.json, and is not run again. `--minutes` bounds a call: a training that
 is interrupted continues from its last checkpoint in the next call. `--seeds N` makes every training N times; the table
-then has means and standard deviations. At the end a table is printed, and written to OUT/README.md. Each training also
-leaves the IoU of every class in OUT/runs/NAME/evaluation.json, for `python -m unept.visualize --compare`.
+then has means and standard deviations. `--size tiny` takes the network of the preset camvid, which a CPU trains, in
+place of the paper's size; fewer steps, smaller crops and `--parts` bound the rest. At the end a table is printed, and
+written to OUT/README.md. Each training also leaves the IoU of every class in OUT/runs/NAME/evaluation.json, for
+`python -m unept.visualize --compare`.
 """
 
 import dataclasses
@@ -32,7 +36,7 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-from unept.config import ModelConfig
+from unept.evaluation.evaluator import evaluate_model
 from unept.files import write_atomically, write_json
 from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
@@ -41,12 +45,11 @@ from unept.presets.small import camvid
 from unept.train import Trainer
 from unept.training.throughput import peak_memory
 
-from .ablation_plan import Job, plan
+from .ablation_plan import Job, Size, network, plan
 from .ablation_report import SCORES, report
 from .harness import DEVICE, device_name, revision, version
 from .heads import ComparedTrainer
 from .models import CLASSES, autocast, sample_batch
-from .smp import BACKBONE
 
 
 @dataclass
@@ -69,6 +72,10 @@ class Options:
     """Stop after this many minutes; the same command continues."""
     seeds: int = 1
     """Number of seeds of every training; with several, the table has means and standard deviations."""
+    size: Size = "paper"
+    """Size of this project's network: the paper's, or that of the preset camvid."""
+    parts: tuple[str, ...] = ()
+    """Parts of the plan to run; none named: all."""
     only: tuple[str, ...] = ()
     """Names of the only jobs to run, with all their seeds."""
     job: str | None = None
@@ -83,7 +90,8 @@ def train(job: Job, options: Options) -> dict[str, Any]:
     base = camvid()
     config = dataclasses.replace(
         base,
-        model=ModelConfig(backbone=BACKBONE, backbone_weights=options.weights, **job.model),
+        **job.options,
+        model=dataclasses.replace(network(options.size), backbone_weights=options.weights, **job.model),
         data=dataclasses.replace(base.data, root=options.data, crop_size=options.crop_size),
         out=options.out / "runs" / job.name,
         resume="auto",
@@ -94,7 +102,8 @@ def train(job: Job, options: Options) -> dict[str, Any]:
         schedule="cosine",
         warmup=min(100, options.iterations // 10),
         seed=job.seed,
-        eval_every=max(1, options.iterations // 4),
+        ema=1 - max(1 - (base.ema or 0), 6 / max(options.iterations, 12)),  # a mean over at most a sixth of the steps
+        eval_every=options.iterations,
         checkpoint_every=max(1, options.iterations // 20),
     )
     if job.baseline is None:
@@ -102,6 +111,7 @@ def train(job: Job, options: Options) -> dict[str, Any]:
     else:
         trainer = ComparedTrainer(job.build, config, config.out)
     scores = trainer.train()
+    scores |= one_pixel_scores(trainer)
     record = {"split": "val", "classes": list(trainer.model.classes), **scores}
     write_json(config.out / "evaluation.json", record)
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
@@ -110,10 +120,26 @@ def train(job: Job, options: Options) -> dict[str, Any]:
     return {
         **{name: scores.get(name) for name in SCORES},
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "gmacs": multiplications(trainer.model, trainer.device),
         "training_images_per_s": rate,
         "minutes": config.iterations * config.batch_size / rate / 60,  # without evaluations
         "peak_gib": peak_memory(trainer.device),
     }
+
+
+def one_pixel_scores(trainer: Trainer) -> dict[str, float]:
+    """Return the boundary F of a trained network within 1 px, refined and not."""
+    scores = evaluate_model(trainer.evaluated_model, trainer.validation_set, trainer.inference, trainer.device, 1)
+    return {name.replace("_f", "_f1"): scores[name] for name in ("boundary_f", "boundary_f_unrefined")}
+
+
+def multiplications(model: Any, device: torch.device) -> float:
+    """Return the GMACs of a network on an image of CamVid."""
+    mode = model.training
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("torch"):
+        model.eval()(torch.zeros(1, 3, 360, 480, device=device))
+    model.train(mode)
+    return counter.get_total_flops() / 2e9
 
 
 def measure_memory(backbone: str, batch: int, backend: str, amp: str, mode: str) -> dict[str, Any]:
@@ -166,18 +192,30 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
 
 
+def known_jobs(options: Options) -> list[Job]:
+    """List the jobs that are known by what OUT holds."""
+    return plan(read_results(options.out), options.seeds, options.size)
+
+
 def main() -> int:
     """Run the jobs that have no result yet, within the time limit; return 1 if a job failed."""
     options = tyro.cli(Options, prog="python -m bench.ablations")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.job is not None:
-        (job,) = (job for job in plan(read_results(options.out), options.seeds) if job.name == options.job)
+        (job,) = (
+            job for job in plan(read_results(options.out), options.seeds, options.size) if job.name == options.job
+        )
         run_job(job, options)
         return 0
     deadline, failed = time.monotonic() + 60 * options.minutes, set()
     while True:
         results = read_results(options.out)
-        waiting = [job for job in plan(results, options.seeds) if job.name not in results and job.name not in failed]
+        waiting = [
+            job
+            for job in plan(results, options.seeds, options.size)
+            if job.name not in results and job.name not in failed
+        ]
+        waiting = [job for job in waiting if not options.parts or job.part in options.parts]
         waiting = [job for job in waiting if not options.only or {job.name, job.row} & set(options.only)]
         left = deadline - time.monotonic()
         if not waiting or left <= 0:
@@ -191,7 +229,7 @@ def main() -> int:
             break
         if done.returncode:
             failed.add(waiting[0].name)
-    text = report(results := read_results(options.out))
+    text = report(results := read_results(options.out), options.size)
     head = f"# Ablations\n\n`python -m bench.ablations {' '.join(sys.argv[1:])}`\n\n"
     where = ("{device}, torch {torch}, triton {triton}, {date}".format_map(result) for result in results.values())
     devices = sorted(set(where))

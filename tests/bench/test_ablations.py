@@ -58,6 +58,8 @@ def test_jobs_run_once_and_end_in_a_table(inputs, tmp_path, monkeypatch, capsys)
         assert 0 <= result["mIoU"] <= 1
         assert result["iterations"] == 1
         assert result["parameters"] > 1e6
+        assert result["gmacs"] > 0.5
+        assert 0 <= result["boundary_f1"] <= result["boundary_f"] <= 1
     text = (tmp_path / "README.md").read_text()
     assert "| baseline | " in text
     assert "- not measured: mIoU above that of every network of segmentation-models-pytorch" in text
@@ -130,7 +132,8 @@ def test_backbone_weights_are_taken_whole(tmp_path):
 
 def scores(value: float) -> dict[str, float]:
     named = {"mIoU": value, "pixAcc": 0.9, "boundary_f": 0.615, "mIoU_unrefined": value, "boundary_f_unrefined": 0.6}
-    rest = {"images_per_s": 9.0, "parameters": 5e6, "training_images_per_s": 50.0, "peak_gib": 3.0, "minutes": 4.0}
+    named |= dict.fromkeys(("boundary_f1", "boundary_iou", "boundary_f1_unrefined", "boundary_iou_unrefined"), 0.5)
+    rest = {"images_per_s": 9.0, "parameters": 5e6, "gmacs": 7.0, "training_images_per_s": 50.0, "peak_gib": 3.0, "minutes": 4.0}
     return {**named, **rest}
 
 
@@ -144,6 +147,19 @@ def test_seeds_follow_the_better_rate_and_the_best_baseline():
     assert seeds["UPerNet x3 seed 1"].baseline == "UPerNet"
     del results["FPN x3"]
     assert not [job for job in ablation_plan.plan(results) if job.part == "seeds"], "a baseline is not tuned yet"
+
+
+def test_the_size_tiny_has_a_plan_around_its_own_network():
+    paper, tiny = ({job.name: job for job in ablation_plan.plan({}, size=size)} for size in ("paper", "tiny"))
+    of = lambda jobs, part: {name for name, job in jobs.items() if job.part == part}
+    assert of(paper, "points") == {"L=1 N=4", "L=1 N=16", "L=3 N=4"}  # L=3 N=16 is the final network
+    assert of(tiny, "points") == {"L=1 N=4", "L=1 N=8", "L=1 N=16", "L=3 N=4", "L=3 N=16"}
+    assert of(paper, "boundaries") == {"subpixel heads", "predicted pixels"}
+    assert of(tiny, "boundaries") == {"bilinear heads", "predicted pixels"}
+    for job in tiny.values():
+        if job.baseline is None and job.part != "memory":
+            changed = {name: getattr(ablation_plan.network("tiny"), name) for name in job.model}
+            assert not job.model or changed != job.model, "it would train the final network again"
 
 
 def test_every_training_can_have_several_seeds():

@@ -65,7 +65,6 @@ def camvid() -> TrainConfig:
         schedule="cosine",
         class_weights="auto",
         ema=0.998,
-        amp="bf16",
         refine_scale=4,
         refine_direction="mean",
         eval_every=500,
