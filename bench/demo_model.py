@@ -32,7 +32,7 @@ a high-definition ground truth database", Pattern Recognition Letters 30(2), 200
 started from timm's ImageNet weights of `{backbone}`. CamVid is distributed for research: use this model for research,
 and ask the authors of the data about anything else.
 
-The run was `python -m unept.train camvid --root CAMVID` with seed {seed}{changes}, in bfloat16 on one core of a CPU.
+The run was `python -m unept.train camvid --root CAMVID` with seed {seed}{changes}.
 `python -m bench.demo_model` rounded the weights to float16 and then measured the scores above.
 """
 

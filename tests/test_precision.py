@@ -1,5 +1,7 @@
 """`amp="auto"` computes in bfloat16 where the device multiplies in it, in training and in inference."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -17,7 +19,9 @@ def test_auto_follows_the_cpu(monkeypatch, tmp_path, fast):
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: fast)
     assert precision.uses_bfloat16("auto", "cuda")
     assert precision.uses_bfloat16("auto", "cpu") == fast
-    assert precision.uses_bfloat16("bf16", "cpu")
+    with warnings.catch_warnings() if fast else pytest.warns(UserWarning, match="emulates it.*use --amp auto"):
+        warnings.simplefilter("error" if fast else "always")
+        assert precision.uses_bfloat16("bf16", "cpu")
     assert not precision.uses_bfloat16("off", "cuda")
     output = infer(small_model(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), InferenceConfig())
     assert output.logits.dtype == (torch.bfloat16 if fast else torch.float32)

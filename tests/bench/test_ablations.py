@@ -133,7 +133,14 @@ def test_backbone_weights_are_taken_whole(tmp_path):
 def scores(value: float) -> dict[str, float]:
     named = {"mIoU": value, "pixAcc": 0.9, "boundary_f": 0.615, "mIoU_unrefined": value, "boundary_f_unrefined": 0.6}
     named |= dict.fromkeys(("boundary_f1", "boundary_iou", "boundary_f1_unrefined", "boundary_iou_unrefined"), 0.5)
-    rest = {"images_per_s": 9.0, "parameters": 5e6, "gmacs": 7.0, "training_images_per_s": 50.0, "peak_gib": 3.0, "minutes": 4.0}
+    rest = {
+        "images_per_s": 9.0,
+        "parameters": 5e6,
+        "gmacs": 7.0,
+        "training_images_per_s": 50.0,
+        "peak_gib": 3.0,
+        "minutes": 4.0,
+    }
     return {**named, **rest}
 
 

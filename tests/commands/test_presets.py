@@ -66,6 +66,10 @@ def test_every_row_of_the_paper_has_a_preset():
     assert set(PRESETS) == set(PAPER) | OWN
 
 
+def test_no_preset_asks_for_a_precision_that_a_machine_may_emulate():
+    assert {name: preset().amp for name, preset in PRESETS.items() if preset().amp != "auto"} == {}
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_options_are_those_of_the_paper(name):
     dataset, backbone, levels, points, queries, refine, miou = PAPER[name]
