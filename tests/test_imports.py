@@ -31,10 +31,13 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: set[str]) -> set[str]:
-    """The modules of the package that a module imports when it is imported itself, however they are spelled."""
+    """The modules of the package that a module imports when it is imported itself, however they are spelled, or for
+    the types of its annotations."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in ast.parse(path.read_text()).body:
+    body = ast.parse(path.read_text()).body
+    guarded = [inner for node in body if isinstance(node, ast.If | ast.Try) for inner in node.body]
+    for node in [*body, *guarded]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

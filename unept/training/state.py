@@ -3,18 +3,36 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
+from ..model.output import TrainableModel
 from .optimizer import restore_optimizer
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 # Checkpoints of older versions hold a step's losses as one tensor in this order, under the key "pending".
 OLD_LOSS_NAMES = ("loss", "segmentation", "refined", "boundary", "direction")
+
+
+class Resumable(Protocol):
+    """What a trainer has that its state is taken from and given back to."""
+
+    out: Path
+    device: torch.device
+    model: TrainableModel
+    averaged: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    step: int
+    best: float
+    stale: int
+    evaluated: bool
+    skipped_before: int
+    loss_history: list[dict[str, Tensor]]
 
 
 @dataclass
@@ -45,7 +63,7 @@ class TrainingState:
     """False if an evaluation is due at this step and has not been completed."""
 
     @staticmethod
-    def of(trainer: "Trainer", skipped: int) -> "TrainingState":
+    def of(trainer: Resumable, skipped: int) -> "TrainingState":
         """Take the state of a trainer; tensors are not copied. `skipped` is as the field of that name."""
         return TrainingState(
             step=trainer.step,
@@ -61,7 +79,7 @@ class TrainingState:
             evaluated=trainer.evaluated,
         )
 
-    def restore(self, trainer: "Trainer") -> None:
+    def restore(self, trainer: Resumable) -> None:
         """Give the state to a trainer; where options of the optimiser differ, those of the trainer hold.
 
         Raises:
