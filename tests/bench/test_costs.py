@@ -43,6 +43,17 @@ def test_plain_attention_keeps_its_weights():
     assert plain - fused > 0.95 * weights
 
 
+def test_heads_of_full_resolution_cost_little_at_the_papers_size():
+    """The numbers of docs/sharper_boundaries.md and docs/read_the_benchmark.md; 2.6 GB is the limit of a step."""
+    heads = {"boundary_upsampling": "subpixel", "boundary_features": "spatial+decoder", "logits_stride": 2}
+    plain, fine = (lambda: UNEPT(150, "resnet50"), lambda: UNEPT(150, "resnet50", **heads))
+    macs = [cost(build, (480, 480)).layer_macs / 1e9 for build in (plain, fine)]
+    assert macs == pytest.approx([134.1, 137.2], abs=0.1)
+    kept = [table8.kept(table8.Row("", build), 2, 480, amp=True) / 1e9 for build in (plain, fine)]
+    assert kept == pytest.approx([2.20, 2.26], abs=0.01)
+    assert max(kept) <= 2.6
+
+
 def test_multiplications_of_one_attention_are_counted():
     class Attend(nn.Module):
         def __init__(self):
