@@ -19,7 +19,7 @@ def config(tracker: str) -> TrainConfig:
 
 def record(folder, tracker: str, steps, after: int) -> None:
     """Record losses of steps as a run does that has completed the step `after` before."""
-    recorder = Recorder(folder, after, start_tracker(config(tracker), folder))
+    recorder = Recorder(folder, after, tracker=start_tracker(config(tracker), folder))
     for step in steps:
         recorder.write({"step": step, "loss": 1 / step, "note": "not a number"})
     recorder.close()

@@ -26,7 +26,7 @@ class Recorder:
         lines: the records of metrics.jsonl so far, one dictionary each.
     """
 
-    def __init__(self, folder: Path, step: int, evaluated: bool = True, tracker: Tracker | None = None):
+    def __init__(self, folder: Path, step: int, *, evaluated: bool = True, tracker: Tracker | None = None):
         def completed(line: dict[str, Any]) -> bool:
             at = line.get("step")
             return isinstance(at, int) and (at < step or (at == step and (evaluated or "mIoU" not in line)))

@@ -190,7 +190,7 @@ class Trainer:
             state.restore(self)
         if distributed.is_main():
             tracker = start_tracker(self.config, self.out)
-            self.recorder = Recorder(self.out, self.step, self.evaluated, tracker)
+            self.recorder = Recorder(self.out, self.step, evaluated=self.evaluated, tracker=tracker)
 
     def build_loader(self) -> Any:
         """Return the endless loader of this rank's training batches, from the next step on."""
