@@ -199,7 +199,8 @@ def _corner_dots(layout: Layout, table: Tensor, rows: Tensor, grad: Tensor) -> S
     Returns:
         Four tensors of the shape of `rows`.
     """
-    if not table.is_cpu:
+    # A product in CSR format has at most as many entries in a row as columns, even where a pixel is read several times.
+    if not table.is_cpu or 4 * rows.shape[1] > len(table):
         return [*_gathered_dots(table, rows, grad), *_gathered_dots(table, rows + layout.pitch, grad)]
     _silence_beta_warning()
     # Four entries for each sample of the product of grad and the table: a sparse matrix in CSR format.
@@ -221,7 +222,7 @@ def _silence_beta_warning() -> None:
 
 
 def _gathered_dots(table: Tensor, rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """`grad` times the pixel in each row, and times its right neighbour; for devices other than a CPU."""
+    """`grad` times the pixel in each row, and times its right neighbour."""
     bags, samples = rows.shape
     D = grad.shape[1]
     # A pixel and its right neighbour, (rows, 2 * D): one gather reads both.

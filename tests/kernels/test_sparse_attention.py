@@ -17,6 +17,7 @@ ODD_SIZES = {
     "one-level": {"levels": 1, "num_points": 4, "channels": 8},
     "odd": {"batch": 1, "queries": 67, "heads": 1},
     "three-levels-shared-reference": {"levels": 3, "num_points": 5, "shared": True, "heads": 2, "channels": 3},
+    "more-samples-than-pixels": {"batch": 1, "heads": 1, "shapes": [(2, 2)], "num_points": 24, "channels": 4},
     "single": {"batch": 1, "queries": 1, "heads": 1, "channels": 1, "levels": 1, "num_points": 1},
 }
 
