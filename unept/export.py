@@ -218,7 +218,8 @@ def _described(network: WholeImage) -> str:
     refined = "not refined"
     if (refinement := network.refinement) is not None:
         steps = f"{refinement.steps} times " if refinement.steps > 1 else ""
-        refined = f"refined {steps}by {refinement.scale} px"
+        at_most = "up to " if refinement.direction == "mean" else ""
+        refined = f"refined {steps}by {at_most}{refinement.scale} px"
     classes = network.model.num_classes
     kind = "class ids, int64 (B, H, W)" if network.output == "ids" else f"logits, float32 (B, {classes}, H, W)"
     return f"{kind}, {refined}"

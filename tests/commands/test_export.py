@@ -242,16 +242,16 @@ def test_command(exported, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, "export_program", lambda network, size: requests.append((network, size)) or program)
     save_as_validated(model, tmp_path / "model", window=64, short_side=48)
     path = tmp_path / "new" / "small.onnx"
-    arguments = [str(tmp_path / "model"), "--refine-scale", "2", "--out", str(path)]
+    arguments = [str(tmp_path / "model"), "--refine-scale", "4", "--refine-direction", "mean", "--out", str(path)]
     monkeypatch.setattr(sys, "argv", ["unept-export", *arguments])
     with pytest.raises(SystemExit) as ended:
         export.main()
     assert ended.value.code == 0
     [(asked, size)] = requests
-    assert (asked.output, asked.refinement, size) == ("ids", Refinement(scale=2), None)
+    assert (asked.output, asked.refinement, size) == ("ids", network.refinement, None)
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"{path}  ")
-    assert out[1].endswith("H and W over 32; gives class ids, int64 (B, H, W), refined by 2 px")
+    assert out[1].endswith("H and W over 32; gives class ids, int64 (B, H, W), refined by up to 4 px")
     assert out[2] == "not in it, though the model was validated so: short_side 48, window 64"
     assert out[3].startswith("checked against the model at 3 sizes: ")
     assert_gives_what_the_model_gives(network, export.load("onnx", path, CPU))
