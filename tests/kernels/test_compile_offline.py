@@ -14,7 +14,7 @@ from tests.helpers import offline
 
 # What is compiled: the paper's kernels in their first configuration for one GPU, or everything.
 OF_THE_PAPER = [pytest.param("paper", op, id=op) for op in offline.OF_THE_PAPER]
-EVERYTHING = [pytest.param("everything", op, id=f"all-{op}", marks=pytest.mark.slow) for op in offline.OPS]
+EVERYTHING = [pytest.param("everything", op, id=f"all-{op}", marks=pytest.mark.exhaustive) for op in offline.OPS]
 every_op = pytest.mark.parametrize(("selection", "op"), [*OF_THE_PAPER, *EVERYTHING])
 
 
@@ -80,7 +80,7 @@ def test_no_kernel_tests_by_exact_cancellation(reports, selection, op):
     [
         ("paper", "sparse_sampling"),
         *(
-            pytest.param("everything", op, marks=pytest.mark.slow)
+            pytest.param("everything", op, marks=pytest.mark.exhaustive)
             for op in ("sparse_sampling", "sparse_sampling, masked", "ms_deform")
         ),
     ],
@@ -95,7 +95,7 @@ def test_attention_gathers_16_bytes_at_a_time(reports, selection, op):
         assert row["opcodes"]["LDG.E.128"] == rows_a_warp * bytes_a_row / 16 / 32, row
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_attention_adds_16_bytes_at_a_time(reports):
     adding = [row for row in on_sm_90(reports("everything"), "sparse_sampling, masked") if "scatter" in row["kernel"]]
     assert adding
@@ -127,12 +127,12 @@ def test_instruction_counts_are_those_recorded(reports, selection, op):
 
 
 def test_no_kernel_is_left_out(reports):
-    """All kernels are launched by some op; the slow tests compile all that is launched."""
+    """All kernels are launched by some op; `pytest -m exhaustive` compiles all that is launched."""
     report = reports("paper")
     assert {row["kernel"] for row in report[:-1]} == set(report[-1]["kernels"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_launch_is_compiled(reports):
     report = reports("everything")
     launches = {(row["op"], row["kernel"], row["dtype"]) for row in report if "key" in row}

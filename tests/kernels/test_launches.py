@@ -132,7 +132,7 @@ def test_the_configurations_of_a_pool_are_compiled_at_the_same_time(tmp_path):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="the stub of libcuda needs gcc and the header that Triton brings")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_triton_s_own_launcher_takes_every_call(tmp_path):
     scenarios = ("boundary", "attention", "gather", "losses", "sizes", "training")
     rows, _ = launched(tmp_path, "--compile", *scenarios)

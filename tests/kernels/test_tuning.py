@@ -96,7 +96,7 @@ def test_without_tuning_the_first_configuration_is_fitted_and_taken(monkeypatch)
         assert block() == 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", range(4))
 def test_every_configuration_of_every_pool(number):
     device = "cuda" if torch.cuda.is_available() else "cpu"
