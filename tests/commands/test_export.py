@@ -145,7 +145,7 @@ def test_file_gives_what_the_model_gives(exported, tmp_path, output, format):
     assert_gives_what_the_model_gives(network, function)
 
 
-@pytest.mark.slow  # two minutes of a C++ compiler
+@pytest.mark.exhaustive  # four minutes of a C++ compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_machine_code_gives_what_the_model_gives(exported, tmp_path):
     network, program = exported("logits")

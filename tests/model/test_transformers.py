@@ -207,7 +207,7 @@ IN_EVERY_DTYPE = [
     # Triton's interpreter takes half a minute to a minute for each of these.
     pytest.param("Deformable DETR", "triton", torch.float32, SIZE // 2, marks=pytest.mark.slow),
     *(
-        pytest.param(name, "triton", dtype, SIZE, marks=pytest.mark.slow)
+        pytest.param(name, "triton", dtype, SIZE, marks=pytest.mark.exhaustive)
         for name in ("Deformable DETR", "Mask2Former")
         for dtype in DTYPES
     ),
