@@ -228,11 +228,13 @@ def make_maps(value: Tensor, padded: Tensor | None, shapes: Sequence[int]) -> Ma
     maps = value.transpose(1, 2) if padded is None else padded.view(torch.int32) if packed else padded
     # Masked corners lie up to a row and two pixels outside, whose addresses are computed all the same.
     outside = 2 * (max(shapes[1::2]) + 2) * abs(maps.stride(2))
+    # Two at least: with one word the compiler lays out the two passes of the points' gradient differently.
+    words = max(2, triton.next_power_of_2(D)) if padded is None else maps.shape[3]
     return Maps(
         value=maps,
         geometry=geometry(tuple(shapes), padded is not None, value.device),
         D=D,
-        words=triton.next_power_of_2(D) if padded is None else maps.shape[3],
+        words=words,
         padded=padded is not None,
         packed=packed,
         int64_index=max_offset(maps, (2, 3)) + outside >= 2**31,
