@@ -1,4 +1,4 @@
-"""The comparison by machine instructions: its arithmetic here, its command among the slow tests."""
+"""The comparison by machine instructions: its arithmetic here, its command among the exhaustive tests."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def test_the_interpreter_compiles_nothing(monkeypatch):
         static_counts.main()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     command = [sys.executable, "-m", "bench.static_counts"]

@@ -42,7 +42,7 @@ def test_trace(model):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("refined", "dynamo"), [(False, False), (True, False), pytest.param(False, True, marks=pytest.mark.slow)]
+    ("refined", "dynamo"), [(False, False), (True, False), pytest.param(False, True, marks=pytest.mark.exhaustive)]
 )
 def test_onnx(model, tmp_path, refined, dynamo):
     """The maps, or the refined ids, in ONNX Runtime at batches and sizes that the export has not seen."""
