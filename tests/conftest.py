@@ -37,11 +37,12 @@ if torch.cuda.is_available():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A test or case that is marked `slow_interpreted` is slow where Triton's interpreter runs it."""
+    """A case marked `slow_interpreted`, or `exhaustive_interpreted`, is so where Triton's interpreter runs it."""
     for item in items:
         backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        if backend == ("triton", "cpu") and item.get_closest_marker("slow_interpreted"):
-            item.add_marker(pytest.mark.slow)
+        for mark in (pytest.mark.slow, pytest.mark.exhaustive):
+            if backend == ("triton", "cpu") and item.get_closest_marker(f"{mark.name}_interpreted"):
+                item.add_marker(mark)
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda pair: "-".join(pair))

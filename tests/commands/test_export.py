@@ -112,6 +112,12 @@ def exported(model):
     return make
 
 
+# Class ids say whether the logits are right, and each output is exported in 20 seconds.
+outputs = pytest.mark.parametrize(
+    "output", [pytest.param("ids", marks=pytest.mark.slow), pytest.param("logits", marks=pytest.mark.exhaustive)]
+)
+
+
 def assert_gives_what_the_model_gives(network, function):
     for size in ((1, 3, 65, 200), (5, 3, 96, 40)):
         images = noise(*size)
@@ -124,16 +130,14 @@ def assert_gives_what_the_model_gives(network, function):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("output", ["ids", "logits"])
+@outputs
 def test_program_needs_nothing_of_this_package(exported, output):
     _, program = exported(output)
     assert "unept" not in {str(node.target).split(".")[0].split("::")[0] for node in program.graph.nodes}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "torch-export"])
-@pytest.mark.parametrize("output", ["ids", "logits"])
+@outputs
 def test_file_gives_what_the_model_gives(exported, tmp_path, output, format):
     if format == "onnx":
         pytest.importorskip("onnxruntime")

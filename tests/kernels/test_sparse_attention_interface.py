@@ -52,7 +52,7 @@ def test_saves_its_inputs_and_nothing_else(backend, op):
     assert set(saved) == {t.data_ptr() for t in case.inputs.values()}
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.exhaustive_interpreted
 @pytest.mark.parametrize("op", [attention, deformable])
 def test_opcheck(backend, op):
     sizes = {"queries": 3, "heads": 2, "channels": 3, "num_points": 2, "shapes": [(2, 3), (1, 2)]}

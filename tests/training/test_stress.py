@@ -24,7 +24,7 @@ from unept.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
-SECONDS = float(os.environ.get("STRESS_SECONDS", "15"))
+SECONDS = float(os.environ.get("STRESS_SECONDS", "8"))
 SEED = os.environ.get("STRESS_SEED", "0")
 CPU = torch.device("cpu")
 
