@@ -202,19 +202,13 @@ def main() -> int:
     options = tyro.cli(Options, prog="python -m bench.ablations")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.job is not None:
-        (job,) = (
-            job for job in plan(read_results(options.out), options.seeds, options.size) if job.name == options.job
-        )
+        (job,) = (job for job in known_jobs(options) if job.name == options.job)
         run_job(job, options)
         return 0
     deadline, failed = time.monotonic() + 60 * options.minutes, set()
     while True:
         results = read_results(options.out)
-        waiting = [
-            job
-            for job in plan(results, options.seeds, options.size)
-            if job.name not in results and job.name not in failed
-        ]
+        waiting = [job for job in known_jobs(options) if job.name not in results and job.name not in failed]
         waiting = [job for job in waiting if not options.parts or job.part in options.parts]
         waiting = [job for job in waiting if not options.only or {job.name, job.row} & set(options.only)]
         left = deadline - time.monotonic()
