@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,22 @@ def out_of_memory(advice: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise MemoryError(f"out of memory {advice}") from error
         raise
+
+
+# What a pixel of an image that is seen whole takes at least: 390 bytes with the demo model, the smallest named size.
+BYTES_A_PIXEL = 300
+
+
+def require_memory(pixels: int, advice: str, meminfo: Path = Path("/proc/meminfo")) -> None:
+    """Raise a MemoryError that ends in `advice` if an image cannot be seen whole by a CPU.
+
+    Linux promises more memory than there is, and kills without a word the process that takes it.
+    """
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    for line in lines:
+        name, _, number = line.partition(":")
+        if name == "MemAvailable" and pixels * BYTES_A_PIXEL > 1024 * int(number.split()[0]):
+            raise MemoryError(f"out of memory {advice}")
 
 
 def memory_advice(config: TrainConfig, local_batch: int) -> str:
