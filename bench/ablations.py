@@ -120,7 +120,7 @@ def train(job: Job, options: Options) -> dict[str, Any]:
     return {
         **{name: scores.get(name) for name in SCORES},
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "gmacs": multiplications(trainer.model, trainer.device),
+        "gmacs": multiplications(trainer.model, 360, 480),
         "training_images_per_s": rate,
         "minutes": config.iterations * config.batch_size / rate / 60,  # without evaluations
         "peak_gib": peak_memory(trainer.device),
@@ -133,11 +133,11 @@ def one_pixel_scores(trainer: Trainer) -> dict[str, float]:
     return {name.replace("_f", "_f1"): scores[name] for name in ("boundary_f", "boundary_f_unrefined")}
 
 
-def multiplications(model: Any, device: torch.device) -> float:
-    """Return the GMACs of a network on an image of CamVid."""
+def multiplications(model: Any, height: int, width: int) -> float:
+    """Return the GMACs of a network on one image."""
     mode = model.training
     with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("torch"):
-        model.eval()(torch.zeros(1, 3, 360, 480, device=device))
+        model.eval()(torch.zeros(1, 3, height, width, device=model.mean.device))
     model.train(mode)
     return counter.get_total_flops() / 2e9
 
@@ -151,9 +151,6 @@ def measure_memory(backbone: str, batch: int, backend: str, amp: str, mode: str)
         raise SystemExit("the peak of a training step is measured on a GPU, and PyTorch finds none here")
     torch.manual_seed(0)
     model, loss = UNEPT(CLASSES, backbone).to(DEVICE).train(), UNEPTLoss()
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("torch"):
-        model.eval()(torch.zeros(1, 3, 480, 480, device=DEVICE))
-        model.train()
     predict, losses = (torch.compile(model), torch.compile(loss.losses)) if mode == "compiled" else (model, loss.losses)
     optimizer = torch.optim.AdamW(model.parameters())
     images, labels = sample_batch(batch, 480)
@@ -170,7 +167,7 @@ def measure_memory(backbone: str, batch: int, backend: str, amp: str, mode: str)
     return {
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "gmacs": counter.get_total_flops() / 2e9,
+        "gmacs": multiplications(model, 480, 480),
     }
 
 

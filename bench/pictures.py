@@ -5,6 +5,7 @@ trained into OUT/runs, as `python -m unept.visualize --compare` does with this p
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,19 +50,29 @@ def load(job: Job, out: Path) -> SegmentationModel:
     return model.to(DEVICE).eval()
 
 
+def load_trained(names: Sequence[str], out: Path) -> dict[str, SegmentationModel]:
+    """Load the best models of some trainings by name.
+
+    Raises:
+        ValueError: there is no such training, or `bench.ablations` has not made it yet.
+    """
+    jobs = {job.name: job for job in plan({}, seeds=10) if job.part != "memory"}
+    if unknown := [name for name in names if name not in jobs]:
+        raise ValueError(f"there is no training {unknown[0]!r}; there are {', '.join(jobs)}")
+    if missing := [name for name in names if not (out / "runs" / name / "model").is_dir()]:
+        command = f"python -m bench.ablations --only {' '.join(missing)}"
+        raise ValueError(f"{missing[0]} is not trained in {out}: train it first by {command} ...")
+    return {name: load(jobs[name], out) for name in names}
+
+
 def main() -> int:
     """Draw the pictures, and print where they are."""
     options = tyro.cli(Options, prog="python -m bench.pictures")
-    jobs = {job.name: job for job in plan({}, seeds=10) if job.part != "memory"}
-    if unknown := [name for name in options.names if name not in jobs]:
-        print(f"error: there is no training {unknown[0]!r}; there are {', '.join(jobs)}", file=sys.stderr)
+    try:
+        models = load_trained(options.names, options.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    missing = [name for name in options.names if not (options.out / "runs" / name / "model").is_dir()]
-    if missing:
-        command = f"python -m bench.ablations --only {' '.join(missing)}"
-        print(f"error: {missing[0]} is not trained in {options.out}: train it first by {command} ...", file=sys.stderr)
-        return 2
-    models = {name: load(jobs[name], options.out) for name in options.names}
     predictors = {name: (model, resolve(InferenceOptions(), model)) for name, model in models.items()}
     first = TrainConfig.from_json(options.out / "runs" / options.names[0] / "config.json")
     dataset = first.data.build("val", options.data)

@@ -7,6 +7,7 @@ table, and writes it with the refiner to OUT/refiner/.
 
 import itertools
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,8 @@ from unept.model.boundary import Refinement
 from unept.model.output import SegmentationModel
 from unept.training.refiner import train_refiner
 
-from .ablation_plan import plan
 from .harness import DEVICE, device_name, revision
-from .pictures import load
+from .pictures import load_trained
 
 STEPS = {
     "unrefined": None,
@@ -101,11 +101,14 @@ def table(results: dict[str, dict[str, float]]) -> str:
     )
 
 
-def main() -> None:
+def main() -> int:
     """Train, measure and write."""
     options = tyro.cli(Options, prog="python -m bench.refiner")
-    (job,) = (job for job in plan({}, seeds=10) if job.name == options.name)
-    model = load(job, options.out)
+    try:
+        model = load_trained([options.name], options.out)[options.name]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     data = TrainConfig.from_json(options.out / "runs" / options.name / "config.json").data
     torch.manual_seed(0)
     refiner = Refiner(width=options.width, hidden=options.width).to(DEVICE)
@@ -127,7 +130,8 @@ def main() -> None:
     of = {name: getattr(options, name) for name in ("name", "width", "iterations", "batch_size", "crop_size")}
     write_json(folder / "results.json", {**about, **of, "scores": results})
     print(json.dumps(about), table(results), sep="\n\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

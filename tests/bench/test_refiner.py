@@ -1,5 +1,7 @@
 """`bench.refiner` refines another network's predictions, and its table is made of the scores that it measured."""
 
+import sys
+
 import torch
 
 from bench import refiner as bench_refiner
@@ -22,3 +24,11 @@ def test_predictions_of_another_network_are_scored_with_and_without_refinement(m
         assert 0 <= of["boundary F, 1 px"] <= of["boundary F, 3 px"] <= 1
     text = bench_refiner.table(results)
     assert f"| unrefined | {100 * results['unrefined']['mIoU']:.2f} | " in text
+
+
+def test_a_network_that_is_not_trained_is_told(tmp_path, monkeypatch, capsys):
+    for name, message in (("FPN", "train it first by python -m bench.ablations --only FPN"), ("x", "no training 'x'")):
+        arguments = ["--data", str(tmp_path), "--out", str(tmp_path), "--name", name]
+        monkeypatch.setattr(sys, "argv", ["bench.refiner", *arguments])
+        assert bench_refiner.main() == 2
+        assert message in capsys.readouterr().err
