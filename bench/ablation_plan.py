@@ -19,6 +19,7 @@ FINAL = "unept"
 BASELINES = {"DeepLabV3+": "DeepLabV3Plus", "UPerNet": "UPerNet", "FPN": "FPN", "SegFormer": "Segformer"}
 # Further networks of Tables 1, 2, 7 and 8, on the same backbone.
 COMPARED = {"PSPNet": "PSPNet", "DeepLabV3": "DeepLabV3", **{name: name for name in CONVOLUTIONAL_HEADS}}
+ATTENTIONS = ("full", "sparse_transformer", "longformer", "reformer")  # in place of sparse sampling, Table 8
 RATES = (3.0,)  # times the learning rates
 PAPER_GB = {"resnet50": 7.0, DEIT: 8.5}  # Table 8, batch 2
 
@@ -93,6 +94,8 @@ def plan(results: dict[str, dict[str, Any]], seeds: int = 1, size: Size = "paper
         ),
         Job(f"{heads} heads", "boundaries", {"boundary_upsampling": heads}),
         Job("predicted pixels", "boundaries", options={"direction_pixels": "predicted"}),
+        Job("spatial 64-128", "widths", {"spatial_widths": (64, 128)}),
+        *(Job(f"{name} attention", "attentions", {"attention": name}) for name in ATTENTIONS),
     ]
     best = {name: job for name in (FINAL, *BASELINES) if (job := best_rate(name, jobs, results)) is not None}
     if len(best) == 1 + len(BASELINES):

@@ -8,6 +8,8 @@ weights from a file), one schedule and one seed, and measures the memory of a tr
     points      Table 6: N = 4 and 16 points (and 8 of the size tiny) on L = 1 and 3 scales, none refined in their own
                 column
     boundaries  the other kind of up-sampling of boundary and direction maps; directions trained on predicted pixels
+    widths      the widths of the spatial branch in the released code
+    attentions  the attentions of Table 8 in place of sparse sampling
     baselines   DeepLabV3+, UPerNet, FPN and SegFormer's head, of segmentation-models-pytorch
     compared    Tables 1, 2, 7 and 8: PSPNet and DeepLabV3 of segmentation-models-pytorch, CCNet, OCRNet, ANL, DNLNet
                 and PointRend of bench.heads
