@@ -11,9 +11,10 @@ from unept.training.depthwise import DepthwiseConv, prepare_for_cpu_bfloat16
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 1), (3, 2), (5, 2)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 1), (3, 2), (5, 2), (7, 3), ((2, 4), (1, 2))])
 def test_values_and_gradients_are_those_of_the_convolution(kernel, stride, amp):
-    conv = nn.Conv2d(6, 6, kernel, stride, kernel // 2, groups=6, bias=False).to(memory_format=torch.channels_last)
+    padding = tuple(k // 2 for k in kernel) if isinstance(kernel, tuple) else kernel // 2
+    conv = nn.Conv2d(6, 6, kernel, stride, padding, groups=6, bias=False).to(memory_format=torch.channels_last)
     image = torch.randn(2, 6, 13, 17)
     found = {}
     for name, module in (("want", conv), ("found", DepthwiseConv(copy.deepcopy(conv)))):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """A depthwise convolution whose gradients are computed in float32 and in the channels-last format.
+    """A depthwise convolution, without bias and dilation, whose gradients avoid PyTorch's slow CPU kernels in bfloat16.
 
-    PyTorch's CPU kernels for these gradients are several times slower in bfloat16 than in float32. The convolution has
-    no bias and no dilation.
+    Those kernels are fast in the channels-last format for strides of 1 and for kernels of at most 3x3, and up to 20
+    times slower than in float32 otherwise.
     """
 
     @staticmethod
@@ -25,13 +25,53 @@ class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad, x32 = (t.float().contiguous(memory_format=torch.channels_last) for t in (grads[0], x))
-        geometry = (ctx.stride, ctx.padding, [1, 1], False, [0, 0], len(weight))
-        output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x32, weight.float(), None, *geometry, output_mask
-        )
-        return *(None if g is None else g.to(x.dtype) for g in (grad_x, grad_weight)), None, None
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        grad_x = _grad_input(grad, x, weight, ctx.stride, ctx.padding) if ctx.needs_input_grad[0] else None
+        grad_weight = _grad_weight(grad, x, weight, ctx.stride, ctx.padding) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None
+
+
+def _grad_input(grad: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    """Return the gradient of the input; strided ones in float32, image by image, which stay in the cache."""
+    if stride == [1, 1]:
+        return _convolution_backward(grad, x, weight, stride, padding, [True, False, False])[0]
+    sizes = zip(x.shape[2:], grad.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    rest = [n - ((m - 1) * step + kernel - 2 * pad) for n, m, kernel, step, pad in sizes]
+    result = torch.empty_like(x, memory_format=torch.channels_last)
+    for one, of in zip(result.split(1), grad.split(1), strict=True):
+        one.copy_(F.conv_transpose2d(of.float(), weight.float(), None, stride, padding, rest, groups=len(weight)))
+    return result
+
+
+def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+    """Return the gradient of the weight, that of a large kernel by windows of 3x3 taps."""
+    if max(weight.shape[2:]) <= 3:
+        return _convolution_backward(grad, x, weight, stride, padding, [False, True, False])[1]
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    (rows, columns), result = grad.shape[2:], torch.empty_like(weight)
+    for top in _window_starts(weight.shape[2]):
+        for left in _window_starts(weight.shape[3]):
+            taps = (slice(None), slice(None), slice(top, top + 3), slice(left, left + 3))
+            kernel = weight[taps].contiguous()
+            height, width = (
+                (n - 1) * step + k for n, step, k in zip((rows, columns), stride, kernel.shape[2:], strict=True)
+            )
+            part = x[:, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+            result[taps] = _convolution_backward(grad, part, kernel, stride, [0, 0], [False, True, False])[1]
+    return result
+
+
+def _window_starts(taps: int) -> list[int]:
+    """Return where windows of 3 taps start that cover a kernel; the last two may overlap."""
+    return [*range(0, taps - 3, 3), max(taps - 3, 0)]
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    """Return the gradients of a depthwise convolution that `output_mask` asks for: input, weight, bias."""
+    geometry = (stride, padding, [1, 1], False, [0, 0], len(weight))
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, output_mask)
 
 
 class DepthwiseConv(nn.Module):
