@@ -180,6 +180,19 @@ def test_every_training_can_have_several_seeds():
     assert {job.seed for job in thrice if job.row == "CCNet"} == {0, 1, 2}
 
 
+def test_seeds_that_are_asked_for_stay_in_the_part_of_their_training():
+    plan = ablation_plan.plan({}, seeds=3)
+    names = lambda part: {job.name for job in plan if job.part == part}
+    rows = {"subpixel heads", "predicted pixels"}
+    assert names("boundaries") == rows | {f"{row} seed {seed}" for row in rows for seed in (1, 2)}
+    results = {job.name: scores(0.5) for job in ablation_plan.plan({}) if job.part in ("parts", "baselines", "rates")}
+    plan = ablation_plan.plan(results, seeds=2)
+    assert {job.name for job in plan if job.part == "parts" and job.row == "unept"} == {"unept", "unept seed 1"}
+    assert {job.name for job in plan if job.part == "seeds"} == {"unept seed 2", "DeepLabV3+ seed 2"}
+    results["unept seed 1"] = scores(0.9)
+    assert ablation_plan.best_rate("unept", plan, results).name == "unept", "a rate is chosen by seed 0"
+
+
 def test_seeds_share_a_row_with_mean_and_deviation():
     results = {"unept": scores(0.5), "unept seed 1": scores(0.6) | {"seed": 1}, "CCNet": scores(0.4)}
     lines = ablation_report.report(results).splitlines()
