@@ -117,11 +117,7 @@ def plan(results: dict[str, dict[str, Any]], seeds: int = 1, size: Size = "paper
 
 def best_rate(name: str, jobs: Sequence[Job], results: dict[str, dict[str, Any]]) -> Job | None:
     """Return the training of a network whose learning rate gave the highest mIoU; None until all have a result."""
-    own = [
-        job
-        for job in jobs
-        if job.seed == 0 and not (job.model or job.options) and (job.baseline or FINAL) == name
-    ]
+    own = [job for job in jobs if job.seed == 0 and not (job.model or job.options) and (job.baseline or FINAL) == name]
     if not all("mIoU" in results.get(job.name, {}) for job in own):
         return None
     return max(own, key=lambda job: results[job.name]["mIoU"] or 0)  # None: no class has an IoU
