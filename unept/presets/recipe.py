@@ -4,9 +4,9 @@ import dataclasses
 from typing import Literal
 
 from ..config import DataConfig, ModelConfig, TrainConfig
+from ..model.backbone import RESNET50
 from ..model.loss import LossWeights
 
-RESNET50 = "resnet50.tv_in1k"
 RESNET50C = "resnet50c.gluon_in1k"
 DEIT = "deit_base_distilled_patch16_384.fb_in1k"
 DINOV3 = "vit_base_patch16_dinov3.lvd1689m"
