@@ -37,7 +37,10 @@ def paper_recipe(
 
 
 def released_recipe(config: TrainConfig) -> TrainConfig:
-    """Return the recipe as the authors' released code has it where it differs from the paper."""
+    """Return the recipe with the options that the authors' released code chooses otherwise than the paper.
+
+    Its text in `unept/presets/__init__.py` names what still differs.
+    """
     model = dataclasses.replace(
         config.model,
         decoder_self_attention="full",
@@ -46,6 +49,7 @@ def released_recipe(config: TrainConfig) -> TrainConfig:
         spatial_last_relu=False,
         level_norm=False,
         scale_encoding_std=1.0,
+        position_resize="bicubic",
     )
     return dataclasses.replace(
         config,
@@ -54,4 +58,5 @@ def released_recipe(config: TrainConfig) -> TrainConfig:
         direction_pixels="predicted",
         boundary_balance="classes",
         lr_drop=126 / 160,
+        refine=False,  # the refined prediction is in the loss alone
     )
