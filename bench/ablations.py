@@ -11,8 +11,8 @@ weights from a file), one schedule and one seed, and measures the memory of a tr
     widths      the widths of the spatial branch in the released code
     attentions  the attentions of Table 8 in place of sparse sampling
     baselines   DeepLabV3+, UPerNet, FPN and SegFormer's head, of segmentation-models-pytorch
-    compared    Tables 1, 2, 7 and 8: PSPNet and DeepLabV3 of segmentation-models-pytorch, CCNet, OCRNet, ANL, DNLNet
-                and PointRend of bench.heads
+    compared    Tables 1, 2, 7 and 8: PSPNet and DeepLabV3 of segmentation-models-pytorch, CCNet, OCRNet, ANL, DNLNet,
+                PointRend, PSANet and EncNet of bench.heads
     rates       the final network and every baseline once more at RATES times the learning rate: the better one counts
     seeds       two more seeds of the final network and of the best baseline, each at its better rate, where --seeds
                 does not ask for them already
