@@ -46,9 +46,9 @@ class Job:
         """Name of the row of the table; trainings that differ only in their seed share it."""
         return self.name.removesuffix(f" seed {self.seed}")
 
-    def with_seed(self, seed: int) -> "Job":
-        """Return the same training with another seed."""
-        return dataclasses.replace(self, name=f"{self.row} seed {seed}", part="seeds", seed=seed)
+    def with_seed(self, seed: int, part: str | None = None) -> "Job":
+        """Return the same training with another seed, in another part of the plan if one is given."""
+        return dataclasses.replace(self, name=f"{self.row} seed {seed}", part=part or self.part, seed=seed)
 
     def build(self, classes: Sequence[str], palette: Sequence[Any], model: ModelConfig) -> ComparedNetwork:
         """Build the baseline of this job (`bench.heads.training.Build`)."""
@@ -69,8 +69,8 @@ def plan(results: dict[str, dict[str, Any]], seeds: int = 1, size: Size = "paper
 
     Args:
         results: of the jobs that are done, by name. Two more seeds of the final network and of the best baseline follow
-            from them.
-        seeds: number of seeds of every training.
+            from them, the part "seeds".
+        seeds: number of seeds of every training, each in the part of its training.
         size: size of the networks, which says how many points and which boundary heads the final one has.
     """
     final = network(size)
@@ -100,8 +100,9 @@ def plan(results: dict[str, dict[str, Any]], seeds: int = 1, size: Size = "paper
     best = {name: job for name in (FINAL, *BASELINES) if (job := best_rate(name, jobs, results)) is not None}
     if len(best) == 1 + len(BASELINES):
         strongest = max(BASELINES, key=lambda name: results[best[name].name]["mIoU"] or 0)
-        jobs += [best[name].with_seed(seed) for seed in (1, 2) for name in (FINAL, strongest)]
-    jobs += [job.with_seed(seed) for seed in range(1, seeds) for job in jobs if job.part != "seeds"]
+        jobs += [best[name].with_seed(seed, "seeds") for seed in (1, 2) for name in (FINAL, strongest)]
+    # The seeds that are asked for come last: where both lists have a training, it belongs to the part of its row.
+    jobs += [job.with_seed(seed) for seed in range(1, seeds) for job in jobs if job.seed == 0]
     jobs = list({job.name: job for job in jobs}.values())
     for backbone in PAPER_GB:
         for batch in (2, 16):
@@ -116,11 +117,7 @@ def plan(results: dict[str, dict[str, Any]], seeds: int = 1, size: Size = "paper
 
 def best_rate(name: str, jobs: Sequence[Job], results: dict[str, dict[str, Any]]) -> Job | None:
     """Return the training of a network whose learning rate gave the highest mIoU; None until all have a result."""
-    own = [
-        job
-        for job in jobs
-        if job.part != "seeds" and not (job.model or job.options) and (job.baseline or FINAL) == name
-    ]
+    own = [job for job in jobs if job.seed == 0 and not (job.model or job.options) and (job.baseline or FINAL) == name]
     if not all("mIoU" in results.get(job.name, {}) for job in own):
         return None
     return max(own, key=lambda job: results[job.name]["mIoU"] or 0)  # None: no class has an IoU

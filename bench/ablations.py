@@ -11,18 +11,19 @@ weights from a file), one schedule and one seed, and measures the memory of a tr
     widths      the widths of the spatial branch in the released code
     attentions  the attentions of Table 8 in place of sparse sampling
     baselines   DeepLabV3+, UPerNet, FPN and SegFormer's head, of segmentation-models-pytorch
-    compared    Tables 1, 2, 7 and 8: PSPNet and DeepLabV3 of segmentation-models-pytorch, CCNet, OCRNet, ANL, DNLNet
-                and PointRend of bench.heads
+    compared    Tables 1, 2, 7 and 8: PSPNet and DeepLabV3 of segmentation-models-pytorch, CCNet, OCRNet, ANL, DNLNet,
+                PointRend, PSANet and EncNet of bench.heads
     rates       the final network and every baseline once more at RATES times the learning rate: the better one counts
-    seeds       two more seeds of the final network and of the best baseline, each at its better rate
+    seeds       two more seeds of the final network and of the best baseline, each at its better rate, where --seeds
+                does not ask for them already
     memory      Tables 7 and 8: a training step at batch 2 and 16, 480x480, 150 classes
 
 Each job is a process of its own, leaves OUT/NAME.json, and is not run again. `--minutes` bounds a call: a training that
-is interrupted continues from its last checkpoint in the next call. `--seeds N` makes every training N times; the table
-then has means and standard deviations. `--size tiny` takes the network of the preset camvid, which a CPU trains, in
-place of the paper's size; fewer steps, smaller crops and `--parts` bound the rest. At the end a table is printed, and
-written to OUT/README.md. Each training also leaves the IoU of every class in OUT/runs/NAME/evaluation.json, for
-`python -m unept.visualize --compare`.
+is interrupted continues from its last checkpoint in the next call. `--seeds N` makes every training N times, within the
+parts that `--parts` names; the table then has means and standard deviations. `--size tiny` takes the network of the
+preset camvid, which a CPU trains, in place of the paper's size; fewer steps, smaller crops and `--parts` bound the
+rest. At the end a table is printed, and written to OUT/README.md. Each training also leaves the IoU of every class in
+OUT/runs/NAME/evaluation.json, for `python -m unept.visualize --compare`.
 """
 
 import dataclasses

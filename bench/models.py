@@ -134,7 +134,7 @@ def with_head(name: str, backbone: str) -> Network:
 
 
 # Heads of bench.heads by the kind of backbone that they take.
-CONVOLUTIONAL_HEADS = ("CCNet", "OCRNet", "ANL", "DNLNet", "PointRend")
+CONVOLUTIONAL_HEADS = ("CCNet", "OCRNet", "ANL", "DNLNet", "PointRend", "PSANet", "EncNet")
 VIT_HEADS = ("SETR naive", "SETR PUP")
 BUILDERS: dict[str, Callable[[str], Network]] = {
     "unept triton": unept,

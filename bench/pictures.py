@@ -4,10 +4,12 @@
 trained into OUT/runs, as `python -m unept.visualize --compare` does with this project's network alone.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 import tyro
@@ -18,7 +20,7 @@ from unept.model.output import SegmentationModel
 from unept.pictures.figures import draw_predictions
 from unept.pretrained import load_run
 
-from .ablation_plan import Job, plan
+from .ablation_plan import Job, Size, plan
 from .harness import DEVICE
 
 
@@ -51,16 +53,17 @@ def load(job: Job, out: Path) -> SegmentationModel:
 
 
 def load_trained(names: Sequence[str], out: Path) -> dict[str, SegmentationModel]:
-    """Load the best models of some trainings by name.
+    """Load the best models of some trainings by name, of the plan of any size: a run keeps the size of its network.
 
     Raises:
         ValueError: there is no such training, or `bench.ablations` has not made it yet.
     """
-    jobs = {job.name: job for job in plan({}, seeds=10) if job.part != "memory"}
+    plans = [job for size in get_args(Size) for job in plan({}, seeds=10, size=size)]
+    jobs = {job.name: job for job in plans if job.part != "memory"}
     if unknown := [name for name in names if name not in jobs]:
         raise ValueError(f"there is no training {unknown[0]!r}; there are {', '.join(jobs)}")
     if missing := [name for name in names if not (out / "runs" / name / "model").is_dir()]:
-        command = f"python -m bench.ablations --only {' '.join(missing)}"
+        command = f"python -m bench.ablations --only {shlex.join(missing)}"
         raise ValueError(f"{missing[0]} is not trained in {out}: train it first by {command} ...")
     return {name: load(jobs[name], out) for name in names}
 

@@ -72,6 +72,8 @@ ROWS = (
     Row("PSPNet (smp)", "ResNet-101", smp("PSPNet")),
     Row("DeepLabV3 (smp)", "ResNet-101", smp("DeepLabV3")),
     Row("UPerNet (smp)", "ResNet-101", smp("UPerNet", decoder_channels=512), 86, 226.2),
+    Row("PSANet", "ResNet-101", head("PSANet", "resnet101"), 73, 239.5),
+    Row("EncNet", "ResNet-101", head("EncNet", "resnet101"), 56, 192.2),
     Row("ANL", "ResNet-101", head("ANL", "resnet101")),
     Row("CCNet", "ResNet-101", head("CCNet", "resnet101"), 69, 244.6),
     Row("PointRend", "ResNet-101", head("PointRend", "resnet101"), 48, 526.5),

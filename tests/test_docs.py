@@ -4,6 +4,8 @@ README runs by default. The pages of docs/ train networks, so that they are slow
 running is tested by default too.
 """
 
+import dataclasses
+import inspect
 import os
 import re
 import runpy
@@ -18,9 +20,10 @@ import torch
 import tyro
 from torchvision.transforms.v2.functional import to_pil_image
 
+import unept
 import unept.kernels
 from unept import UNEPT, demo, evaluate, export, predict, submission, train, visualize
-from unept.config import ModelConfig
+from unept.config import ModelConfig, TrainConfig
 from unept.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +183,27 @@ def test_readme_lists_every_preset_and_operator():
     assert {name for name in quoted if name.startswith(("ade20k", "cityscapes", "pascal_context"))} <= set(PRESETS)
     operators = {name for name in unept.kernels.__all__ if callable(getattr(unept.kernels, name))}
     assert operators - {"use_backend", "requested_backend", "set_default_backend"} <= quoted
+
+
+def test_options_of_the_paper_exist_under_their_names():
+    """Every option of the table in docs/paper.md is one of a run, and is an argument where the last column says so."""
+    text = (ROOT / "docs" / "paper.md").read_text().partition("## Options")[2]
+    known = {field.name for kind in (ModelConfig, TrainConfig) for field in dataclasses.fields(kind)}
+    rows = re.findall(r"^\| `--([\w-]+)` \| .* \|(.*)\|$", text, re.M)
+    assert len(rows) >= 15
+    for option, arguments in ((name.replace("-", "_"), arguments) for name, arguments in rows):
+        assert option in known, option
+        for kind in re.findall(r"`(UNEPT\w*)`", arguments):
+            assert option.removeprefix("loss_") in inspect.signature(getattr(unept, kind)).parameters, (option, kind)
+    assert released_differences() <= {name.replace("-", "_") for name, _ in rows}, (
+        "an option of the released presets is not described"
+    )
+
+
+def released_differences() -> set[str]:
+    """The options in which a preset of the released code differs from the paper's."""
+    paper, released = (vars(PRESETS[name]().model) for name in ("ade20k_deit", "ade20k_deit_released"))
+    return {name for name, value in paper.items() if released[name] != value}
 
 
 # --- the drawing ------------------------------------------------------------------------------------------------------

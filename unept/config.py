@@ -11,6 +11,7 @@ from .data.base import SegmentationDataset
 from .data.registry import DATASETS, build_dataset, find_dataset
 from .distributed import Device, default_workers
 from .inference import InferenceConfig
+from .model.backbone import RESNET50
 from .model.boundary import StepDirection
 from .model.limits import check_sizes
 from .model.loss import PAPER_WEIGHTS, LossWeights
@@ -29,8 +30,9 @@ def _require(condition: bool, message: str) -> None:
 class ModelConfig:
     """The network (Sec. 4.2, Network structure)."""
 
-    backbone: str = "resnet50"
-    """Any timm model that gives feature maps."""
+    backbone: str = RESNET50
+    """Any timm model that gives feature maps. Its tag, as in resnet50.tv_in1k, says which weights; without one they are
+    those that timm prefers."""
     pretrained_backbone: bool = True
     """Start from the backbone's ImageNet weights, downloaded from timm's hub."""
     backbone_weights: Path | None = None

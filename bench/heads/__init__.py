@@ -9,10 +9,12 @@ from .anl import ANLHead
 from .base import Head, HeadOutput
 from .ccnet import CCNetHead
 from .dnlnet import DNLNetHead
+from .encnet import EncNetHead
 from .loss import HeadLoss
 from .network import HEADS, HeadNetwork, build_network
 from .ocrnet import OCRNetHead
 from .pointrend import PointRendHead
+from .psanet import PSANetHead
 from .setr import SETRNaiveHead, SETRProgressiveHead
 from .training import ComparedTrainer
 
@@ -22,11 +24,13 @@ __all__ = [
     "CCNetHead",
     "ComparedTrainer",
     "DNLNetHead",
+    "EncNetHead",
     "Head",
     "HeadLoss",
     "HeadNetwork",
     "HeadOutput",
     "OCRNetHead",
+    "PSANetHead",
     "PointRendHead",
     "SETRNaiveHead",
     "SETRProgressiveHead",

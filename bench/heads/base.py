@@ -19,7 +19,7 @@ class Points(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """What a head predicts. Auxiliary classifiers and points are there in training only."""
+    """What a head predicts. All but the logits are there in training only."""
 
     logits: Tensor
     """(B, K, h, w) at any resolution."""
@@ -27,6 +27,8 @@ class HeadOutput(NamedTuple):
     """Logits (B, K, h, w) of auxiliary classifiers."""
     points: Points | None = None
     """Of PointRend: predictions at sampled points."""
+    presence: Tensor | None = None
+    """Of EncNet: (B, K), logits of whether the image holds each class."""
 
 
 class Head(nn.Module):

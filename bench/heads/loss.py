@@ -1,4 +1,4 @@
-"""The loss of the compared networks: cross-entropy, also of auxiliary classifiers and of points."""
+"""The loss of the compared networks: cross-entropy, also of auxiliary classifiers, of points and of present classes."""
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,17 @@ from unept.model.output import UNEPTOutput
 from .base import HeadOutput, Points
 
 AUXILIARY_WEIGHT = 0.4  # of each auxiliary classifier, as in PSPNet and OCRNet
+PRESENCE_WEIGHT = 0.2  # of EncNet's SE-loss, as in its paper
 
 
 class HeadLoss(UNEPTLoss):
     """Cross-entropy of the up-sampled logits, of auxiliary classifiers (0.4 each) and of PointRend's points.
 
+    EncNet's SE-loss (0.2) is the binary cross-entropy of whether an image holds each class, averaged over both.
+
     Args:
         ignore_index: label of the pixels that are left out.
-        class_weights: (K,), weights of the classes in all of them.
+        class_weights: (K,), weights of the classes in all of them but the SE-loss.
     """
 
     def __init__(self, ignore_index: int = 255, class_weights: Tensor | None = None):
@@ -32,8 +35,8 @@ class HeadLoss(UNEPTLoss):
         """Sums over the pixels of this part of a batch, divided by the counts of the whole batch.
 
         Returns:
-            `segmentation`, where there are any `auxiliary` and `points`, and `loss`, their weighted sum: float32
-            scalars.
+            `segmentation`, where there are any `auxiliary`, `points` and `presence`, and `loss`, their weighted sum:
+            float32 scalars.
         """
         count = targets.counts[0].clamp(min=1)
         losses = {"segmentation": self._sum(output.logits, targets.labels) / count}
@@ -45,12 +48,24 @@ class HeadLoss(UNEPTLoss):
         if isinstance(output, HeadOutput) and output.points is not None:
             losses["points"] = self._point_sum(output.points, targets.labels) / count
             weighted.append(losses["points"])
+        if isinstance(output, HeadOutput) and output.presence is not None:
+            losses["presence"] = self._presence_sum(output.presence, targets.labels) / targets.counts[3].clamp(min=1)
+            weighted.append(PRESENCE_WEIGHT * losses["presence"])
         return {"loss": torch.stack(weighted).sum(), **losses}
 
     def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy of the up-sampled logits."""
         options = {"ignore_index": self.ignore_index, "class_weights": self.class_weights}
         return upsample_cross_entropy(logits, labels, reduction="sum", **options)
+
+    def _presence_sum(self, presence: Tensor, labels: Tensor) -> Tensor:
+        """Summed over the images, averaged over the classes."""
+        num_classes = presence.shape[1]
+        ids = labels.flatten(1).long()
+        ids = ids.masked_fill(ids == self.ignore_index, num_classes)
+        present = presence.new_zeros(len(ids), num_classes + 1, dtype=torch.float32).scatter(1, ids, 1.0)
+        loss = F.binary_cross_entropy_with_logits(presence.float(), present[:, :num_classes], reduction="sum")
+        return loss / num_classes
 
     def _point_sum(self, points: Points, labels: Tensor) -> Tensor:
         """Summed cross-entropy at the points, each of which stands for H W / P pixels."""

@@ -16,8 +16,10 @@ from .anl import ANLHead
 from .base import Head, HeadOutput, Points
 from .ccnet import CCNetHead
 from .dnlnet import DNLNetHead
+from .encnet import EncNetHead
 from .ocrnet import OCRNetHead
 from .pointrend import PointRendHead
+from .psanet import PSANetHead
 from .setr import SETRNaiveHead, SETRProgressiveHead
 
 HEADS: dict[str, type[Head]] = {
@@ -25,6 +27,8 @@ HEADS: dict[str, type[Head]] = {
     "OCRNet": OCRNetHead,
     "ANL": ANLHead,
     "DNLNet": DNLNetHead,
+    "PSANet": PSANetHead,
+    "EncNet": EncNetHead,
     "PointRend": PointRendHead,
     "SETR naive": SETRNaiveHead,
     "SETR PUP": SETRProgressiveHead,
@@ -81,7 +85,7 @@ class HeadNetwork(ComparedNetwork):
         if points is not None:  # from the padded image to the labels; some of them lie outside
             scale = points.coordinates.new_tensor([full[1] / size[1], full[0] / size[0]])
             points = Points(points.coordinates * scale, points.logits)
-        return HeadOutput(logits, tuple(crop(x, full, size) for x in output.auxiliary), points)
+        return HeadOutput(logits, tuple(crop(x, full, size) for x in output.auxiliary), points, output.presence)
 
 
 def build_network(

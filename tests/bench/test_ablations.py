@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from bench import ablation_plan, ablation_report, ablations, pictures, smp
 from tests.helpers import layouts
 from tests.helpers.models import missing_members
+from unept.config import ModelConfig, TrainConfig
 from unept.evaluation.comparison import load_evaluation as read_evaluation
 from unept.inference import InferenceConfig, predict_ids
+from unept.model.network import UNEPT
 from unept.model.output import TrainableModel
 
+TINY = {"backbone": "resnet10t", "pretrained_backbone": False, "d_model": 32, "num_heads": 4, "ffn_dim": 64}
 SMP = {**ablation_plan.BASELINES, "PSPNet": "PSPNet", "DeepLabV3": "DeepLabV3"}  # of segmentation-models-pytorch
 
 
@@ -86,6 +89,26 @@ def test_trained_networks_are_drawn_side_by_side(inputs, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["bench.pictures", "--data", *map(str, [*arguments, "OCRNet"])])
     assert pictures.main() == 2
     assert "train it first by python -m bench.ablations --only OCRNet ..." in "".join(capsys.readouterr())
+
+
+def test_trainings_of_both_sizes_are_known_by_name(tmp_path):
+    """A training of one size only is asked to be made, quoted for the shell; a name of no size is refused."""
+    for name in ("bilinear heads", "subpixel heads", "L=1 N=8 seed 2"):
+        with pytest.raises(ValueError, match=rf"train it first by .* --only '{name}' "):
+            pictures.load_trained([name], tmp_path)
+    with pytest.raises(ValueError, match=r"there is no training 'L=2 N=8'; there are .*subpixel heads, .*bilinear hea"):
+        pictures.load_trained(["L=2 N=8"], tmp_path)
+
+
+def test_a_network_of_the_size_tiny_is_loaded_with_its_own_options(tmp_path):
+    """The run says what the network is, whichever size has its name."""
+    config = TrainConfig(model=ModelConfig(**TINY, num_points=8, num_levels=1), out=tmp_path)
+    run = tmp_path / "runs" / "L=1 N=8"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(config.to_json())
+    UNEPT(5, **config.model.options()).save_pretrained(run / "model")
+    (loaded,) = pictures.load_trained(["L=1 N=8"], tmp_path).values()
+    assert (loaded.options["num_points"], loaded.options["num_levels"]) == (8, 1)
 
 
 @pytest.mark.slow
@@ -178,6 +201,19 @@ def test_every_training_can_have_several_seeds():
     }
     assert {job.row for job in thrice if job.part != "memory"} == set(trainings)
     assert {job.seed for job in thrice if job.row == "CCNet"} == {0, 1, 2}
+
+
+def test_seeds_that_are_asked_for_stay_in_the_part_of_their_training():
+    plan = ablation_plan.plan({}, seeds=3)
+    names = lambda part: {job.name for job in plan if job.part == part}
+    rows = {"subpixel heads", "predicted pixels"}
+    assert names("boundaries") == rows | {f"{row} seed {seed}" for row in rows for seed in (1, 2)}
+    results = {job.name: scores(0.5) for job in ablation_plan.plan({}) if job.part in ("parts", "baselines", "rates")}
+    plan = ablation_plan.plan(results, seeds=2)
+    assert {job.name for job in plan if job.part == "parts" and job.row == "unept"} == {"unept", "unept seed 1"}
+    assert {job.name for job in plan if job.part == "seeds"} == {"unept seed 2", "DeepLabV3+ seed 2"}
+    results["unept seed 1"] = scores(0.9)
+    assert ablation_plan.best_rate("unept", plan, results).name == "unept", "a rate is chosen by seed 0"
 
 
 def test_seeds_share_a_row_with_mean_and_deviation():

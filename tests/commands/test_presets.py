@@ -32,14 +32,14 @@ PAPER = {
     "ade20k_resnet50_sparse_transformer": ("ade20k", RESNET, 3, 16, "spatial", True, "40.3"),
     "ade20k_resnet50_longformer": ("ade20k", RESNET, 3, 16, "spatial", True, "39.4"),
     "ade20k_resnet50_reformer": ("ade20k", RESNET, 3, 16, "spatial", True, "38.2"),
-    "ade20k_resnet50_released": ("ade20k", RESNET_C, 3, 16, "spatial+learned", True, "46.1"),
-    "ade20k_deit_released": ("ade20k", DEIT, 3, 16, "spatial+learned", True, "50.5"),
+    "ade20k_resnet50_released": ("ade20k", RESNET_C, 3, 16, "spatial+learned", False, "46.1"),
+    "ade20k_deit_released": ("ade20k", DEIT, 3, 16, "spatial+learned", False, "50.5"),
     "ade20k_dinov3": ("ade20k", DINO, 3, 16, "spatial", True, None),
     "cityscapes_resnet50": ("cityscapes", RESNET, 3, 16, "spatial", True, "79.8"),
     "cityscapes_deit": ("cityscapes", DEIT, 3, 16, "spatial", True, "82.9"),
     "pascal_context_resnet50": ("pascal_context", RESNET, 3, 16, "spatial", True, "49.5"),
     "pascal_context_deit": ("pascal_context", DEIT, 3, 16, "spatial", True, "55.2"),
-    "pascal_context_deit_released": ("pascal_context", DEIT, 3, 16, "spatial+learned", True, "55.2"),
+    "pascal_context_deit_released": ("pascal_context", DEIT, 3, 16, "spatial+learned", False, "55.2"),
 }
 # crop, short side, long side, iterations, window, stride
 PROTOCOL = {
@@ -76,19 +76,19 @@ def test_options_are_those_of_the_paper(name):
     config = PRESETS[name]()
     model, data = config.model, config.data
     assert (data.dataset, model.backbone, model.num_levels, model.num_points) == (dataset, backbone, levels, points)
-    assert (model.context_queries, config.refine) == (queries, refine)
+    assert (model.context_queries, config.refine, config.inference().refine) == (queries, refine, refine)
     assert (model.d_model, model.num_heads, model.ffn_dim, model.pretrained_backbone) == (256, 8, 2048, True)
     assert (model.num_encoder_layers, model.num_decoder_layers, model.output_stride) == (2, 2, None)
     variant = name.removeprefix("ade20k_resnet50_")  # Table 8
     assert model.attention == (variant if variant in VARIANTS else "sparse_sampling")
-    assert model.position_resize == ("bilinear" if backbone == DEIT else "bicubic")
+    released = name.endswith("_released")
+    assert model.position_resize == ("bilinear" if backbone == DEIT and not released else "bicubic")
     crop, short_side, long_side, iterations, window, stride = PROTOCOL[dataset]
     assert (data.crop_size, data.short_side, data.long_side) == ((crop, crop), short_side, long_side)
     assert data.background
     assert (data.scale, data.flip, data.photometric, data.cat_max_ratio) == ((0.5, 2.0), True, True, 0.75)
     assert (config.iterations, config.batch_size, config.schedule, config.warmup) == (iterations, 16, "step", 0)
     assert (config.lr, config.backbone_lr, config.weight_decay, config.betas) == (1e-4, 1e-5, 1e-4, (0.9, 0.999))
-    released = name.endswith("_released")
     assert config.loss_weights == (LossWeights(0.8, 1.0, 5.0, 0.6) if released else LossWeights(1.0, 1.5, 3.0, 0.7))
     assert config.lr_drop == (0.7875 if released else 2 / 3)
     assert (config.inference().window, config.inference().window_stride) == (window, stride)

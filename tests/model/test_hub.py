@@ -1,6 +1,7 @@
 """Models on disk and on the hub: what is saved with them, how they are found again, and models by name."""
 
 import copy
+import inspect
 import json
 import shutil
 import sys
@@ -22,6 +23,7 @@ from unept.evaluation.evaluator import evaluate_model
 from unept.inference import InferenceConfig, InferenceOptions, predict_ids, resolve
 from unept.model import registry
 from unept.model.network import UNEPT
+from unept.presets import PRESETS
 from unept.pretrained import load, load_run
 from unept.training.checkpoint import save_model
 
@@ -321,6 +323,15 @@ def test_names():
     assert unept.list_models("*_base") == ["unept_deit_base", "unept_dinov3_base"]
     assert "unept_convnext_tiny" in unept.list_models("unept_convnext*", all_backbones=True)
     assert all(timm.is_model(backbone) for backbone in registry.BACKBONES.values())
+
+
+def test_weights_do_not_depend_on_the_choice_of_timm():
+    """Where a backbone has several sets of weights, every default names one; the paper's ResNet-50 is torchvision's."""
+    defaults = [ModelConfig().backbone, inspect.signature(UNEPT).parameters["backbone"].default]
+    assert {*defaults, registry.BACKBONES["unept_resnet50"], PRESETS["folder"]().model.backbone} == {"resnet50.tv_in1k"}
+    for backbone in (*registry.BACKBONES.values(), *(preset().model.backbone for preset in PRESETS.values())):
+        known = timm.list_pretrained(backbone.split(".")[0])
+        assert backbone in known or len(known) == 1, f"{backbone} is one of {known}"
 
 
 def test_a_named_size_is_small_and_its_options_can_be_replaced():

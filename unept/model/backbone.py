@@ -21,6 +21,10 @@ from ..validation import check_choice
 from .finite import require_finite
 from .trial import REFUSALS, find_divisor
 
+RESNET50 = (
+    "resnet50.tv_in1k"  # the paper's (Sec. 4.2); timm's own choice of weights for `resnet50` is of another recipe
+)
+
 
 def _probe(name: str) -> nn.Module:
     """The plain timm model, to read which options it takes and which features it has."""
@@ -101,7 +105,8 @@ class Backbone(nn.Module):
     Of a model whose resolution falls, the last maps are taken; of a ViT, those of evenly spaced blocks.
 
     Args:
-        name: name of the timm model, with or without a tag (`resnet50`, `resnet50.a1_in1k`).
+        name: name of the timm model, with or without a tag, which says which weights are loaded: without one they are
+            those that timm's version prefers (`resnet50`, `resnet50.tv_in1k`).
         num_levels: L, number of feature maps.
         output_stride: stride of the last map of a convolutional backbone, which is dilated to reach it; None means 8
             for ResNets, as in the paper, and the backbone's own for others.

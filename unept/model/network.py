@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..validation import check_arguments, check_choice
 from .attention_variants import ATTENTIONS
-from .backbone import Backbone, PyramidProjection
+from .backbone import RESNET50, Backbone, PyramidProjection
 from .boundary import DIRECTIONS, PixelHead, Refinement, StepDirection, SubpixelConv
 from .finite import require_numbers
 from .hub import HubMixin
@@ -32,7 +32,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
 
     Args:
         num_classes: K.
-        backbone: name of any timm model that gives feature maps.
+        backbone: name of any timm model that gives feature maps; its tag, as in `resnet50.tv_in1k`, says which weights.
         pretrained_backbone: load its ImageNet weights from timm's hub.
         backbone_weights: load them from this file instead.
         backbone_image_size: for backbones that see images of one size only: the side in pixels of the squares into
@@ -88,7 +88,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
     def __init__(
         self,
         num_classes: int,
-        backbone: str = "resnet50",
+        backbone: str = RESNET50,
         *,
         pretrained_backbone: bool = False,
         backbone_weights: str | Path | None = None,

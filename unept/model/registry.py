@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
-from .backbone import close_names, read_weights
+from .backbone import RESNET50, close_names, read_weights
 from .finite import require_finite
 from .network import UNEPT
 from .transfer import load_fitting
@@ -17,7 +17,7 @@ from .transfer import load_fitting
 PREFIX = "unept_"
 # Short names and their backbones; the first two are the paper's (Sec. 4.2).
 BACKBONES = {
-    "unept_resnet50": "resnet50",
+    "unept_resnet50": RESNET50,
     "unept_deit_base": "deit_base_distilled_patch16_384",
     "unept_lite0": "tf_efficientnet_lite0",
     "unept_dinov3_base": "vit_base_patch16_dinov3",  # its weights come under the licence of DINOv3

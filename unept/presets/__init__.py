@@ -8,7 +8,7 @@ Where the paper leaves something open or contradicts itself, these presets read 
 - Images of ADE20K are resized to a short side of 512 pixels, those of PASCAL-Context to a long side of 520, as in the
   released code; those of Cityscapes stay at 2048x1024.
 - Validation slides windows of the size of the crop over the images, with a stride of 2/3 of it. The commands "Compare"
-  have the released code's stride of 160 on ADE20K and PASCAL-Context, which takes four times as long.
+  have the released code's stride of 160 on ADE20K and PASCAL-Context: 6 windows of an image of 512x683, not 4.
 - The dropout rate is 0.1.
 - PASCAL-Context is trained for 160k iterations, as in the released code; the paper gives no number.
 - Weights of the backbones are named with their tags in timm. `resnet50.tv_in1k` is the ResNet-50 of the paper's words;
@@ -20,8 +20,23 @@ Where the paper leaves something open or contradicts itself, these presets read 
 - Table 5's baseline and Table 6's L = 1, N = 16 differ by 0.2 mIoU. This is read as a learned table against the
   spatial branch as context queries.
 
-The presets ending in `_released` do what the authors' released code does where it differs from the paper: docs/paper.md
-lists the differences.
+The presets ending in `_released` choose what the authors' released code chooses otherwise than the paper, as far as
+there are options for it: weights of the losses, balanced boundary loss, directions on predicted pixels, widths and last
+ReLU of the spatial branch, a learned table added to the context queries, dense self-attention in the decoder, no norm
+of the levels, scale encoding, bicubic position embedding, where the learning rates drop, and no refinement of
+predictions.
+They still differ from it in these points, which the table in docs/paper.md describes:
+- Positions: the decoder's queries have a sine encoding too, not the learned table alone; a pixel's place is
+  (i + 0.5) / n, not (i + 1) / n; the learned table starts smaller, and is resized to the image.
+- Attention: that of the context queries among themselves goes over the queries, not over the batch; offsets and weights
+  come from Eq. 3's two factors, not from one linear layer.
+- Boundaries: targets are computed from augmented labels, with exact distances, and ignored pixels have none; the sum of
+  the direction loss has no weights of directions, is divided by the number of true boundary pixels and reaches 32
+  pixels; maps are up-sampled without aligned corners; a boundary is a probability above 0.5 in every place.
+- Data: no limit of the long side of ADE20K's images, other ranges of brightness and hue, crops on the image's own
+  pixels.
+- Prediction: views are averaged at 1/8, and windows at validation have a stride of 320.
+- `resnet50c.gluon_in1k` is the nearest to the ResNet-50 v1c of MMSegmentation that timm has.
 """
 
 from . import ade20k, other_benchmarks, small

@@ -198,7 +198,7 @@ def ade20k_resnet50_reformer() -> TrainConfig:
 
 
 def ade20k_resnet50_released() -> TrainConfig:
-    """ADE20K, ResNet-50, as in the authors' released code: Table 1.
+    """ADE20K, ResNet-50, with the options of the authors' released code, not refined: Table 1.
 
     Paper: mIoU 46.1, pixAcc 81.7.
     Size: 31.6 M parameters, 134.6 GMACs and 13.3 of attention's products at 480x480.
@@ -207,13 +207,13 @@ def ade20k_resnet50_released() -> TrainConfig:
     Compare: python -m unept.evaluate runs/ade20k_resnet50_released --scales 0.5 0.75 1 1.25 1.5 1.75 --flip \\
         --window-stride 160
 
-    What differs from ade20k_resnet50: the three columns of docs/paper.md.
+    What differs from ade20k_resnet50, and what from that code: see the start of unept/presets/__init__.py.
     """
     return released_recipe(_ade20k(backbone=RESNET50C))
 
 
 def ade20k_deit_released() -> TrainConfig:
-    """ADE20K, DeiT-B, as in the authors' released code: Table 1.
+    """ADE20K, DeiT-B, with the options of the authors' released code, not refined: Table 1.
 
     Paper: mIoU 50.5, pixAcc 83.6.
     Size: 93.8 M parameters, 98.4 GMACs and 28.3 of attention's products at 480x480.
@@ -222,7 +222,7 @@ def ade20k_deit_released() -> TrainConfig:
     Compare: python -m unept.evaluate runs/ade20k_deit_released --scales 0.5 0.75 1 1.25 1.5 1.75 --flip \\
         --window-stride 160
 
-    What differs from ade20k_deit: the three columns of docs/paper.md.
+    What differs from ade20k_deit, and what from that code: see the start of unept/presets/__init__.py.
     """
     return released_recipe(_ade20k(backbone=DEIT))
 

@@ -72,7 +72,7 @@ def pascal_context_deit() -> TrainConfig:
 
 
 def pascal_context_deit_released() -> TrainConfig:
-    """PASCAL-Context, DeiT-B, as in the authors' released code: Table 4.
+    """PASCAL-Context, DeiT-B, with the options of the authors' released code, not refined: Table 4.
 
     Paper: mIoU 55.2.
     Size: 93.8 M parameters, 98.4 GMACs and 28.3 of attention's products at 480x480.
@@ -81,6 +81,6 @@ def pascal_context_deit_released() -> TrainConfig:
     Compare: python -m unept.evaluate runs/pascal_context_deit_released --scales 0.5 0.75 1 1.25 1.5 1.75 --flip \\
         --window-stride 160
 
-    What differs from pascal_context_deit: the three columns of docs/paper.md.
+    What differs from pascal_context_deit, and what from that code: see the start of unept/presets/__init__.py.
     """
     return released_recipe(_pascal_context(backbone=DEIT))

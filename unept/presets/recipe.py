@@ -4,9 +4,9 @@ import dataclasses
 from typing import Literal
 
 from ..config import DataConfig, ModelConfig, TrainConfig
+from ..model.backbone import RESNET50
 from ..model.loss import LossWeights
 
-RESNET50 = "resnet50.tv_in1k"
 RESNET50C = "resnet50c.gluon_in1k"
 DEIT = "deit_base_distilled_patch16_384.fb_in1k"
 DINOV3 = "vit_base_patch16_dinov3.lvd1689m"
@@ -37,7 +37,10 @@ def paper_recipe(
 
 
 def released_recipe(config: TrainConfig) -> TrainConfig:
-    """Return the recipe as the authors' released code has it where it differs from the paper."""
+    """Return the recipe with the options that the authors' released code chooses otherwise than the paper.
+
+    Its text in `unept/presets/__init__.py` names what still differs.
+    """
     model = dataclasses.replace(
         config.model,
         decoder_self_attention="full",
@@ -46,6 +49,7 @@ def released_recipe(config: TrainConfig) -> TrainConfig:
         spatial_last_relu=False,
         level_norm=False,
         scale_encoding_std=1.0,
+        position_resize="bicubic",
     )
     return dataclasses.replace(
         config,
@@ -54,4 +58,5 @@ def released_recipe(config: TrainConfig) -> TrainConfig:
         direction_pixels="predicted",
         boundary_balance="classes",
         lr_drop=126 / 160,
+        refine=False,  # the refined prediction is in the loss alone
     )
