@@ -33,7 +33,7 @@ def call_compiled(model: Any, images: Tensor, option: Compile) -> Any:
     if not compiles(option, images.device.type):
         return model(images)
     with _lock:
-        sizes = _sizes.setdefault(model, _Sizes())
+        sizes = _sizes.get(model) or _sizes.setdefault(model, _Sizes())
     if sizes.should_compile((*images.shape, images.dtype), 1 if option == "on" else FREQUENT):
         return sizes.call(model, images)
     return model(images)

@@ -232,8 +232,6 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
     """
     if images.dim() == 3:
         images = images[None]
-    if images.is_cuda:
-        images = images.to(memory_format=torch.channels_last)  # as convolutions on tensor cores read their input
     with evaluation_mode(model), _autocast(images.device.type, config.amp):
         if _is_plain(images, config):
             return _run(model, images, config)
@@ -303,7 +301,12 @@ def _autocast(device_type: str, amp: Amp) -> torch.autocast:
 
 
 def _run(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> UNEPTOutput:
-    """Pass images (B, 3, H, W) through the network, compiled if `config` says so; all views and windows come here."""
+    """Pass images (B, 3, H, W) through the network, compiled if `config` says so; all views and windows come here.
+
+    On CUDA, and in bfloat16 on CPUs, they are channels-last in memory, as convolutions read them there.
+    """
+    if images.is_cuda or torch.is_autocast_enabled(images.device.type):
+        images = images.to(memory_format=torch.channels_last)
     return call_compiled(model, images, config.compile)
 
 
