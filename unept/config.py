@@ -261,8 +261,9 @@ class TrainConfig:
     amp: Amp = "auto"
     """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
     matmul_precision: Literal["highest", "high"] = "highest"
-    """Of float32 products on a GPU. high: TensorFloat-32, whose factors have 11 bits. With bfloat16 autocast only the
-    projections to sampling points and their logits are float32: a point 16 pixels away moves by up to 1/128 pixel."""
+    """Of float32 products on a GPU. high: TensorFloat-32, whose factors are rounded to 11 bits, which moves a sampling
+    point 16 pixels away by up to 1/100 pixel with `amp` off. Under autocast the products are half precision, those of
+    the Triton backend's sampling points too."""
     compile: Compile = "auto"
     """torch.compile of model and loss, and of the network in evaluations for at most 8 sizes of image. auto: on CUDA
     only."""
