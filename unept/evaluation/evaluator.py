@@ -13,6 +13,7 @@ from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
 from ..data.loader import OnBadSample
 from ..inference import InferenceConfig, infer, read_prediction
+from ..memory import require_memory_for_images
 from ..model.finite import raise_not_a_number
 from ..model.output import SegmentationModel, class_ids
 from .boundary_metrics import BoundaryFScore, BoundaryIoU
@@ -100,6 +101,7 @@ def evaluate_model(
         ValueError: the model and the data set have different classes, or the data set is empty or has no labels.
         FloatingPointError: a prediction holds NaN.
         DatasetError: a file of the data set breaks a rule; or, with `"skip"`, no image could be read.
+        MemoryError: a CPU has too little memory to see an image whole.
     """
     check_classes(model, dataset)
     if not dataset.labelled:
@@ -118,6 +120,10 @@ def evaluate_model(
     for position, (image, labels) in enumerate(bar):
         if should_stop():
             break
+        advice = (
+            f"with an image of {labels.shape[2]}x{labels.shape[1]} pixels: --window 512 (window=512) sees it in parts"
+        )
+        require_memory_for_images(labels.shape, config, device, advice)
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
         has_nan |= output.scores.isnan().any()
