@@ -39,7 +39,6 @@ import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-from unept.evaluation.evaluator import evaluate_model
 from unept.files import write_atomically, write_json
 from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
@@ -113,8 +112,9 @@ def train(job: Job, options: Options) -> dict[str, Any]:
         trainer = Trainer(config, config.out)
     else:
         trainer = ComparedTrainer(job.build, config, config.out)
+    trainer.boundary_tolerance = (config.boundary_tolerance, 1)
     scores = trainer.train()
-    scores |= one_pixel_scores(trainer)
+    scores = {name.replace("boundary_f_1px", "boundary_f1"): score for name, score in scores.items()}
     record = {"split": "val", "classes": list(trainer.model.classes), **scores}
     write_json(config.out / "evaluation.json", record)
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
@@ -128,12 +128,6 @@ def train(job: Job, options: Options) -> dict[str, Any]:
         "minutes": config.iterations * config.batch_size / rate / 60,  # without evaluations
         "peak_gib": peak_memory(trainer.device),
     }
-
-
-def one_pixel_scores(trainer: Trainer) -> dict[str, float]:
-    """Return the boundary F of a trained network within 1 px, refined and not."""
-    scores = evaluate_model(trainer.evaluated_model, trainer.validation_set, trainer.inference, trainer.device, 1)
-    return {name.replace("_f", "_f1"): scores[name] for name in ("boundary_f", "boundary_f_unrefined")}
 
 
 def multiplications(model: Any, height: int, width: int) -> float:

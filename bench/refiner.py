@@ -20,8 +20,7 @@ from tqdm import tqdm
 from unept import Refiner
 from unept.config import TrainConfig
 from unept.data.base import SegmentationDataset
-from unept.evaluation.boundary_metrics import BoundaryFScore, BoundaryIoU
-from unept.evaluation.metrics import ConfusionMatrix
+from unept.evaluation.evaluator import PredictionMetrics
 from unept.files import write_json
 from unept.inference import InferenceConfig, predict_ids
 from unept.model.boundary import Refinement
@@ -60,36 +59,27 @@ class Options:
     """Height and width of a crop."""
 
 
-class Scores:
-    """The metrics of one column of predictions."""
-
-    def __init__(self, num_classes: int):
-        self.regions, self.bands = ConfusionMatrix(num_classes), BoundaryIoU(num_classes)
-        self.boundaries = {pixels: BoundaryFScore(num_classes, pixels) for pixels in (3, 1)}
-
-    def update(self, ids: Tensor, labels: Tensor) -> None:
-        """Count one prediction."""
-        for metric in (self.regions, self.bands, *self.boundaries.values()):
-            metric.update(ids, labels)
-
-    def summary(self) -> dict[str, float]:
-        """The scores by name."""
-        regions = self.regions.scores()
-        found = {"mIoU": regions.mean_iou, "pixAcc": regions.pixel_accuracy}
-        found |= {f"boundary F, {pixels} px": f.scores().mean_f for pixels, f in self.boundaries.items()}
-        return found | {"boundary IoU": self.bands.scores().mean_iou}
+TOLERANCES = (3, 1)  # of the boundary F, in pixels
+COLUMNS = {
+    "mIoU": "mIoU",
+    "pixAcc": "pixAcc",
+    "boundary F, 3 px": "boundary_f",
+    "boundary F, 1 px": "boundary_f_1px",
+    "boundary IoU": "boundary_iou",
+}
 
 
 def measure(model: SegmentationModel, refiner: Refiner, dataset: SegmentationDataset) -> dict[str, dict[str, float]]:
     """Score the predictions of a network for a data set, as they are and refined by each of STEPS."""
-    scores = {name: Scores(len(dataset.classes)) for name in STEPS}
+    scores = {name: PredictionMetrics(dataset, TOLERANCES) for name in STEPS}
     for image, labels in tqdm(itertools.islice(dataset, len(dataset)), total=len(dataset), desc="evaluate"):
         images, truth = image.as_subclass(Tensor)[None].to(DEVICE), labels.as_subclass(Tensor)[None]
         ids = predict_ids(model, images, InferenceConfig())
         for name, refinement in STEPS.items():
             refined = ids if refinement is None else refiner.refine(ids, images, refinement)
             scores[name].update(refined.cpu(), truth)
-    return {name: of.summary() for name, of in scores.items()}
+    means = {name: of.means() for name, of in scores.items()}
+    return {name: {title: of[key] for title, key in COLUMNS.items()} for name, of in means.items()}
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -1,8 +1,9 @@
-"""All that needs a GPU, by one command: `python -m bench.run [--part tests|sanitizer|ops|model] [--again]`.
+"""All that needs a GPU, by one command: `python -m bench.run [--part tests|sanitizer|waits|ops|model] [--again]`.
 
-Runs the test suite, compute-sanitizer over some of the kernel tests (where it is on PATH) and the benchmarks, in steps
-that end within 8 minutes each. A step that passed at this revision on this device is not run again, so that the command
-can be repeated where time is limited. Leaves JSON and a table in bench/results and prints the targets and the table.
+Runs the test suite, compute-sanitizer over some of the kernel tests (where it is on PATH), training steps in which it
+is an error that the host waits (`bench.host_waits`), and the benchmarks, in steps that end within 8 minutes each. What
+passed at this revision on this device is not run again, so that the command can be repeated where time is limited.
+Leaves JSON and a table in bench/results and prints the targets and the table.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from unept.files import write_atomically, write_json
 
-from .harness import device_name, revision
+from .harness import DEVICE, device_name, revision
 from .report import check_targets, read, table
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,7 @@ class Step:
     command: list[str]
     measures: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    needs_gpu: bool = False
 
 
 def benchmark(name: str, file: str, *options: str) -> Step:
@@ -58,6 +60,7 @@ def steps() -> dict[str, list[Step]]:
             Step(tool, [*sanitizer, tool, *PYTEST, *kernel_tests], environment=unpooled)
             for tool in ("memcheck", "racecheck")
         ],
+        "waits": [Step("host_waits", [sys.executable, "-m", "bench.host_waits"], needs_gpu=True)],
         "ops": [
             *(
                 benchmark(f"attention_{name}", "test_attention.py", "-k", which)
@@ -85,6 +88,8 @@ def run(step: Step) -> str:
     """`passed`, or what happened instead."""
     if step.command[0] == "compute-sanitizer" and not shutil.which("compute-sanitizer"):
         return "passed over: compute-sanitizer is not on PATH"
+    if step.needs_gpu and DEVICE != "cuda":
+        return "passed over: PyTorch finds no GPU"
     process = subprocess.Popen(step.command, cwd=ROOT, start_new_session=True, env={**os.environ, **step.environment})
     try:
         code = process.wait(timeout=SECONDS)

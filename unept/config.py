@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .compilation import Compile
 from .data.base import SegmentationDataset
 from .data.registry import DATASETS, build_dataset, find_dataset
 from .distributed import Device, default_workers
@@ -262,10 +263,12 @@ class TrainConfig:
     amp: Amp = "auto"
     """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
     matmul_precision: Literal["highest", "high"] = "highest"
-    """Of float32 products on a GPU. high: TensorFloat-32, whose factors have 11 bits. With bfloat16 autocast only the
-    projections to sampling points and their logits are float32: a point 16 pixels away moves by up to 1/128 pixel."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of model and loss. auto: on CUDA only."""
+    """Of float32 products on a GPU. high: TensorFloat-32, whose factors are rounded to 11 bits, which moves a sampling
+    point 16 pixels away by up to 1/100 pixel with `amp` off. Under autocast the products are half precision, those of
+    the Triton backend's sampling points too."""
+    compile: Compile = "auto"
+    """torch.compile of model and loss, and of the network in evaluations for at most 8 sizes of image. auto: on CUDA
+    only."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl; a NaN loss is noticed at these steps too."""
     eval_every: int = 4000
@@ -333,6 +336,7 @@ class TrainConfig:
             short_side=self.data.short_side or 0,
             long_side=self.data.long_side or 0,
             amp=self.amp,
+            compile=self.compile,
         )
 
     def to_json(self) -> str:

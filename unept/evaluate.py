@@ -43,8 +43,9 @@ class EvaluateConfig:
     """Folder of the data set. None: as in training."""
     out: Path | None = None
     """Folder for the files; of several runs, each has a folder of its name in it. None: the run folder."""
-    boundary_tolerance: int | None = None
-    """Distance in pixels within which a boundary counts as found. None: as in training."""
+    boundary_tolerance: tuple[int, ...] | None = None
+    """Distance in pixels within which a boundary counts as found; of further ones the boundary F-score is added. None:
+    as in training."""
     inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
     """Views and refinement."""
     device: distributed.Device = "auto"
@@ -61,8 +62,8 @@ class EvaluateConfig:
         if self.worst < 0:
             raise ValueError(f"worst is {self.worst}; give a number of images, or 0 for none")
         check_range("workers", self.workers, 0, 1024)
-        if self.boundary_tolerance is not None:
-            check_range("boundary_tolerance", self.boundary_tolerance, 0, 1024)
+        for tolerance in self.boundary_tolerance or ():
+            check_range("boundary_tolerance", tolerance, 0, 1024)
 
 
 def evaluate_run(options: EvaluateConfig) -> None:
@@ -109,7 +110,7 @@ def _evaluate_run(options: EvaluateConfig, run: Path, out: Path, device: torch.d
     dataset = trained.data.build(options.split, options.root)
     config = resolve(options.inference, model)
     distributed.run_on_main(lambda: create_folder(out))
-    tolerance = trained.boundary_tolerance if options.boundary_tolerance is None else options.boundary_tolerance
+    tolerance = options.boundary_tolerance or trained.boundary_tolerance
     inspection = Inspection(len(dataset.classes), dataset.ignore_index, device)
     with out_of_memory("with whole images: --window sees them in parts, --window-batch fewer of these at once"):
         scores = evaluate_model(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compilation import Compile, call_compiled
 from .kernels import upsample_argmax
 from .model.boundary import Refinement, StepDirection, mirrored_directions
 from .model.finite import require_numbers
@@ -68,6 +69,9 @@ class InferenceConfig:
     """Pixels of its long side at scale 1, in place of `short_side`. 0: as many as it has."""
     amp: Amp = "auto"
     """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
+    compile: Compile = "auto"
+    """torch.compile of the network, for at most 8 sizes of its input. on: those that come first. auto: on CUDA, those
+    that come 100 times."""
 
     def __post_init__(self) -> None:
         if None in vars(self).values():
@@ -172,6 +176,9 @@ class InferenceOptions:
     amp: Amp | None = None
     """Autocast to bfloat16; auto does on CUDA, and on CPUs with AVX512-BF16 or AMX. None: as the run was trained, else
     auto."""
+    compile: Compile = "auto"
+    """torch.compile of the network, for at most 8 sizes of its input. on: those that come first, which pays for many
+    images of few sizes. auto: on CUDA, those that come 100 times. off: none."""
 
     def __post_init__(self) -> None:
         chosen = self.chosen()
@@ -225,11 +232,9 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
     """
     if images.dim() == 3:
         images = images[None]
-    if images.is_cuda:
-        images = images.to(memory_format=torch.channels_last)  # as convolutions on tensor cores read their input
     with evaluation_mode(model), _autocast(images.device.type, config.amp):
         if _is_plain(images, config):
-            return model(images)
+            return _run(model, images, config)
         padded = _pad(model.normalized(images))
         sizes = _view_sizes(padded, config.resize_ratio(*images.shape[2:]), config.scales)
         total: Maps = []
@@ -295,6 +300,16 @@ def _autocast(device_type: str, amp: Amp) -> torch.autocast:
     return torch.autocast(device_type, torch.bfloat16, enabled=uses_bfloat16(amp, device_type))
 
 
+def _run(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> UNEPTOutput:
+    """Pass images (B, 3, H, W) through the network, compiled if `config` says so; all views and windows come here.
+
+    On CUDA, and in bfloat16 on CPUs, they are channels-last in memory, as convolutions read them there.
+    """
+    if images.is_cuda or torch.is_autocast_enabled(images.device.type):
+        images = images.to(memory_format=torch.channels_last)
+    return call_compiled(model, images, config.compile)
+
+
 def _is_plain(images: Tensor, config: InferenceConfig) -> bool:
     """Whether the image itself is the only view."""
     height, width = images.shape[2:]
@@ -349,8 +364,8 @@ def _canvases(
 def _probabilities(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> Maps:
     """Maps of images (B, 3, 8 h, 8 w), averaged with those of their mirror images if `config` flips."""
     if not config.flip:
-        return _as_maps(model(images))
-    both = [m.chunk(2) for m in _as_maps(model(torch.cat([images, images.flip(-1)])))]
+        return _as_maps(_run(model, images, config))
+    both = [m.chunk(2) for m in _as_maps(_run(model, torch.cat([images, images.flip(-1)]), config))]
     mirrored = _unmirror([b for _, b in both])
     return [(a + b) / 2 for (a, _), b in zip(both, mirrored, strict=True)]
 

@@ -1,12 +1,14 @@
 """Say what to change when the memory of a GPU or of the machine runs out."""
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from .config import TrainConfig
+from .inference import InferenceConfig
 
 
 @contextlib.contextmanager
@@ -22,13 +24,21 @@ def out_of_memory(advice: str) -> Iterator[None]:
 
 # What a pixel of an image that is seen whole takes at least: 390 bytes with the demo model, the smallest named size.
 BYTES_A_PIXEL = 300
+MEMINFO = Path("/proc/meminfo")
 
 
-def require_memory(pixels: int, advice: str, meminfo: Path = Path("/proc/meminfo")) -> None:
+def require_memory_for_images(shape: Sequence[int], config: InferenceConfig, device: torch.device, advice: str) -> None:
+    """Call `require_memory` for images (..., H, W) if they are seen whole, at their own size and by a CPU."""
+    if device.type == "cpu" and not (config.window or config.short_side or config.long_side):
+        require_memory(math.prod(shape), advice)
+
+
+def require_memory(pixels: int, advice: str, meminfo: Path | None = None) -> None:
     """Raise a MemoryError that ends in `advice` if an image cannot be seen whole by a CPU.
 
     Linux promises more memory than there is, and kills without a word the process that takes it.
     """
+    meminfo = meminfo or MEMINFO
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     for line in lines:
         name, _, number = line.partition(":")

@@ -20,7 +20,7 @@ from .data.finding import FoundImage
 from .data.reading import read_image
 from .files import result_path
 from .inference import InferenceConfig, InferenceOptions, infer, predict_ids
-from .memory import require_memory
+from .memory import require_memory_for_images
 from .model import UNEPT
 from .model.finite import require_numbers
 from .model.output import class_ids
@@ -125,8 +125,7 @@ def predict_image(
     image = read_image(found.path)
     size = image.shape[1:]
     advice = memory_advice(image, config, found)
-    if model.mean.device.type == "cpu" and not (config.window or config.short_side or config.long_side):
-        require_memory(size.numel(), advice)
+    require_memory_for_images(size, config, model.mean.device, advice)
     with cli.out_of_memory(advice):
         output = infer(model, image.to(model.mean.device), config)
         require_numbers(output.scores)

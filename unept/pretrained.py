@@ -10,6 +10,7 @@ from .files import complete_folder
 from .memory import out_of_memory
 from .model.hub import DEMO, REPOSITORY, DamagedWeights
 from .model.network import UNEPT
+from .precision import uses_bfloat16
 
 RUNS = Path("runs")
 DEMO_NOTICE = (
@@ -89,7 +90,9 @@ def _read_model(source: str | Path, device: torch.device) -> UNEPT:
             f"of unept builds it: use the version that saved them, or train again. {error}"
         ) from error
     with out_of_memory(f"while the model was moved to {device}: free the device, or use --device cpu"):
-        return model.to(device).eval()
+        model = model.to(device).eval()
+        # As `unept.inference` gives it images.
+        return model.to(memory_format=torch.channels_last) if uses_bfloat16("auto", device.type) else model
 
 
 def has_model(folder: Path) -> bool:

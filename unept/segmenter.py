@@ -15,6 +15,7 @@ from .colors import overlay, to_pil
 from .data.files import image_to_tensor, read_image
 from .distributed import choose_device
 from .inference import InferenceConfig, InferenceOptions, predict, resolve
+from .memory import require_memory_for_images
 from .model.network import UNEPT
 from .pretrained import DEMO, DEMO_NOTICE, load
 
@@ -108,6 +109,7 @@ class Segmenter:
         Raises:
             TypeError: something else, or another dtype.
             ValueError: another shape, or (DatasetError) a file that can't be read.
+            MemoryError: a CPU has too little memory to see the image whole.
         """
         if isinstance(image, (list, tuple)):
             return [result for item in image for result in self._segment(_one_image(item, self.model.in_chans))]
@@ -117,7 +119,11 @@ class Segmenter:
 
     def _segment(self, images: Tensor) -> list[Segmentation]:
         """Segment images (B, 3, H, W) uint8."""
-        found = predict(self.model, images.to(self.model.mean.device), self.inference)
+        device, (height, width) = self.model.mean.device, images.shape[2:]
+        count = f"{len(images)} images of " if len(images) > 1 else ""
+        advice = f"with {count}{width}x{height} pixels: Segmenter(..., window=512) sees images in parts"
+        require_memory_for_images((len(images), height, width), self.inference, device, advice)
+        found = predict(self.model, images.to(device), self.inference)
         ids, confidence = found.ids.cpu(), found.confidence.cpu()
         boundary = [None] * len(images) if found.boundary is None else found.boundary.cpu()
         palette = tuple((r, g, b) for r, g, b in self.model.palette)

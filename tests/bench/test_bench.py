@@ -9,6 +9,7 @@ import torch
 
 from bench import (
     harness,
+    host_waits,
     report,
     run,
     scaling,
@@ -21,6 +22,7 @@ from bench import (
     training_step,
 )
 from bench.harness import Group, Measured, ReplayClock, Unavailable, Variant, assert_close, interleaved, measure
+from unept.config import ModelConfig
 
 
 def counting(name, log):
@@ -269,6 +271,36 @@ def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, mo
     assert "- good: passed" in text
     assert "- bad: exit code 3" in text
     assert "- slow: stopped after 2 s" in text
+
+
+def test_a_step_that_needs_a_gpu_is_passed_over_without_one(monkeypatch):
+    (step,) = run.steps()["waits"]
+    monkeypatch.setattr(run, "DEVICE", "cpu")
+    assert run.run(step) == "passed over: PyTorch finds no GPU"
+
+
+def test_steps_after_the_warm_up_may_not_wait(monkeypatch):
+    """The steps are real ones on this device; what would raise the error on a GPU is a fake of `torch.cuda`."""
+    modes: list[object] = [0]
+    taken: list[object] = []
+    train_step = host_waits.Trainer.train_step
+
+    def noted(self, images, labels):
+        taken.append(modes[-1])
+        if len(taken) > 6:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return train_step(self, images, labels)
+
+    monkeypatch.setattr(host_waits.Trainer, "train_step", noted)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    network = ModelConfig("resnet10t", pretrained_backbone=False, d_model=32, num_heads=2, num_points=2, ffn_dim=32)
+    host_waits.take_steps(network, "off", crop=32, batch=2)
+    assert taken == [0] * 3 + ["error"] * 3
+    assert modes == [0, "error", 0]
+    with pytest.raises(RuntimeError, match="synchronizing"), host_waits.no_host_waits():
+        noted(None, None, None)
+    assert modes[-1] == 0
 
 
 def test_targets_name_groups_and_variants_that_exist():

@@ -107,7 +107,17 @@ def test_several_runs_have_a_folder_each_below_out(run_folder, command, tmp_path
 
 
 def test_command_line_wins_over_the_run(run_folder, command, tmp_path):
-    options = ("--refine-scale", "1", "--boundary-tolerance", "1", "--split", "val", "--out", tmp_path / "new" / "out")
+    options = (
+        "--refine-scale",
+        "1",
+        "--boundary-tolerance",
+        "1",
+        "2",
+        "--split",
+        "val",
+        "--out",
+        tmp_path / "new" / "out",
+    )
     before = {path: path.stat().st_mtime_ns for path in run_folder.iterdir()}
     status, out, _ = command(run_folder, *options)
     assert status == 0
@@ -116,6 +126,8 @@ def test_command_line_wins_over_the_run(run_folder, command, tmp_path):
     assert "within 1 px" in out
     record = json.loads((tmp_path / "new" / "out" / "evaluation.json").read_text())
     assert record["inference"]["refine_scale"] == 1
+    assert record["boundary_tolerance"] == 1
+    assert 0 <= record["boundary_f"] <= record["boundary_f_2px"] <= 1
     assert record["split"] == "val"
 
 

@@ -36,6 +36,10 @@ def test_scores_of_a_known_prediction():
     assert scores["boundary_f_unrefined"] == 0
     near = evaluate_model(Shifted(), Halves(), InferenceConfig(), torch.device("cpu"), boundary_tolerance=4)
     assert (near["boundary_f_unrefined"], near["boundary_f"]) == (1, 0)
+    both = evaluate_model(Shifted(), Halves(), InferenceConfig(), torch.device("cpu"), boundary_tolerance=(3, 4, 5))
+    assert (both["boundary_f_4px_unrefined"], both["boundary_f_4px"], both["boundary_f_5px"]) == (1, 0, 1)
+    assert all(str(both[name]) == str(score) for name, score in scores.items() if name != "images_per_s")  # NaN too
+    assert "boundary F, 4 px        0.00      100.00" in format_table(both, Halves.classes)
     # The bands are 1 pixel wide. Top and bottom row and a column at the edge: 44 pixels of the true left, 52 of the
     # predicted, 30 in both; the right has another column at the edge of the image: 60, 52, 38.
     assert scores["boundary_iou_unrefined"] == pytest.approx((30 / (44 + 52 - 30) + 38 / (60 + 52 - 38)) / 2)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from unept.evaluation.counts import bincount, binsum
 from unept.evaluation.inspection import Calibration, write_class_table
 
 
@@ -51,3 +52,22 @@ def test_table_of_classes(tmp_path):
         first, second = csv.DictReader(file)
     assert (first["class"], first["IoU"], first["share of pixels"]) == ('a "wide", road', "0.500000", "0.250000")
     assert (second["id"], second["IoU"]) == ("1", "")
+
+
+@pytest.mark.parametrize("copies", [None, 1, 3, 256])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_sums_by_bin_are_those_of_a_loop(copies, dtype):
+    """In any number of copies, as they are spread on a GPU; what lies in the last bin is not summed."""
+    bins = torch.randint(0, 5, (13, 11))
+    values = torch.randint(-50, 50, (13, 11)).to(dtype)
+    expected = torch.stack([values[bins == k].sum() for k in range(4)])
+    assert torch.equal(binsum(bins, values, 4, copies), expected)
+    assert torch.equal(bincount(bins, 4, copies), torch.stack([(bins == k).sum() for k in range(4)]))
+
+
+def test_calibration_does_not_wait_for_the_device():
+    """Sizes that depend on values, as a boolean mask gives them, are what a tensor without values cannot have."""
+    calibration = Calibration(device="meta")
+    ids, confidence = torch.zeros(5, 7, dtype=torch.int64, device="meta"), torch.zeros(5, 7, device="meta")
+    calibration.update(ids, confidence, ids)
+    assert calibration.sums.shape == (3, 15)

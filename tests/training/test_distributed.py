@@ -301,3 +301,21 @@ def test_killed_worker_is_started_again_and_nothing_is_lost(data, launched, tmp_
         assert line == pytest.approx(wanted, rel=2e-3, abs=2e-3)
     final = torch.load(out / "checkpoints" / "step_00000012.pt")
     assert final["step"] == 12
+
+
+@pytest.mark.parametrize(("cores", "processes", "expected"), [
+    (4, None, 4), (64, None, 8), (64, "4", 8), (16, "4", 4), (7, "2", 3), (2, "8", 1),
+])  # fmt: skip
+@pytest.mark.parametrize("affinity", [True, False], ids=["of this process", "of the machine"])
+def test_workers_by_default_are_the_cores_of_a_process(monkeypatch, cores, processes, expected, affinity):
+    if affinity:  # a container may have fewer cores than its machine
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 100)
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert distributed.default_workers() == expected
+    assert TrainConfig().data.workers == expected

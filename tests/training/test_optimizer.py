@@ -1,10 +1,16 @@
-"""The learning rates of the paper's recipe, and the average of the weights."""
+"""The learning rates of the paper's recipe, the fused optimiser of a GPU, and the average of the weights."""
 
 import pytest
 import torch
 
 from unept.config import TrainConfig
-from unept.training.optimizer import average_weights, build_optimizer, learning_rate_factor
+from unept.training.optimizer import (
+    average_weights,
+    build_optimizer,
+    build_scheduler,
+    learning_rate_factor,
+    restore_optimizer,
+)
 
 
 def test_learning_rates_follow_the_paper():
@@ -23,6 +29,36 @@ def test_learning_rates_follow_the_paper():
     assert warm == pytest.approx([i / 10 for i in range(1, 11)] + [1.0])
     cosine = TrainConfig(iterations=90, schedule="cosine")
     assert learning_rate_factor(cosine, 45) == pytest.approx(0.5)
+
+
+def test_the_optimiser_is_fused_on_a_gpu(monkeypatch):
+    """PyTorch has the fused AdamW for CPUs too, on which weights that say they are on a GPU are here."""
+    config = TrainConfig(iterations=90)
+
+    def train(on_gpu: list[bool]) -> tuple:
+        torch.manual_seed(0)
+        model = torch.nn.Module()
+        model.backbone, model.rest = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        flags = dict(zip(map(id, model.parameters()), on_gpu, strict=True))
+        monkeypatch.setattr(torch.nn.Parameter, "is_cuda", property(lambda p: flags.get(id(p), False)), raising=False)
+        optimizer = build_optimizer(model, config)
+        monkeypatch.undo()
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        return model, optimizer
+
+    plain, unfused = train([False] * 4)
+    assert {group["fused"] for group in unfused.param_groups} == {None}
+    assert {group["fused"] for group in train([True] * 3 + [False])[1].param_groups} == {None}
+    model, optimizer = train([True] * 4)
+    assert {group["fused"] for group in optimizer.param_groups} == {True}
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+    # A run that is continued on another device keeps its moments, and not how they were computed.
+    restore_optimizer(optimizer, build_scheduler(optimizer, config), unfused.state_dict(), 3)
+    assert {group["fused"] for group in optimizer.param_groups} == {True}
+    assert all(state["step"] == 3 for state in optimizer.state.values())
 
 
 def test_average_follows_the_weights():

@@ -8,9 +8,12 @@ import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch._dynamo.testing import AotEagerAndRecordGraphs, EagerAndRecordGraphs
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unept.sync_batch_norm import synchronise
+from tests.helpers.runs import small_model
+from unept.sync_batch_norm import SYNCHRONISED, synchronise
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,3 +93,54 @@ def test_compiles_to_one_graph():
     found = results(torch.compile(compiled, fullgraph=True, backend="aot_eager"), images)
     for (name, want), value in zip(expected.items(), found.values(), strict=True):
         torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-10, msg=name)
+
+
+class Network(nn.Module):
+    """Layers in a module whose forward Dynamo traces; that of `nn.Sequential` it skips, as what DDP calls."""
+
+    def __init__(self, layers: nn.Module):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def collectives_of(graphs) -> list[int]:
+    """The number of all-reduces in each graph."""
+    return [sum("all_reduce" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
+
+
+def train_compiled(model, images):
+    """A step of the model as the trainer compiles it: the graphs of the forward and of the backward, and the output."""
+    torch._dynamo.reset()
+    backend = AotEagerAndRecordGraphs()
+    output = torch.compile(DistributedDataParallel(model, gradient_as_bucket_view=True), backend=backend)(images)
+    output.pow(3).mean().backward()
+    return backend, output
+
+
+def test_what_the_trainer_compiles_is_one_graph_with_one_collective_per_layer_and_direction():
+    eager = make_norms()[1]
+    compiled, images = Network(copy.deepcopy(eager)), torch.randn(3, 6, 5, 4, dtype=torch.float64)
+    expected = results(eager, images)
+    backend, output = train_compiled(compiled, images)
+    assert collectives_of(backend.fw_graphs) == [2]
+    assert collectives_of(backend.bw_graphs) == [2]
+    torch.testing.assert_close(output, expected["output"], rtol=1e-9, atol=1e-10)
+    for name, parameter in compiled.layers.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_the_network_is_compiled_to_one_graph():
+    model, backend = small_model().train(), EagerAndRecordGraphs()
+    synchronise(model)
+    layers = sum(isinstance(module, tuple(SYNCHRONISED.values())) for module in model.modules())
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(optimize_ddp=False):  # which cuts the graph at the buckets of gradients
+        network = torch.compile(DistributedDataParallel(model, gradient_as_bucket_view=True), backend=backend)
+        network(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
+    (graph,) = backend.graphs
+    assert layers > 10
+    assert sum("autograd_function_apply" in str(node.target) for node in graph.graph.nodes) == layers

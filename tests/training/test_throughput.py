@@ -45,3 +45,27 @@ def test_a_loader_without_workers_is_one(clock):
     assert speed.rates() == pytest.approx(
         {"images_per_s": 4, "step_images_per_s": 4, "loader_images_per_s": 8 / (6 * 0.1 + 2 * 0.5)}
     )
+
+
+def test_steps_are_timed_on_their_device_whichever_is_the_current_one(monkeypatch, clock):
+    """Events of CUDA that tell the stream on which they were recorded; the device is the second one."""
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            self.stream, self.seconds = stream, clock[0]
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert self.stream == end.stream == "stream of cuda:1"
+            return 1e3 * (end.seconds - self.seconds)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    speed = Throughput(torch.device("cuda", 1), workers=1)
+    speed.start()
+    for _ in range(2):
+        with speed.step(images=4, loader_seconds=0.1):
+            clock[0] += 0.25
+    assert speed.rates()["step_images_per_s"] == pytest.approx(16)

@@ -22,16 +22,32 @@ def validate(
     return prediction, target, labelled & in_bounds, (labelled & ~in_bounds).sum()
 
 
-def bincount(values: Tensor, length: int) -> Tensor:
-    """Count how often each of 0..length-1 occurs, int64 (length,); the value `length` is not counted."""
+def bincount(values: Tensor, length: int, copies: int | None = None) -> Tensor:
+    """Count how often each of 0..length-1 occurs, int64 (length,); the value `length` is not counted. See `binsum`."""
     # torch.bincount waits for a GPU, because its result's size depends on the values.
-    values = values.flatten()
-    copies = max(1, min(256, COUNTERS // (length + 1))) if values.is_cuda else 1
+    return binsum(values, torch.ones_like(values), length, copies)
+
+
+def binsum(bins: Tensor, values: Tensor, length: int, copies: int | None = None) -> Tensor:
+    """Sum the values of each bin without waiting for a GPU.
+
+    Args:
+        bins: of each value a number from 0 to `length`, int64; those in bin `length` are not summed.
+        values: of the same shape.
+        length: number of bins.
+        copies: number of sums per bin that are added in the end. None: as many as pay on the device.
+
+    Returns:
+        (length,), in the dtype of the values.
+    """
+    bins, values = bins.flatten(), values.flatten()
+    if copies is None:
+        copies = max(1, min(256, COUNTERS // (length + 1))) if bins.is_cuda else 1
     if copies > 1:
         # Most pixels of an image have few values: they would add millions of times to one address, one after another.
-        values = values + torch.arange(len(values), device=values.device).remainder_(copies) * (length + 1)
-    counts = torch.zeros(copies * (length + 1), dtype=torch.int64, device=values.device)
-    return counts.index_add_(0, values, torch.ones_like(values)).view(copies, length + 1).sum(0)[:length]
+        bins = bins + torch.arange(len(bins), device=bins.device).remainder_(copies) * (length + 1)
+    sums = torch.zeros(copies * (length + 1), dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, bins, values).view(copies, length + 1).sum(0)[:length]
 
 
 def check_inputs(prediction: Tensor, target: Tensor, counts: Tensor) -> None:

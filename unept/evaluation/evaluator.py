@@ -13,6 +13,7 @@ from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
 from ..data.loader import OnBadSample
 from ..inference import InferenceConfig, infer, read_prediction
+from ..memory import require_memory_for_images
 from ..model.finite import raise_not_a_number
 from ..model.output import SegmentationModel, class_ids
 from .boundary_metrics import BoundaryFScore, BoundaryIoU
@@ -20,22 +21,42 @@ from .inspection import Inspection
 from .metrics import ConfusionMatrix
 
 
-class _Metrics:
-    """Region and boundary metrics of one kind of prediction."""
+class PredictionMetrics:
+    """Region and boundary metrics of one kind of prediction.
 
-    def __init__(self, dataset: SegmentationDataset, tolerance: float, device: torch.device):
+    Args:
+        dataset: the data set that is predicted.
+        tolerances: distances in pixels within which a boundary counts as found; the first is the main one.
+        device: device of the predictions.
+    """
+
+    def __init__(self, dataset: SegmentationDataset, tolerances: Sequence[float], device: torch.device | str = "cpu"):
         num_classes, ignore_index = len(dataset.classes), dataset.ignore_index
         self.regions = ConfusionMatrix(num_classes, ignore_index, device)
-        self.boundaries = BoundaryFScore(num_classes, tolerance, ignore_index, device)
+        self.boundaries, *self.further = (BoundaryFScore(num_classes, t, ignore_index, device) for t in tolerances)
         self.bands = BoundaryIoU(num_classes, ignore_index=ignore_index, device=device)
+        self._all: list[Any] = [self.regions, self.boundaries, *self.further, self.bands]
 
     def update(self, ids: Tensor, labels: Tensor) -> None:
-        for metric in (self.regions, self.boundaries, self.bands):
+        """Count predicted and true class ids, both (B, H, W)."""
+        for metric in self._all:
             metric.update(ids, labels)
 
     def all_reduce(self) -> None:
-        for metric in (self.regions, self.boundaries, self.bands):
+        """Sum the counts over all processes of the default process group."""
+        for metric in self._all:
             metric.all_reduce()
+
+    def means(self) -> dict[str, float]:
+        """Return `mIoU`, `pixAcc`, `boundary_f`, `boundary_iou`; of further tolerances `boundary_f_1px` and so on."""
+        regions = self.regions.scores()
+        return {
+            "mIoU": regions.mean_iou,
+            "pixAcc": regions.pixel_accuracy,
+            "boundary_f": self.boundaries.scores().mean_f,
+            "boundary_iou": self.bands.scores().mean_iou,
+            **{f"boundary_f_{metric.tolerance:g}px": metric.scores().mean_f for metric in self.further},
+        }
 
 
 def evaluate_model(
@@ -43,7 +64,7 @@ def evaluate_model(
     dataset: SegmentationDataset,
     config: InferenceConfig,
     device: torch.device,
-    boundary_tolerance: float,
+    boundary_tolerance: float | Sequence[float],
     progress: bool = False,
     workers: int = 0,
     on_bad_sample: OnBadSample = "error",
@@ -59,7 +80,8 @@ def evaluate_model(
         dataset: images and their labels, of the same size.
         config: views and refinement.
         device: device of the model.
-        boundary_tolerance: distance in pixels within which a boundary counts as found.
+        boundary_tolerance: distance in pixels within which a boundary counts as found; or several, of which the first
+            is that of `boundary_f` and `class_boundary_f`.
         progress: whether to show a progress bar.
         workers: number of processes that read the data; 0 reads in this process.
         on_bad_sample: `"error"` raises for an image or label that cannot be read, `"skip"` leaves its image out.
@@ -68,7 +90,8 @@ def evaluate_model(
 
     Returns:
         A dictionary. Shares from 0 to 1, NaN where there is nothing to divide by: `mIoU`, `pixAcc`, `boundary_f`,
-        `boundary_iou` (`BoundaryIoU`), the same four ending in `_unrefined`, and `mean_accuracy`. One value per class:
+        `boundary_iou` (`BoundaryIoU`), of further tolerances `boundary_f_1px` and so on, all of these ending in
+        `_unrefined` too, and `mean_accuracy`. One value per class:
         `iou`, `accuracy`, `class_boundary_f`, `class_boundary_iou` and `share` (of the pixels that are not ignored).
         The rest: `dataset`, its description; `left_out`, the names of the classes that have no IoU
         (`ConfusionMatrix.scores`); `boundary_tolerance`; `images`, the number of images; `skipped`, how many more were
@@ -78,6 +101,7 @@ def evaluate_model(
         ValueError: the model and the data set have different classes, or the data set is empty or has no labels.
         FloatingPointError: a prediction holds NaN.
         DatasetError: a file of the data set breaks a rule; or, with `"skip"`, no image could be read.
+        MemoryError: a CPU has too little memory to see an image whole.
     """
     check_classes(model, dataset)
     if not dataset.labelled:
@@ -88,13 +112,18 @@ def evaluate_model(
     loader = evaluation_loader(
         dataset, distributed.rank(), distributed.world_size(), workers, on_bad_sample=on_bad_sample
     )
-    refined, unrefined = (_Metrics(dataset, boundary_tolerance, device) for _ in range(2))
+    tolerances = boundary_tolerance if isinstance(boundary_tolerance, Sequence) else (boundary_tolerance,)
+    refined, unrefined = (PredictionMetrics(dataset, tolerances, device) for _ in range(2))
     has_nan = torch.zeros((), dtype=torch.bool, device=device)
     start = time.perf_counter()
     bar = tqdm(loader, desc="evaluate", unit="image", disable=None if progress else True, leave=False)
     for position, (image, labels) in enumerate(bar):
         if should_stop():
             break
+        advice = (
+            f"with an image of {labels.shape[2]}x{labels.shape[1]} pixels: --window 512 (window=512) sees it in parts"
+        )
+        require_memory_for_images(labels.shape, config, device, advice)
         image, labels = image.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         output = infer(model, image, config)
         has_nan |= output.scores.isnan().any()
@@ -121,33 +150,25 @@ def evaluate_model(
     return {
         "dataset": dataset.description,
         **_summarize(refined, unrefined, dataset.classes),
-        "boundary_tolerance": boundary_tolerance,
+        "boundary_tolerance": tolerances[0],
         "images": images,
         "skipped": skipped,
         "images_per_s": images / (time.perf_counter() - start),
     }
 
 
-def _summarize(refined: _Metrics, unrefined: _Metrics, classes: Sequence[str]) -> dict[str, Any]:
+def _summarize(refined: PredictionMetrics, unrefined: PredictionMetrics, classes: Sequence[str]) -> dict[str, Any]:
     """Return the scores by the names that `evaluate_model` documents."""
-    regions, boundaries = refined.regions.scores(), refined.boundaries.scores()
-    unrefined_regions, unrefined_boundaries = unrefined.regions.scores(), unrefined.boundaries.scores()
-    bands, unrefined_bands = refined.bands.scores(), unrefined.bands.scores()
+    regions = refined.regions.scores()
     true_pixels = refined.regions.matrix.sum(1)
     return {
-        "mIoU": regions.mean_iou,
-        "pixAcc": regions.pixel_accuracy,
-        "boundary_f": boundaries.mean_f,
-        "boundary_iou": bands.mean_iou,
-        "mIoU_unrefined": unrefined_regions.mean_iou,
-        "pixAcc_unrefined": unrefined_regions.pixel_accuracy,
-        "boundary_f_unrefined": unrefined_boundaries.mean_f,
-        "boundary_iou_unrefined": unrefined_bands.mean_iou,
+        **refined.means(),
+        **{f"{name}_unrefined": mean for name, mean in unrefined.means().items()},
         "mean_accuracy": regions.mean_accuracy,
         "iou": list(regions.iou),
         "accuracy": list(regions.accuracy),
-        "class_boundary_f": list(boundaries.f),
-        "class_boundary_iou": list(bands.iou),
+        "class_boundary_f": list(refined.boundaries.scores().f),
+        "class_boundary_iou": list(refined.bands.scores().iou),
         "share": (true_pixels / true_pixels.sum()).tolist(),
         "left_out": [name for name, iou in zip(classes, regions.iou, strict=True) if math.isnan(iou)],
     }
@@ -183,8 +204,10 @@ def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
         numbers = [f"{_percent(value):>{n}}" for value, n in zip(values, (6, 8, 10, 12, 6), strict=True)]
         lines.append("  ".join([f"{name:{width}}", *numbers]))
     lines.append("-" * len(header))
-    means = (("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f"), ("boundary IoU", "boundary_iou"))
-    width = len("boundary IoU")
+    means = [("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f"), ("boundary IoU", "boundary_iou")]
+    further = [name for name in scores if name.startswith("boundary_f_") and f"{name}_unrefined" in scores]
+    means += [(f"boundary F, {name.removeprefix('boundary_f_').removesuffix('px')} px", name) for name in further]
+    width = max(len(label) for label, _ in means)
     lines.append(f"{'':{width}}  {'refined':>10}  {'unrefined':>10}")
     for label, key in means:
         pair = f"{_percent(scores[key]):>10}  {_percent(scores[key + '_unrefined']):>10}"

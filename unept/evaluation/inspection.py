@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..files import write_atomically
+from .counts import bincount, binsum
 from .metrics import ConfusionMatrix
 
 
@@ -69,12 +70,13 @@ class Calibration:
                 f"prediction has shape {tuple(prediction.shape)}, confidence {tuple(confidence.shape)} and target "
                 f"{tuple(target.shape)}; they must be equal"
             )
-        valid = target != self.ignore_index
-        prediction, confidence, target = prediction[valid], confidence[valid].double(), target[valid]
-        num_bins = self.sums.shape[1]
+        num_bins, confidence = self.sums.shape[1], confidence.double()
         bins = (confidence * num_bins).long().clamp(0, num_bins - 1)
-        values = torch.stack([torch.ones_like(confidence), (prediction == target).double(), confidence])
-        self.sums.index_add_(1, bins, values)
+        bins = torch.where(target == self.ignore_index, num_bins, bins)
+        right_bins = torch.where(prediction == target, bins, num_bins)
+        self.sums[0] += bincount(bins, num_bins)
+        self.sums[1] += bincount(right_bins, num_bins)
+        self.sums[2] += binsum(bins, confidence, num_bins)
 
     def all_reduce(self) -> None:
         """Sum the counts over all processes of the default process group."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import requested_backend, use_backend
 from .attention_variants import build_attention
+from .dropout import Dropout
 from .encoding import Shapes, reference_grid, sine_position_encoding
 
 
@@ -23,7 +24,7 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, d_model: int, hidden: int, dropout: float):
         super().__init__(
-            nn.Linear(d_model, hidden), nn.Dropout(dropout), nn.ReLU(), nn.Linear(hidden, d_model), nn.Dropout(dropout)
+            nn.Linear(d_model, hidden), Dropout(dropout), nn.ReLU(), nn.Linear(hidden, d_model), Dropout(dropout)
         )
         for linear in (self[0], self[3]):
             nn.init.xavier_uniform_(linear.weight)
@@ -63,7 +64,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, size: LayerSize):
         super().__init__()
         self.self_attention = size.build_attention(size.num_levels)
-        self.dropout = nn.Dropout(size.dropout)
+        self.dropout = Dropout(size.dropout)
         self.norm1 = nn.LayerNorm(size.d_model)
         self.feed_forward = FeedForward(size.d_model, size.ffn_dim, size.dropout)
         self.norm2 = nn.LayerNorm(size.d_model)
@@ -91,7 +92,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attention = size.build_attention(num_levels=1, name=size.decoder_self_attention)
         self.cross_attention = size.build_attention(size.num_levels, cross=True)
-        self.dropout = nn.Dropout(size.dropout)
+        self.dropout = Dropout(size.dropout)
         self.norm1 = nn.LayerNorm(size.d_model)
         self.norm2 = nn.LayerNorm(size.d_model)
         self.feed_forward = FeedForward(size.d_model, size.ffn_dim, size.dropout)

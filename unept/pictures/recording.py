@@ -94,7 +94,7 @@ def record(
         assert isinstance(module, SparseSamplingAttention)
         seen["points"] = points_of_query(module, *args, covered=seen["covered"], position=query)
 
-    once = dataclasses.replace(config, scales=(1.0,), flip=False, window=0, window_stride=0)
+    once = dataclasses.replace(config, scales=(1.0,), flip=False, window=0, window_stride=0, compile="off")
     with contextlib.ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(note_view).remove)
         stack.callback(model.backbone.register_forward_hook(note_features).remove)

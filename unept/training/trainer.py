@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class Trainer:
         best: highest validation mIoU so far, -1 before the first evaluation.
         stale: number of evaluations since that one.
         scores: result of the last evaluation (`evaluate_model`); empty before the first.
+        boundary_tolerance: what evaluations are given under this name, by default `TrainConfig.boundary_tolerance`.
 
     Raises:
         ValueError: the batch cannot be split over the ranks, a package is missing, or the data or the weights cannot be
@@ -98,6 +99,7 @@ class Trainer:
         self.scheduler = build_scheduler(self.optimizer, config)
         self.averaged = average_weights(self.model, config.ema) if config.ema else None
         self.inference = config.inference()
+        self.boundary_tolerance: float | Sequence[float] = config.boundary_tolerance
         self.step = 0
         self.best, self.stale = -1.0, 0
         self.evaluated = True  # False while an evaluation that is due at this step has not been completed
@@ -365,7 +367,7 @@ class Trainer:
             self.validation_set,
             self.inference,
             self.device,
-            self.config.boundary_tolerance,
+            self.boundary_tolerance,
             workers=self.config.data.workers,
             on_bad_sample=self.config.data.on_bad_sample,
             should_stop=lambda: bool(self.signals.received),
