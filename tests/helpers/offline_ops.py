@@ -121,8 +121,8 @@ def _up_sampled(K: int, low_size: int, size: int, dtype: torch.dtype, with_optio
     grad_losses = _meta(1, dtype=torch.float32)[0].expand(2, size, size)
     offset = _meta(2, 2, size, size, dtype=torch.float32) if with_options else None
     class_weights = _meta(K, dtype=torch.float32) if with_options else None
-    cross_entropy_triton.forward(logits, target, offset, class_weights, 255)
-    cross_entropy_triton.backward(grad_losses, logits, target, offset, class_weights, 255)
+    cross_entropy_triton.forward(logits, target, (offset,), class_weights, 255)
+    cross_entropy_triton.backward((grad_losses,), logits, target, (offset,), class_weights, 255)
     argmax_triton.forward(logits, (size, size), offset)
 
 
