@@ -44,6 +44,9 @@ from .tiles_triton import (
     z_of_window,
 )
 
+LABEL_STRIDES = ("target_stride_b", "target_stride_h")
+
+
 # --- device functions -------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +210,7 @@ def add_through_corners(
 @autotuned(
     CLASS_POOL,
     key=["HAS_OFFSET"],
-    unspecialised=SIZES,
+    unspecialised=[*SIZES, *LABEL_STRIDES],
     fit=limit_classes_per_warp,
 )
 def losses_kernel(
@@ -265,7 +268,7 @@ def losses_kernel(
     CLASS_POOL,
     key=["HAS_OFFSET"],
     adds_into=["grad_table_ptr"],
-    unspecialised=SIZES,
+    unspecialised=[*SIZES, *LABEL_STRIDES, "grad_losses_stride_b", "grad_losses_stride_h"],
     fit=limit_classes_per_warp,
 )
 def losses_backward_kernel(
