@@ -6,7 +6,7 @@ if __name__ == "unept.kernels":
     from .boundary_targets import boundary_targets
     from .decompositions import DECOMPOSITIONS
     from .sparse_attention import MSDeformAttnFunction, ms_deform_attn, sparse_sampling_attention
-    from .upsample import upsample_argmax, upsample_cross_entropy
+    from .upsample import upsample_argmax, upsample_cross_entropy, upsample_cross_entropy_pair
 else:
     # From a clone's root `import kernels` finds this folder; transformers tries it, looking for a package of PyPI. A
     # second copy would take over the first one's ops: it is the same package instead.
@@ -27,5 +27,6 @@ __all__ = [
     "sparse_sampling_attention",
     "upsample_argmax",
     "upsample_cross_entropy",
+    "upsample_cross_entropy_pair",
     "use_backend",
 ]

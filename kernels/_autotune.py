@@ -170,8 +170,10 @@ class Tuner(triton.runtime.autotuner.Autotuner):
                 self.chosen[key] = best.all_kwargs()
             return launched
         pool = self.prune_configs(kwargs)
-        config = pool[min(_forced or 0, len(pool) - 1)]
-        return self.fn.run(*args, **kwargs, **config.all_kwargs())
+        options = pool[min(_forced or 0, len(pool) - 1)].all_kwargs()
+        if not INTERPRETED:  # where a test may switch tuning on later
+            self.chosen[key] = options
+        return self.fn.run(*args, **kwargs, **options)
 
     def check_disk_cache(self, tuning_key: Any, configs: list["triton.Config"], bench_fn: Callable[[], None]) -> Any:
         """Take the choice from disk, or measure and keep it."""

@@ -55,6 +55,19 @@ def refuse_capture(what: str) -> None:
         )
 
 
+def refuse_to_compile_in_capture(kernel: Any) -> None:
+    """Let a kernel raise where it would be compiled, and loaded onto the GPU, while a CUDA graph is captured."""
+    if not hasattr(kernel, "_do_compile"):  # interpreted
+        return
+    do_compile = kernel._do_compile
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        refuse_capture(f"{kernel.__name__} has not been compiled for these arguments")
+        return do_compile(*args, **kwargs)
+
+    kernel._do_compile = checked
+
+
 def jit(unspecialised: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Callable[[Callable], Any]:
     """`triton.jit` for kernels that sizes of images do not compile anew.
 
@@ -69,11 +82,13 @@ def jit(unspecialised: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Cal
 
     def decorate(kernel: Callable) -> Any:
         single_strides = [name for name in inspect.signature(kernel).parameters if "_stride_" in name]
-        return triton.jit(
+        compiled = triton.jit(
             kernel,
             do_not_specialize=list(unspecialised),
             do_not_specialize_on_alignment=[*single_strides, *unaligned],
         )
+        refuse_to_compile_in_capture(compiled)
+        return compiled
 
     return decorate
 

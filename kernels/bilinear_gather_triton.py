@@ -28,6 +28,9 @@ GATHER_POOL = [
     triton.Config({"BLOCK_P": 512, "BLOCK_C": 16}, num_warps=4),
 ]
 
+# These are 1 where a side is: no reason to compile anew.
+STRIDES = ("features_stride_b", "features_stride_c", "features_stride_h", "points_stride_b", "points_stride_p")
+
 GATHER_BACKWARD_POOL = [
     triton.Config({"BLOCK_P": 64}, num_warps=2),
     triton.Config({"BLOCK_P": 128}, num_warps=4),
@@ -98,7 +101,7 @@ def load_corners(pointers, features_strides, in_bounds):
 @autotuned(
     GATHER_POOL,
     key=["BORDER"],
-    unspecialised=["C", "H", "W", "P"],
+    unspecialised=["C", "H", "W", "P", *STRIDES],
 )
 def gather_kernel(
     features_ptr,  # (B, C, H, W)
@@ -147,7 +150,7 @@ def gather_kernel(
     GATHER_BACKWARD_POOL,
     key=["BORDER", "NEEDS_FEATURES", "NEEDS_POINTS"],
     adds_into=["grad_features_ptr"],
-    unspecialised=["grad_stride_c", "C", "H", "W", "P"],
+    unspecialised=["grad_stride_c", "C", "H", "W", "P", "grad_out_stride_b", "grad_out_stride_c", *STRIDES],
 )
 def gather_backward_kernel(
     grad_out_ptr,  # (B, C, P)

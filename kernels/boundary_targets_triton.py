@@ -20,11 +20,15 @@ from torch import Tensor
 
 from ._autotune import autotuned, size_bucket
 from ._tables import cached_table
-from ._triton import device_guard, strides, tl, triton
+from ._triton import device_guard, tl, triton
 
 NO_DIRECTION = tl.constexpr(255)
 # More directions than these are read from a table in a loop: unrolled, 255 of them take the compiler 39 seconds.
 MAX_UNROLLED = 16
+# Widths and strides are multiples of it, and are passed in units of it: kernels then load and store several pixels at a
+# time, and other sizes compile nothing. Labels that lie otherwise are copied.
+UNIT = tl.constexpr(16)
+SIZES = ("labels_units_b", "labels_units_h", "H", "W_units")
 
 TILE_POOL = [
     triton.Config({"BLOCK_H": 4, "BLOCK_W": 128}, num_warps=4),
@@ -50,38 +54,27 @@ def pixels_of_tile(H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 def load_neighbour(image_ptr, strides, distance_ptr, y, x, H, W, ignore_index, centre, distance):
     """v of the pixels (y, x) of one image, seen from pixels of class centre, never ignore_index, at this distance."""
     in_bounds = (y >= 0) & (y < H) & (x >= 0) & (x < W)
-    pointers = image_ptr + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+    pointers = image_ptr + y.to(tl.int64) * strides[1] + x
     # [BLOCK_H, BLOCK_W]
     label = tl.where(in_bounds, tl.load(pointers, mask=in_bounds, other=0).to(tl.int32), ignore_index)
     near = tl.load(distance_ptr + y * W + x, mask=label == centre, other=0.0)
     return tl.where(label == ignore_index, distance, near)
 
 
-@triton.jit
-def strides_of_labels(stride_b, stride_h, stride_w, UNIT: tl.constexpr):
-    """The strides in elements; the first two are passed in UNITs: 16 where rows start at multiples of it, otherwise 1.
-
-    So Triton compiles once for either, and loads several labels at a time only for the first.
-    """
-    return tl.cast(stride_b, tl.int64) * UNIT, tl.cast(stride_h, tl.int64) * UNIT, stride_w
-
-
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@autotuned(TILE_POOL, key=["REACH"], unspecialised=["labels_stride_b", "labels_stride_h", "H"])
+@autotuned(TILE_POOL, key=["REACH"], unspecialised=SIZES)
 def column_kernel(
-    labels_ptr,  # (B, H, W)
+    labels_ptr,  # (B, H, W), whose rows are contiguous
     nearest_ptr,  # (B, H, W), contiguous int32
     squares_ptr,  # (B, H, W), contiguous int32
-    labels_stride_b,
-    labels_stride_h,
-    labels_stride_w,
+    labels_units_b,
+    labels_units_h,
     ignore_index,
     H,
-    W,
+    W_units,
     size_bucket,
-    UNIT: tl.constexpr,
     SATURATION: tl.constexpr,
     REACH: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -89,9 +82,10 @@ def column_kernel(
 ):
     """nearest and squares. Where a row is outside, the last one inside stands for it, farther off than it is: that
     changes nothing, as it is met again where it is."""
-    labels_strides = strides_of_labels(labels_stride_b, labels_stride_h, labels_stride_w, UNIT)
+    W = W_units * UNIT
+    labels_strides = (tl.cast(labels_units_b, tl.int64) * UNIT, tl.cast(labels_units_h, tl.int64) * UNIT)
     b, y, x = pixels_of_tile(H, W, BLOCK_H, BLOCK_W)
-    pointers = labels_ptr + b * labels_strides[0] + x.to(tl.int64) * labels_strides[2]
+    pointers = labels_ptr + b * labels_strides[0] + x
     # [BLOCK_H, BLOCK_W]
     nearest = tl.full((BLOCK_H, BLOCK_W), ignore_index, tl.int32)
     first = tl.full((BLOCK_H, BLOCK_W), SATURATION, tl.int32)
@@ -111,13 +105,13 @@ def column_kernel(
     tl.store(squares_ptr + at, second << 16 | first, mask=in_bounds)
 
 
-@autotuned(TILE_POOL, key=["REACH"], unspecialised=["H"])
+@autotuned(TILE_POOL, key=["REACH"], unspecialised=SIZES[2:])
 def row_kernel(
     nearest_ptr,  # (B, H, W), contiguous int32
     squares_ptr,  # (B, H, W), contiguous int32
     distance_ptr,  # (B, H, W), contiguous float32
     H,
-    W,
+    W_units,
     size_bucket,
     SATURATION: tl.constexpr,
     REACH: tl.constexpr,
@@ -125,6 +119,7 @@ def row_kernel(
     BLOCK_W: tl.constexpr,
 ):
     """The distance: the least over the columns at hand, and its root, correctly rounded."""
+    W = W_units * UNIT
     b, y, x = pixels_of_tile(H, W, BLOCK_H, BLOCK_W)
     at = b * H * W + y * W + x
     in_bounds = (y < H) & (x < W)
@@ -143,33 +138,32 @@ def row_kernel(
     tl.store(distance_ptr + at, tl.sqrt_rn(squared.to(tl.float32)), mask=in_bounds)
 
 
-@autotuned(TILE_POOL, key=["NUM_DIRECTIONS"], unspecialised=["labels_stride_b", "labels_stride_h", "H"])
+@autotuned(TILE_POOL, key=["NUM_DIRECTIONS"], unspecialised=SIZES)
 def direction_kernel(
-    labels_ptr,  # (B, H, W)
+    labels_ptr,  # (B, H, W), whose rows are contiguous
     distance_ptr,  # (B, H, W), contiguous float32
     direction_ptr,  # (B, H, W), contiguous int64
     centres_ptr,  # (n, 2) float32, contiguous: x and y of the unit vector at the centre of each bin; or None
-    labels_stride_b,
-    labels_stride_h,
-    labels_stride_w,
+    labels_units_b,
+    labels_units_h,
     ignore_index,
     H,
-    W,
+    W_units,
     largest_distance,
     size_bucket,
-    UNIT: tl.constexpr,
     CENTRES: tl.constexpr,  # the same, 2 n numbers, if centres_ptr is None
     NUM_DIRECTIONS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """The direction where the distance is at most largest_distance: the bin nearest in angle to the gradient."""
-    labels_strides = strides_of_labels(labels_stride_b, labels_stride_h, labels_stride_w, UNIT)
+    W = W_units * UNIT
+    labels_strides = (tl.cast(labels_units_b, tl.int64) * UNIT, tl.cast(labels_units_h, tl.int64) * UNIT)
     b, y, x = pixels_of_tile(H, W, BLOCK_H, BLOCK_W)
     labels_ptr += b * labels_strides[0]
     distance_ptr += b * H * W
     in_bounds = (y < H) & (x < W)
-    pointers = labels_ptr + y.to(tl.int64) * labels_strides[1] + x.to(tl.int64) * labels_strides[2]
+    pointers = labels_ptr + y.to(tl.int64) * labels_strides[1] + x
     # [BLOCK_H, BLOCK_W]
     centre = tl.load(pointers, mask=in_bounds, other=0).to(tl.int32)
     # An ignored pixel's own gradient is not used; but what lies outside must not pass for its class and be read.
@@ -216,6 +210,22 @@ def table_of_centres(centres: tuple[float, ...], device: torch.device) -> Tensor
     return torch.tensor(centres, dtype=torch.float32, device=device)
 
 
+def pad_rows(labels: Tensor, ignore_index: int) -> Tensor:
+    """labels (B, H, W), followed in each row by ignored pixels where W or a stride is not a multiple of UNIT. These
+    count for as much as what lies outside the map: nothing."""
+    unit = UNIT.value
+    *strides, last = labels.stride()
+    if last == 1 and not any(n % unit for n in (labels.shape[2], *strides, labels.data_ptr())):
+        return labels
+    limits = torch.iinfo(labels.dtype)
+    if not limits.min <= ignore_index <= limits.max:
+        labels = labels.long()
+    B, H, W = labels.shape
+    padded = labels.new_full((B, H, -(-W // unit) * unit), ignore_index)
+    padded[:, :, :W] = labels
+    return padded
+
+
 def forward(
     labels: Tensor, *, saturation: int, largest_distance: float, centres: tuple[float, ...], ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -228,19 +238,19 @@ def forward(
         centres: x and y of the unit vector at the centre of each of the n bins.
         ignore_index: the id of pixels that belong to no class.
     """
+    if labels.numel() == 0:
+        return labels.new_empty(labels.shape, dtype=torch.float32), labels.new_empty(labels.shape, dtype=torch.int64)
+    width = labels.shape[2]
+    labels = pad_rows(labels, ignore_index)
     B, H, W = labels.shape
     distance = labels.new_empty(labels.shape, dtype=torch.float32)
     direction = labels.new_empty(labels.shape, dtype=torch.int64)
-    if labels.numel() == 0:
-        return distance, direction
     # Two allocations: the second half of one might not be aligned, which would compile the kernels anew.
     nearest, squares = (labels.new_empty(labels.shape, dtype=torch.int32) for _ in range(2))
     grid = lambda meta: (B * triton.cdiv(H, meta["BLOCK_H"]) * triton.cdiv(W, meta["BLOCK_W"]),)
     bucket, reach = size_bucket(labels.numel()), math.isqrt(saturation - 1)
-    unit = 1 if any(stride % 16 for stride in labels.stride()[:2]) else 16
-    labels_strides = strides("labels", "bhw", labels)
-    for name in ("labels_stride_b", "labels_stride_h"):
-        labels_strides[name] //= unit
+    units_b, units_h, _ = (stride // UNIT.value for stride in labels.stride())
+    labels_units = {"labels_units_b": units_b, "labels_units_h": units_h}
     unrolled = len(centres) <= 2 * MAX_UNROLLED
     table = None if unrolled else table_of_centres(centres, labels.device)
     with device_guard(labels):
@@ -248,12 +258,11 @@ def forward(
             labels_ptr=labels,
             nearest_ptr=nearest,
             squares_ptr=squares,
-            **labels_strides,
+            **labels_units,
             ignore_index=ignore_index,
             H=H,
-            W=W,
+            W_units=W // UNIT.value,
             size_bucket=bucket,
-            UNIT=unit,
             SATURATION=saturation,
             REACH=reach,
             enable_fp_fusion=False,
@@ -263,7 +272,7 @@ def forward(
             squares_ptr=squares,
             distance_ptr=distance,
             H=H,
-            W=W,
+            W_units=W // UNIT.value,
             size_bucket=bucket,
             SATURATION=saturation,
             REACH=reach,
@@ -274,15 +283,16 @@ def forward(
             distance_ptr=distance,
             direction_ptr=direction,
             centres_ptr=table,
-            **labels_strides,
+            **labels_units,
             ignore_index=ignore_index,
             H=H,
-            W=W,
+            W_units=W // UNIT.value,
             largest_distance=largest_distance,
             size_bucket=bucket,
-            UNIT=unit,
             CENTRES=centres if unrolled else None,
             NUM_DIRECTIONS=len(centres) // 2,
             enable_fp_fusion=False,  # fused, products would be rounded otherwise than on a CPU
         )
-    return distance, direction
+    if width == W:
+        return distance, direction
+    return distance[:, :, :width].contiguous(), direction[:, :, :width].contiguous()

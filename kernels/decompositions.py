@@ -18,7 +18,7 @@ from .checks import compute_dtype
 from .sparse_attention import differentiable
 from .sparse_attention.op import _sparse_sampling_fake
 from .upsample.argmax import _upsample_argmax_fake
-from .upsample.cross_entropy import _upsample_cross_entropy_fake
+from .upsample.cross_entropy import _upsample_cross_entropy_fake, _upsample_cross_entropy_pair_fake
 
 
 def _sparse_sampling(
@@ -59,14 +59,29 @@ def _upsample_cross_entropy(
     return reference.upsample_cross_entropy(logits, target, offset, **options)
 
 
+def _upsample_cross_entropy_pair(
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    plain, moved = (
+        _upsample_cross_entropy(logits, target, shift, class_weights, ignore_index) for shift in (None, offset)
+    )
+    return plain, moved
+
+
 def _upsample_argmax(logits: Tensor, height: int, width: int, offset: Tensor | None) -> Tensor:
     return reference.upsample_argmax(logits.to(compute_dtype(logits)), (height, width), offset)
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     torch.ops.unept.sparse_sampling.default: _sparse_sampling,
     torch.ops.unept.bilinear_gather.default: _bilinear_gather,
     torch.ops.unept.upsample_cross_entropy.default: _upsample_cross_entropy,
+    torch.ops.unept.upsample_cross_entropy_pair.default: _upsample_cross_entropy_pair,
     torch.ops.unept.upsample_argmax.default: _upsample_argmax,
 }
 
@@ -76,6 +91,7 @@ register_decompositions(
         torch.ops.unept.sparse_sampling.default: _sparse_sampling_fake,
         torch.ops.unept.bilinear_gather.default: _bilinear_gather_fake,
         torch.ops.unept.upsample_cross_entropy.default: _upsample_cross_entropy_fake,
+        torch.ops.unept.upsample_cross_entropy_pair.default: _upsample_cross_entropy_pair_fake,
         torch.ops.unept.upsample_argmax.default: _upsample_argmax_fake,
     },
 )

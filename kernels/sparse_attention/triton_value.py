@@ -22,7 +22,7 @@ from .._triton import tl, triton
 from .forms import forced_value_gradient
 from .triton_arguments import Samples, geometry, query_grid, scale_block_q
 from .triton_common import load_level, load_sample, load_tile, split_position
-from .triton_value_binned import fits_bins, value_gradient_binned
+from .triton_value_binned import can_bin, value_gradient_binned
 
 SCATTER_POOL = [
     triton.Config({"BLOCK_Q": 32, "BLOCK_N": 1}, num_warps=4),
@@ -181,7 +181,7 @@ def value_gradient(
         "binned": partial(value_gradient_binned, *arguments),
         "atomic": partial(value_gradient_atomic, *arguments),
     }
-    if torch.are_deterministic_algorithms_enabled() or not fits_bins(shapes, samples):
+    if torch.are_deterministic_algorithms_enabled() or not can_bin(value.shape[3], shapes, samples):
         return methods["atomic"]()
     if forced := forced_value_gradient():
         return methods[forced]()

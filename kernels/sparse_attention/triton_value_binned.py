@@ -46,10 +46,18 @@ WINDOW_POOL = [
 ]
 
 
-def scale_warps(config: "triton.Config", arguments: Mapping[str, Any]) -> "triton.Config":
-    """The configuration for rows of any length: its sums stay in registers, of more threads."""
-    factor = max(1, arguments["BLOCK_D"] // 32)
-    return triton.Config(config.kwargs, num_warps=min(8, config.num_warps * factor))
+# A program holds the sums of its pixels in registers and the rows of some records in shared memory: in float32 the
+# latter take 70 KB. Longer rows, of heads such as no network has, are left to atomics.
+MAX_CHANNELS = 512
+MAX_RECORD_ELEMENTS = 1 << 13
+
+
+def fit_rows(config: "triton.Config", arguments: Mapping[str, Any]) -> "triton.Config":
+    """The configuration for rows of any length: more threads for its sums, and fewer records at a time in float32."""
+    block_r, block_d = config.kwargs["BLOCK_R"], arguments["BLOCK_D"]
+    if arguments["DOT_TYPE"] == tl.float32:
+        block_r = max(16, min(block_r, MAX_RECORD_ELEMENTS // block_d))
+    return triton.Config({"BLOCK_R": block_r}, num_warps=min(8, config.num_warps * max(1, block_d // 32)))
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ def bin_backward_kernel(
                 tl.store(pointers, words, mask=valid[:, :, None])
 
 
-@autotuned(WINDOW_POOL, key=["D"], unspecialised=["T", "C", "S", "Q"], fit=scale_warps)
+@autotuned(WINDOW_POOL, key=["D"], unspecialised=["T", "C", "S", "Q"], fit=fit_rows)
 def window_backward_kernel(
     grad_value_ptr,  # (B, S, M, D), contiguous
     grad_out_ptr,  # (B, Q, M, D), contiguous
@@ -241,9 +249,9 @@ def counted_per_image(shapes: Sequence[int], samples: Samples) -> int:
     return max(samples.per_image, samples.pairs.shape[2] * count_cells(shapes))
 
 
-def fits_bins(shapes: Sequence[int], samples: Samples) -> bool:
-    """Whether cells and records of an image can be counted in 32 bits."""
-    return counted_per_image(shapes, samples) < 2**31
+def can_bin(D: int, shapes: Sequence[int], samples: Samples) -> bool:
+    """Whether a program can hold rows of D channels, and 32 bits count the cells and records of an image."""
+    return D <= MAX_CHANNELS and counted_per_image(shapes, samples) < 2**31
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -286,13 +294,14 @@ def bin_samples(shapes: Sequence[int], samples: Samples, normaliser: Tensor | No
             enable_fp_fusion=False,
         )
 
-    counts = torch.zeros(B * M * C, dtype=torch.int32, device=device)
+    # One zero, the counts, and their sums in place: in the second pass the cursors, where cells begin, move to where
+    # they end, which is where the next ones begin. So the same memory, from one number before, is `starts` then.
+    sums = torch.zeros(B * M * C + 2, dtype=torch.int32, device=device)
+    counts, cursors, starts = sums[2:], sums[1:-1], sums[:-1]
     launch(counts, None)
-    # The cursors move from where a cell begins to where it ends, which is where the next one begins.
-    starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
-    torch.sub(counts.cumsum(0, dtype=torch.int32), counts, out=starts[1:])
+    counts.cumsum_(0)
     records = torch.empty((B * samples.per_image, 2), dtype=torch.int64, device=device)
-    launch(starts[1:], records)
+    launch(cursors, records)
     return starts, records
 
 

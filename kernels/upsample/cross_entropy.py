@@ -14,6 +14,7 @@ Kernels: `cross_entropy_triton`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,43 +44,55 @@ def _labels(
 
 
 def _losses_torch(
-    logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None, ignore_index: int
-) -> Tensor:
+    logits: Tensor,
+    target: Tensor,
+    offsets: Sequence[Tensor | None],
+    class_weights: Tensor | None,
+    ignore_index: int,
+) -> list[Tensor]:
     dtype = compute_dtype(logits)
-    losses = torch.empty(target.shape, dtype=dtype, device=logits.device)
 
-    def visit(where: Where, z: Tensor) -> None:
-        label, weight = _labels(target[where], class_weights, z.shape[1], ignore_index, dtype)
-        loss = weight * -z.log_softmax(1).gather(1, label.reshape(len(z), 1, -1)).view(label.shape)
-        losses[where] = torch.where(weight == 0, 0, loss)
+    def losses_at(offset: Tensor | None) -> Tensor:
+        losses = torch.empty(target.shape, dtype=dtype, device=logits.device)
 
-    visit_tiles(logits, target.shape[1:], offset, visit)
-    return losses
+        def visit(where: Where, z: Tensor) -> None:
+            label, weight = _labels(target[where], class_weights, z.shape[1], ignore_index, dtype)
+            loss = weight * -z.log_softmax(1).gather(1, label.reshape(len(z), 1, -1)).view(label.shape)
+            losses[where] = torch.where(weight == 0, 0, loss)
+
+        visit_tiles(logits, target.shape[1:], offset, visit)
+        return losses
+
+    return [losses_at(offset) for offset in offsets]
 
 
 def _backward_torch(
-    grad_losses: Tensor,
+    grads: Sequence[Tensor],
     logits: Tensor,
     target: Tensor,
-    offset: Tensor | None,
+    offsets: Sequence[Tensor | None],
     class_weights: Tensor | None,
     ignore_index: int,
 ) -> Tensor:
     dtype = compute_dtype(logits)
 
-    def visit(where: Where, z: Tensor) -> Tensor:
-        label, weight = _labels(target[where], class_weights, z.shape[1], ignore_index, dtype)
-        # Reshaped, not viewed: they lie in memory as the target does, which may be transposed.
-        label, weight, grad_loss = (t.reshape(len(z), 1, -1) for t in (label, weight, grad_losses[where]))
-        factor = weight * grad_loss
-        grad = z.softmax(1).mul_(factor)
-        grad.scatter_add_(1, label, -factor)
-        # All bits or none: where no weight meets infinite logits there is a NaN, and 0 * NaN is one too.
-        bits = torch.int64 if dtype == torch.float64 else torch.int32
-        grad.view(bits).bitwise_and_(torch.where(weight == 0, 0, -1).to(bits))
-        return grad
+    def gradient_at(offset: Tensor | None, grad_losses: Tensor) -> Tensor:
+        def visit(where: Where, z: Tensor) -> Tensor:
+            label, weight = _labels(target[where], class_weights, z.shape[1], ignore_index, dtype)
+            # Reshaped, not viewed: they lie in memory as the target does, which may be transposed.
+            label, weight, grad_loss = (t.reshape(len(z), 1, -1) for t in (label, weight, grad_losses[where]))
+            factor = weight * grad_loss
+            grad = z.softmax(1).mul_(factor)
+            grad.scatter_add_(1, label, -factor)
+            # All bits or none: where no weight meets infinite logits there is a NaN, and 0 * NaN is one too.
+            bits = torch.int64 if dtype == torch.float64 else torch.int32
+            grad.view(bits).bitwise_and_(torch.where(weight == 0, 0, -1).to(bits))
+            return grad
 
-    return visit_tiles(logits, target.shape[1:], offset, visit, with_gradient=True).to(logits.dtype)
+        return visit_tiles(logits, target.shape[1:], offset, visit, with_gradient=True)
+
+    total, *others = (gradient_at(offset, grad) for offset, grad in zip(offsets, grads, strict=True))
+    return sum(others, start=total).to(logits.dtype)
 
 
 # --- custom ops and autograd ------------------------------------------------------------------------------------------
@@ -110,7 +123,8 @@ def _upsample_cross_entropy(
     """losses (B, H, W), float32 (float64 for float64 logits)."""
     _check_ids(target, logits.shape[1], ignore_index)
     run = cross_entropy_triton.forward if runs_on_triton(logits, backend) else _losses_torch
-    return run(logits, target, offset, class_weights, ignore_index)
+    (losses,) = run(logits, target, (offset,), class_weights, ignore_index)
+    return losses
 
 
 @_upsample_cross_entropy.register_fake
@@ -137,7 +151,7 @@ def _upsample_cross_entropy_backward(
 ) -> Tensor:
     """Gradient of logits."""
     run = cross_entropy_triton.backward if runs_on_triton(logits, backend) else _backward_torch
-    return run(grad_losses, logits, target, offset, class_weights, ignore_index)
+    return run((grad_losses,), logits, target, (offset,), class_weights, ignore_index)
 
 
 @_upsample_cross_entropy_backward.register_fake
@@ -172,7 +186,95 @@ register_vmap(_upsample_cross_entropy, unbatched=(3,))
 register_vmap(_upsample_cross_entropy_backward, unbatched=(4,))
 
 
-# --- public function --------------------------------------------------------------------------------------------------
+# --- custom ops and autograd: two losses at once ----------------------------------------------------------------------
+
+
+@torch.library.custom_op("unept::upsample_cross_entropy_pair", mutates_args=())
+def _upsample_cross_entropy_pair(
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """losses (B, H, W) without and with the offset, in the dtype of `unept::upsample_cross_entropy`."""
+    _check_ids(target, logits.shape[1], ignore_index)
+    run = cross_entropy_triton.forward if runs_on_triton(logits, backend) else _losses_torch
+    plain, moved = run(logits, target, (None, offset), class_weights, ignore_index)
+    return plain, moved
+
+
+@_upsample_cross_entropy_pair.register_fake
+def _upsample_cross_entropy_pair_fake(
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    plain, moved = (logits.new_empty(target.shape, dtype=compute_dtype(logits)) for _ in range(2))
+    return plain, moved
+
+
+@torch.library.custom_op("unept::upsample_cross_entropy_pair_backward", mutates_args=())
+def _upsample_cross_entropy_pair_backward(
+    grad_plain: Tensor,
+    grad_moved: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    backend: str | None = None,
+) -> Tensor:
+    """Gradient of logits."""
+    run = cross_entropy_triton.backward if runs_on_triton(logits, backend) else _backward_torch
+    return run((grad_plain, grad_moved), logits, target, (None, offset), class_weights, ignore_index)
+
+
+@_upsample_cross_entropy_pair_backward.register_fake
+def _(
+    grad_plain: Tensor,
+    grad_moved: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    backend: str | None = None,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+_run_pair_backward = refuse_second_derivatives(_upsample_cross_entropy_pair_backward, "upsample_cross_entropy")
+
+
+def _backward_pair(ctx: Any, grad_plain: Tensor, grad_moved: Tensor) -> tuple[Tensor | None, ...]:
+    grad_logits = _run_pair_backward(grad_plain, grad_moved, *ctx.saved_tensors, ctx.ignore_index, ctx.backend)
+    return grad_logits, None, None, None, None, None
+
+
+_run_pair = register_autograd(_upsample_cross_entropy_pair, _save_inputs, _backward_pair)
+register_vmap(_upsample_cross_entropy_pair, unbatched=(3,))
+register_vmap(_upsample_cross_entropy_pair_backward, unbatched=(5,))
+
+
+# --- public functions -------------------------------------------------------------------------------------------------
+
+
+def _check(logits: Tensor, target: Tensor, offset: Tensor | None, class_weights: Tensor | None) -> None:
+    """Raise for arguments that do not fit together, but for the ids in the target."""
+    check_shape("target", target, ("B", "H", "W"))
+    check_integer(target=target)
+    check_maps(logits, offset, (target.shape[1], target.shape[2]))
+    check_shape("target", target, (logits.shape[0], "H", "W"), "as many label maps as there are images in logits")
+    check_same_device(logits=logits, target=target)
+    if class_weights is not None:
+        check_floating(class_weights=class_weights)
+        check_shape("class_weights", class_weights, (logits.shape[1],), "one weight for each class of logits")
+        check_same_device(logits=logits, class_weights=class_weights)
 
 
 def upsample_cross_entropy(
@@ -210,15 +312,7 @@ def upsample_cross_entropy(
             tensors on a CPU, a target is neither a class nor ignored. On a GPU, where looking would stall it, the loss
             of such a pixel is NaN.
     """
-    check_shape("target", target, ("B", "H", "W"))
-    check_integer(target=target)
-    check_maps(logits, offset, (target.shape[1], target.shape[2]))
-    check_shape("target", target, (logits.shape[0], "H", "W"), "as many label maps as there are images in logits")
-    check_same_device(logits=logits, target=target)
-    if class_weights is not None:
-        check_floating(class_weights=class_weights)
-        check_shape("class_weights", class_weights, (logits.shape[1],), "one weight for each class of logits")
-        check_same_device(logits=logits, class_weights=class_weights)
+    _check(logits, target, offset, class_weights)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(map(repr, REDUCTIONS))}")
 
@@ -232,3 +326,33 @@ def upsample_cross_entropy(
     else:
         total = _labels(target, class_weights, logits.shape[1], ignore_index, losses.dtype)[1].sum()
     return losses.sum() / torch.where(total == 0, 1, total)
+
+
+def upsample_cross_entropy_pair(
+    logits: Tensor,
+    target: Tensor,
+    offset: Tensor,
+    *,
+    ignore_index: int = 255,
+    class_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both segmentation losses of Eq. 7 per pixel: `upsample_cross_entropy` without an offset, and with it.
+
+    The logits are laid out for the kernels once, not once per loss, and both gradients are summed in one buffer.
+
+    Args:
+        logits: (B, K, h, w), see `upsample_cross_entropy`. The only input with a gradient.
+        target: (B, H, W), likewise.
+        offset: (B, 2, H, W), likewise.
+        ignore_index: likewise.
+        class_weights: (K,), likewise.
+
+    Returns:
+        Two tensors (B, H, W), the losses of the prediction and of the refined prediction, 0 at ignored pixels: what
+        `upsample_cross_entropy` returns with `reduction="none"`.
+
+    Raises:
+        TypeError, ValueError: see `upsample_cross_entropy`.
+    """
+    _check(logits, target, offset, class_weights)
+    return _run_pair(logits, target, offset, class_weights, ignore_index, backend_argument())

@@ -52,7 +52,7 @@ TILE = 8
 PIXELS = TILE * TILE
 CLASS_PADDING = 16
 # All values of these arguments share one compiled kernel: neither another size nor another number of classes compiles.
-SIZES = ("K", "h", "w", "H", "W", "shift_y", "shift_x")
+SIZES = ("K", "h", "w", "H", "W", "shift_y", "shift_x", "offset_stride_b", "offset_stride_i", "offset_stride_h")
 
 _TILE = tl.constexpr(TILE)
 _PIXELS = tl.constexpr(PIXELS)

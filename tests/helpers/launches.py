@@ -2,13 +2,17 @@
 
     python -m tests.helpers.launches [--compile] [SCENARIO ...]
 
-Prints one JSON row per call: its scenario, and the compilations and launches by kernel. Every call is made twice. With
+Prints one JSON row per call: its scenario, the compilations and launches by kernel, and the host's microseconds, those
+for making the inputs included. Every call is made twice. For training steps it also says how many of PyTorch's own
+operators the operators of this package call (`aten`): on a GPU each takes the host some microseconds. With
 UNEPT_AUTOTUNE=0 nothing is tuned. `--compile` compiles for sm_90, and launches by Triton's own launcher.
 """
 
 import itertools
 import json
+import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -105,14 +109,15 @@ def gather_calls() -> Iterator[Call]:
 
 
 def losses(h: int, w: int, *, dtype: torch.dtype = torch.float32, strided: bool = False, offset: bool = True,
-           weighted: bool = False, labels: torch.dtype = torch.int64, classes: int = 5) -> None:  # fmt: skip
-    """Logits at an eighth of the size of the labels, their losses with a gradient, and the predicted classes."""
+           weighted: bool = False, labels: torch.dtype = torch.int64, classes: int = 5,
+           ratio: int = 8) -> None:  # fmt: skip
+    """Logits at a part of the size of the labels, their losses with a gradient, and the predicted classes."""
     logits = leaf(2, classes, h, w, dtype=dtype, strided=strided)
-    target = torch.zeros(2, 8 * h, 8 * w, dtype=labels)
-    moved = leaf(2, 2, 8 * h, 8 * w, grad=False, strided=strided) if offset else None
+    target = torch.zeros(2, ratio * h, ratio * w, dtype=labels)
+    moved = leaf(2, 2, ratio * h, ratio * w, grad=False, strided=strided) if offset else None
     weights = leaf(classes, grad=False, strided=strided) if weighted else None
     backward(upsample_cross_entropy(logits, target, moved, class_weights=weights))
-    upsample_argmax(logits.detach(), (8 * h, 8 * w), moved)
+    upsample_argmax(logits.detach(), (ratio * h, ratio * w), moved)
 
 
 def losses_calls() -> Iterator[Call]:
@@ -135,16 +140,34 @@ def boundary_calls() -> Iterator[Call]:
         yield f"radius={radius} {directions}", lambda r=radius, d=directions: boundary(9, 9, radius=r, directions=d)
 
 
+def deterministic_calls() -> Iterator[Call]:
+    """The ops whose gradients are then added up as integers."""
+    calls = {"attention": attention, "gather": gather, "losses": losses}
+    for (name, call), dtype in itertools.product(calls.items(), (torch.float32, torch.bfloat16)):
+
+        def repeatable(call: Callable[..., None] = call, dtype: torch.dtype = dtype) -> None:
+            torch.use_deterministic_algorithms(True)
+            try:
+                call(6, 7, dtype=dtype)
+            finally:
+                torch.use_deterministic_algorithms(False)
+
+        yield f"{name} {dtype}", repeatable
+
+
 def sizes() -> Iterator[Call]:
-    """Every op at one size, and then at others: odd ones, multiples of 16, another number of classes."""
-    for size in ((6, 7), (16, 16), (5, 32), (48, 3), (13, 11), (2, 2)):
+    """Every op at one size, and then at 60 others, the first with a side of 1; with two numbers of classes."""
+    draw = random.Random(0)
+    others = [(1, 9), (17, 1), (1, 1), *((draw.randint(1, 80), draw.randint(1, 80)) for _ in range(57))]
+    for size in ((6, 7), *others):
 
         def call(size: tuple[int, int] = size) -> None:
             for batch in (2, 3):
                 attention(*size, batch=batch)
             gather(*size)
             boundary(*size)
-            losses(*size, classes=150 if size[0] % 2 else 19)
+            for ratio in (8, 1):
+                losses(*size, classes=150 if size[0] % 2 else 19, ratio=ratio)
 
         yield f"{size}", call
 
@@ -169,12 +192,30 @@ def training_steps() -> Iterator[Call]:
         yield f"{size}", step
 
 
+def aten_calls(call: Callable[[], Any]) -> int:
+    """How many of PyTorch's operators are called from those of this package, but for what these call themselves."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+
+    def parents(event: Any) -> Iterator[str]:
+        while event := event.cpu_parent:
+            yield event.name
+
+    named = [(event.name, list(parents(event))) for event in profile.events()]
+    inside = [above for name, above in named if name.startswith("aten::")]
+    return sum(
+        any(name.startswith("unept::") for name in above) and not any(name.startswith("aten::") for name in above)
+        for above in inside
+    )
+
+
 SCENARIOS: dict[str, Callable[[], Iterator[Call]]] = {
     "training": training_steps,  # first, where nothing has been compiled yet
     "attention": attention_calls,
     "gather": gather_calls,
     "losses": losses_calls,
     "boundary": boundary_calls,
+    "deterministic": deterministic_calls,
     "sizes": sizes,
 }
 
@@ -185,6 +226,11 @@ if __name__ == "__main__":
         for name, call in SCENARIOS[scenario]():
             for repeat in range(2):
                 log.clear()
+                start = time.perf_counter()
                 call()
+                host = {"host_us": round((time.perf_counter() - start) * 1e6)}
                 row = {"scenario": scenario, "call": name, "repeat": repeat}
-                print(json.dumps({**row, "compilations": log.compilations, "launches": log.launches}), flush=True)
+                row |= {"compilations": dict(log.compilations), "launches": dict(log.launches)}
+                if scenario == "training" and repeat:
+                    host["aten"] = aten_calls(call)
+                print(json.dumps({**row, **host}), flush=True)

@@ -7,8 +7,9 @@ instead of run, and the kernels of the ops OF_THE_PAPER are compiled for sm_90 i
 autotune pool. `--all` compiles the kernels of all ops, in all configurations, for all TARGETS.
 
 Prints one JSON row per launch, which says how it is tuned, and one per compiled kernel: op, kernel, dtype, target,
-config, and on NVIDIA the registers and the stack in bytes per thread (a stack means that registers were spilled). On
-sm_90 it also says what the machine code does:
+config, shared memory in bytes per program, seconds that compiling took (next to none where Triton's cache has it), and
+on NVIDIA the registers and the stack in bytes per thread (a stack means that registers were spilled). On sm_90 it also
+says what the machine code does:
 
     instructions    in the hot loop of a warp, divided by the elements (samples, records, pixels) that the warp handles
                     in a turn: what the kernel costs the GPU's schedulers. Where the compiler unrolls a loop, all its
@@ -16,6 +17,7 @@ sm_90 it also says what the machine code does:
     opcodes         how often the hot loop reads, writes and adds to memory, by instruction
     layouts_across_barrier    of what a thread writes, and reads after a barrier: one layout, or it reads what another
                     thread wrote, which on AMD's GPUs takes more than a barrier
+    summed_products    axes along which products are summed, without being rounded before
     differences     how often the kernel subtracts a value from itself. That is zero, or NaN, only while the compiler
                     does not make one multiply-add of a product and the subtraction: no test may rest on it
 
@@ -34,6 +36,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +56,8 @@ from tests.helpers.offline_ops import OPS
 from unept.kernels._autotune import Tuner
 from unept.kernels._scatter import ScatterBuffer
 
+# Bytes of shared memory that a program can have.
+SHARED_MEMORY = {"sm_90": 227 << 10, "sm_80": 163 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -141,6 +146,13 @@ def compiled(kernel: JITFunction, arguments: dict[str, Any], config: triton.Conf
     return triton.compile(source, target=target, options=options)
 
 
+def measured(*arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """What `compiled` gives, and what that cost."""
+    start = time.perf_counter()
+    binary = compiled(*arguments)
+    return binary, {"seconds": round(time.perf_counter() - start, 2), "shared": binary.metadata.shared}
+
+
 def disassembled(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -178,6 +190,17 @@ MEMORY = re.compile(r"LD|ST|RED|ATOM|BAR|SHFL")
 
 
 SELF_DIFFERENCE = re.compile(r"arith\.subf (%[\w#]+), \1 ")
+
+
+DEFINITION = re.compile(r"^\s+(%\w+)(?::\d+)? = ([\w.\"]+)", re.M)
+REDUCTION = re.compile(r'"tt\.reduce"\((%\w+)\) <\{axis = (\d+)')
+
+
+def summed_products(ttir: str) -> list[int]:
+    """The axes along which a kernel sums or compares products that are not rounded before: the compiler may make
+    multiply-adds of the products and the sum, others in each lane."""
+    operation = dict(DEFINITION.findall(ttir))
+    return [int(axis) for operand, axis in REDUCTION.findall(ttir) if operation.get(operand) == "arith.mulf"]
 
 
 BARRIER = re.compile(r"^\s+(?:ttg|gpu)\.barrier", re.M)
@@ -231,17 +254,19 @@ def compiled_rows(launched: Any, arguments: dict[str, Any], everything: bool) ->
     kernel = launched.fn if isinstance(launched, Autotuner) else launched
     configs = configurations(launched, arguments)
     for config in configs if everything else configs[:1]:
-        assembly = compiled(kernel, arguments, config, TARGETS["sm_90"]).asm
+        binary, costs = measured(kernel, arguments, config, TARGETS["sm_90"])
+        assembly = binary.asm
         cubin, differences = assembly["cubin"], len(SELF_DIFFERENCE.findall(assembly["ttir"]))
         sizes = {**config.kwargs, "num_warps": config.num_warps}
         found = {**resources(cubin), **work(kernel.__name__, cubin, config), "differences": differences}
+        found["summed_products"] = summed_products(assembly["ttir"])
         found["layouts_across_barrier"] = layouts_across_barrier(assembly["ttgir"])
-        yield {"target": "sm_90", "config": sizes, **found}
+        yield {"target": "sm_90", "config": sizes, **costs, **found}
     for name, target in list(TARGETS.items())[1:] if everything else []:
-        binary = compiled(kernel, arguments, configs[0], target)
+        binary, costs = measured(kernel, arguments, configs[0], target)
         used = resources(binary.asm["cubin"]) if target.backend == "cuda" else {}
         layouts = layouts_across_barrier(binary.asm["ttgir"])
-        yield {"target": name, "config": configs[0].kwargs, "layouts_across_barrier": layouts, **used}
+        yield {"target": name, "config": configs[0].kwargs, "layouts_across_barrier": layouts, **costs, **used}
 
 
 def configurations(launched: Any, arguments: dict[str, Any]) -> list[triton.Config]:
@@ -281,12 +306,21 @@ def qualified_name(launched: Any) -> str:
     return f"{kernel.__module__}.{kernel.__name__}"
 
 
+def members_of_the_package() -> list[Any]:
+    """What the modules of the package hold, some of it several times."""
+    names = [found.name for found in pkgutil.walk_packages(unept.kernels.__path__, "unept.kernels.")]
+    return [item for name in names for item in vars(importlib.import_module(name)).values()]
+
+
 def kernels_of_the_package() -> set[str]:
     """The names of all kernels; the functions that kernels call are not named `..._kernel`."""
-    names = [found.name for found in pkgutil.walk_packages(unept.kernels.__path__, "unept.kernels.")]
-    members = [item for name in names for item in vars(importlib.import_module(name)).values()]
-    found = {qualified_name(item) for item in members if isinstance(item, Autotuner | JITFunction)}
+    found = {qualified_name(item) for item in members_of_the_package() if isinstance(item, Autotuner | JITFunction)}
     return {name for name in found if name.endswith("_kernel")}
+
+
+def size_of_largest_pool() -> int:
+    """The number of configurations in the largest pool of any kernel."""
+    return max(len(item.configs) for item in members_of_the_package() if isinstance(item, Tuner))
 
 
 RECORD = Path(__file__).with_name("instructions.json")

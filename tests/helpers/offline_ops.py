@@ -45,8 +45,8 @@ def _attention(
 ) -> None:
     """The encoder's attention, forward and backward, with maps and gradient of the value in a given form.
 
-    Points and scores are float32; `projected`, as `projected_sampling_attention` makes them, float16 with a gradient in
-    bfloat16.
+    Points and scores are float32, whatever the value is; `projected`, as `projected_sampling_attention` makes them,
+    float16 with a gradient in bfloat16.
     """
     grad_out, *inputs = _encoder(dtype, torch.float16 if projected else torch.float32, channels)
     joint = _meta(2, inputs[0].shape[1], 8, 3 * 48, dtype=torch.bfloat16) if projected else None
@@ -66,11 +66,25 @@ def sparse_sampling_masked(dtype: torch.dtype) -> None:
     _attention(dtype, padded=False, method="atomic")
 
 
+def sparse_sampling_mixed(dtype: torch.dtype) -> None:
+    """What a network launches beside the paper's under autocast: with float32 points and scores over padded maps, and
+    projected inside over masked ones."""
+    _attention(dtype)
+    _attention(dtype, padded=False, method="atomic", projected=True)
+    _attention(dtype, padded=False, projected=True)
+
+
 def sparse_sampling_wide(dtype: torch.dtype) -> None:
     """Heads of 256 channels, in both forms, and of 64."""
     _attention(dtype, channels=256)
     _attention(dtype, channels=256, padded=False, method="atomic")
     _attention(dtype, channels=64)
+
+
+def sparse_sampling_widest(dtype: torch.dtype) -> None:
+    """Heads of 512 channels, the most that are binned, and of 1024, of which few fit into a program."""
+    _attention(dtype, channels=512)
+    _attention(dtype, channels=1024, padded=False)
 
 
 def sparse_sampling_deterministic(dtype: torch.dtype) -> None:
@@ -121,8 +135,8 @@ def _up_sampled(K: int, low_size: int, size: int, dtype: torch.dtype, with_optio
     grad_losses = _meta(1, dtype=torch.float32)[0].expand(2, size, size)
     offset = _meta(2, 2, size, size, dtype=torch.float32) if with_options else None
     class_weights = _meta(K, dtype=torch.float32) if with_options else None
-    cross_entropy_triton.forward(logits, target, offset, class_weights, 255)
-    cross_entropy_triton.backward(grad_losses, logits, target, offset, class_weights, 255)
+    cross_entropy_triton.forward(logits, target, (offset,), class_weights, 255)
+    cross_entropy_triton.backward((grad_losses,), logits, target, (offset,), class_weights, 255)
     argmax_triton.forward(logits, (size, size), offset)
 
 
@@ -167,7 +181,9 @@ def sizes_of_one(dtype: torch.dtype) -> None:
 OPS: dict[str, tuple[Callable[[torch.dtype], None], tuple[str, ...]]] = {
     "sparse_sampling": (sparse_sampling, ("bf16", "fp32")),
     "sparse_sampling, masked": (sparse_sampling_masked, ("bf16", "fp32")),
+    "sparse_sampling, mixed": (sparse_sampling_mixed, ("bf16",)),
     "sparse_sampling, wide": (sparse_sampling_wide, ("bf16",)),
+    "sparse_sampling, widest": (sparse_sampling_widest, ("bf16", "fp32")),
     "sparse_sampling, deterministic": (sparse_sampling_deterministic, ("fp32",)),
     "sparse_sampling, sizes of one": (sparse_sampling_sizes_of_one, ("fp32",)),
     "ms_deform": (ms_deform, ("fp32",)),

@@ -230,6 +230,24 @@ def test_direction_is_a_target_of_the_cross_entropy(backend):
     assert loss.item() == pytest.approx(math.log(8))
 
 
+@pytest.mark.parametrize("layout", ["odd", "gap", "transposed", "offset"])
+@pytest.mark.parametrize(("dtype", "ignored"), [(torch.uint8, 255), (torch.uint8, -100), (torch.int64, -1)], ids=str)
+def test_rows_of_any_layout_and_an_id_that_the_dtype_cannot_hold(backend, layout, dtype, ignored):
+    labels = make_labels(backend[1], (2, 18, 48)).to(dtype)
+    views = {
+        "odd": labels[:, :, :17],
+        "gap": labels[:, :, ::3],
+        "transposed": labels.mT[:, :16],
+        "offset": labels[:, 1:17, 5:21],  # rows of 16 pixels that begin at any address
+    }
+    found = boundary_targets(views[layout], ignore_index=ignored)
+    with use_backend("torch"):
+        wanted = boundary_targets(views[layout].cpu().contiguous(), ignore_index=ignored)
+    for tensor, want in zip(found, wanted, strict=True):
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor.cpu(), want)
+
+
 def test_no_images(backend):
     for shape in ((0, 4, 5), (2, 0, 5), (2, 4, 0)):
         distance, direction = boundary_targets(torch.zeros(shape, dtype=torch.long, device=backend[1]))

@@ -14,6 +14,7 @@ from unept.kernels import (
     sparse_sampling_attention,
     upsample_argmax,
     upsample_cross_entropy,
+    upsample_cross_entropy_pair,
 )
 
 SMALL = {"queries": 3, "heads": 2, "channels": 2, "num_points": 2, "shapes": [(3, 4), (1, 2)]}
@@ -54,6 +55,7 @@ def test_ops_with_first_derivatives_only_say_so():
     for leaf, out in (
         (features, bilinear_gather(features, points).square().sum()),
         (logits.requires_grad_(), upsample_cross_entropy(logits, labels)),
+        (logits, sum(upsample_cross_entropy_pair(logits, labels, torch.zeros(2, 2, 6, 6))).sum()),
     ):
         (grad,) = torch.autograd.grad(out, leaf, create_graph=True)
         with pytest.raises(NotImplementedError, match="has first derivatives only: leave it out"):
@@ -122,11 +124,13 @@ def test_vmap_of_the_other_operators():
     for op, inputs in (
         (bilinear_gather, (logits, points)),
         (functools.partial(upsample_cross_entropy, reduction="mean"), (logits, labels, offset)),
+        (upsample_cross_entropy_pair, (logits, labels, offset)),
         (lambda logits, offset: upsample_argmax(logits, (6, 6), offset), (logits, offset)),
         (lambda labels: boundary_targets(labels)[0], (labels,)),
     ):
         loop = [op(*arguments) for arguments in zip(*inputs, strict=True)]
-        torch.testing.assert_close(torch.vmap(op)(*inputs), torch.stack(loop))
+        stacked = tuple(map(torch.stack, zip(*loop, strict=True))) if isinstance(loop[0], tuple) else torch.stack(loop)
+        torch.testing.assert_close(torch.vmap(op)(*inputs), stacked)
     per_image = torch.vmap(torch.func.grad(lambda z, t: upsample_cross_entropy(z, t)))(logits, labels)
     for found, z, target in zip(per_image, logits, labels, strict=True):
         torch.testing.assert_close(found, torch.func.grad(upsample_cross_entropy)(z, target))

@@ -43,11 +43,9 @@ def with_gradients(op, inputs: dict[str, Tensor], grad_out: Tensor) -> dict[str,
     return {"output": out, **dict(zip(inputs, grads, strict=True))}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_points", [4, 3])
-def test_values_and_gradients(num_points, dtype):
-    inputs = make_inputs(num_points, dtype)
-    grad_out = torch.randn(2, 9, 16, device=DEVICE).to(dtype).double()
+def assert_matches_reference(inputs: dict[str, Tensor]) -> None:
+    dtype = inputs["value"].dtype
+    grad_out = torch.randn(2, 9, inputs["value"].shape[2:].numel(), device=DEVICE).to(dtype).double()
     found = with_gradients(projected_sampling_attention, inputs, grad_out)
     exact = with_gradients(
         reference.projected_sampling_attention,
@@ -59,6 +57,12 @@ def test_values_and_gradients(num_points, dtype):
         error = (tensor.double() - exact[name]).square().mean().sqrt() / exact[name].square().mean().sqrt()
         # Positions are rounded to float16, gradients of offsets and logits to bfloat16, whose unit is 1/256.
         assert error < 1 / 128, (name, float(error))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_points", [4, 3])
+def test_values_and_gradients(num_points, dtype):
+    assert_matches_reference(make_inputs(num_points, dtype))
 
 
 def test_positions_are_within_a_64th_of_a_pixel_at_16_pixels():

@@ -8,8 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.helpers.attention import attention, check, make_case
+from tests.helpers import offline
+from tests.helpers.attention import attention, check, deformable, make_case
 from tests.kernels import test_bilinear_gather as gather
+from tests.kernels import test_projected_sampling as projected
 from tests.kernels import test_upsample_cross_entropy as cross_entropy
 from unept.kernels import _autotune, boundary_targets, use_backend
 from unept.kernels.sparse_attention import force_form
@@ -96,24 +98,52 @@ def test_without_tuning_the_first_configuration_is_fitted_and_taken(monkeypatch)
         assert block() == 2
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=[False, True], ids=["default", "deterministic"])
+def repeats(request):
+    """Whether results must repeat to the bit; the gradient of the value is then always added up, as integers."""
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=range(offline.size_of_largest_pool()))
+def number(request):
+    """The number of a configuration in each pool; smaller pools have their last."""
+    with use_backend("triton"), _autotune.force_configuration(request.param):
+        yield request.param
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("number", range(4))
-def test_every_configuration_of_every_pool(number):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with use_backend("triton"), _autotune.force_configuration(number):
-        for padded, method in itertools.product((True, False), ("binned", "atomic")):
-            with force_form(padded=padded, value_gradient=method):
-                check(attention, make_case(queries=70, num_points=5, channels=7).to(device, torch.float32))
-                check(attention, make_case(queries=9, num_points=4, channels=64, heads=1).to(device, torch.float32))
+def test_every_configuration_of_the_attention(number, repeats):
+    for padded, method in itertools.product((True, False), ("binned", "atomic")[repeats:]):
+        with force_form(padded=padded, value_gradient=method):
+            check(attention, make_case(batch=1, queries=70, num_points=5, channels=7).to(DEVICE, torch.float32))
+            # Two channels in a word, and the tiles that only these have.
+            wide = make_case(batch=1, queries=9, num_points=4, channels=64, heads=1, levels=1)
+            for dtype in (torch.float32, torch.bfloat16):
+                check(attention, wide.to(DEVICE, dtype))
+            normalised = make_case(batch=1, queries=9, num_points=4, heads=1, normalised=True)
+            check(deformable, normalised.to(DEVICE, torch.float32))
+            projected.assert_matches_reference(projected.make_inputs(4, torch.bfloat16, heads=1))
+
+
+@pytest.mark.exhaustive
+def test_every_configuration_of_the_other_ops(number, repeats):
+    for dtype in (torch.float32, torch.float16):
         for padding in ("zeros", "border"):
-            gather.assert_matches_reference(*gather.make_inputs(torch.float32, device), padding)
-        arguments = cross_entropy.make_inputs(device, offset="float", weighted=True)
-        cross_entropy.assert_matches_reference(arguments)
-        labels = torch.randint(0, 3, (2, 19, 23), dtype=torch.uint8, device=device)
-        with use_backend("torch"):
-            expected = boundary_targets(labels)
-        for found, want in zip(boundary_targets(labels), expected, strict=True):
-            assert torch.equal(found, want)
+            gather.assert_matches_reference(*gather.make_inputs(dtype, DEVICE), padding)
+        for offset in (None, "float"):
+            arguments = cross_entropy.make_inputs(DEVICE, dtype, offset=offset, weighted=True)
+            cross_entropy.assert_matches_reference(arguments)
+            cross_entropy.assert_argmax_matches_reference(arguments)
+    labels = torch.randint(0, 3, (2, 19, 23), dtype=torch.uint8, device=DEVICE)
+    with use_backend("torch"):
+        expected = boundary_targets(labels)
+    for found, want in zip(boundary_targets(labels), expected, strict=True):
+        assert torch.equal(found, want)
 
 
 def test_tuning_of_a_tiny_problem_does_not_decide_for_real_ones():

@@ -5,9 +5,15 @@ import torch.nn.functional as F
 from tests.helpers import reference
 from tests.helpers.accuracy import assert_accurate
 from tests.helpers.marks import slow
+from unept.kernels import (
+    DECOMPOSITIONS,
+    upsample_argmax,
+    upsample_cross_entropy,
+    upsample_cross_entropy_pair,
+    use_backend,
+)
 from unept.kernels import reference as unfused
-from unept.kernels import upsample_argmax, upsample_cross_entropy
-from unept.kernels.upsample import tiles_torch
+from unept.kernels.upsample import cross_entropy_triton, tiles_torch
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -367,6 +373,92 @@ def test_deterministic_gradient_does_not_depend_on_the_order_of_adds(backend, de
     assert torch.equal(first, second)
 
 
+def pair_of_calls(arguments, offset, **options):
+    """What `upsample_cross_entropy_pair` must return, of a loss without the offset and one with it."""
+    shifts = (None, offset)
+    return tuple(upsample_cross_entropy(**{**arguments, "offset": s}, reduction="none", **options) for s in shifts)
+
+
+def run_pair(function, arguments, grads, **options):
+    """Both losses of a function and the gradient of the logits."""
+    arguments = {**arguments, "logits": arguments["logits"].detach().requires_grad_()}
+    losses = function(**arguments, **options)
+    (grad,) = torch.autograd.grad(losses, arguments["logits"], [g.to(losses[0]) for g in grads])
+    return *(loss.detach() for loss in losses), grad
+
+
+@pytest.mark.parametrize("weighted", [False, slow(True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, slow(torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("offset", ["integer", slow("float")])
+def test_a_pair_is_a_loss_without_and_one_with_an_offset(backend, dtype, offset, weighted):
+    arguments = make_inputs(backend[1], dtype, shape=(1, 19, 2, 3), size=(8, 12), offset=offset, weighted=weighted)
+    grads = torch.randn(2, 1, 8, 12)
+    *losses, grad = run_pair(upsample_cross_entropy_pair, arguments, grads)
+    for found, wanted in zip(losses, pair_of_calls(arguments, arguments["offset"]), strict=True):
+        assert torch.equal(found, wanted)
+
+    def exact(function, **arguments):
+        shifts = (None, arguments.pop("offset"))
+        return tuple(function(offset=shift, reduction="none", **arguments) for shift in shifts)
+
+    loops, plain = (
+        lambda f=f, **rest: exact(f, **rest) for f in (reference.upsample_cross_entropy, unfused.upsample_cross_entropy)
+    )
+    want = run_pair(loops, on_cpu(arguments, torch.float64), grads)[2]
+    same = run_pair(plain, on_cpu(arguments), grads)[2] if dtype in HALF else None
+    assert_accurate(grad, want, same, "gradient of logits")
+
+
+def test_a_pair_lays_its_logits_out_once_each_way(monkeypatch):
+    copied = []
+    channels_last = cross_entropy_triton.channels_last
+    monkeypatch.setattr(cross_entropy_triton, "channels_last", lambda z: copied.append(1) or channels_last(z))
+    arguments = make_inputs("cuda" if torch.cuda.is_available() else "cpu", offset="float")
+    with use_backend("triton"):
+        run_pair(upsample_cross_entropy_pair, arguments, torch.randn(2, 2, 9, 11))
+    assert len(copied) == 2
+
+
+def test_a_pair_is_exact_in_float64_and_passes_gradcheck():
+    arguments = make_inputs("cpu", torch.float64, offset="float", weighted=True)
+    others = {name: value for name, value in arguments.items() if name != "logits"}
+    pair = lambda logits: upsample_cross_entropy_pair(logits, **others)
+    assert torch.autograd.gradcheck(pair, arguments["logits"], fast_mode=True)
+    # One of the two alone.
+    assert torch.autograd.gradcheck(lambda logits: pair(logits)[1], arguments["logits"], fast_mode=True)
+
+
+def test_a_pair_repeats_to_the_bit_where_results_must(backend, deterministic):
+    arguments = make_inputs(backend[1], shape=(1, 5, 1, 1), size=(8, 16), offset="integer")
+    grads = torch.randn(2, 1, 8, 16)
+    first = run_pair(upsample_cross_entropy_pair, arguments, grads)[2]
+    turned = {**arguments, "target": arguments["target"].flip(2), "offset": -arguments["offset"].flip(3)}
+    turned["offset"][:, 1] *= -1
+    torch.testing.assert_close(run_pair(upsample_cross_entropy_pair, turned, grads.flip(3))[2], first)
+    assert torch.equal(run_pair(upsample_cross_entropy_pair, arguments, grads)[2], first)
+
+
+def test_a_pair_in_captured_graphs(backend):
+    arguments = make_inputs(backend[1], offset="float", weighted=True)
+    grads = torch.randn(2, 2, 9, 11)
+    compiled = torch.compile(upsample_cross_entropy_pair, fullgraph=True, backend="aot_eager")
+    wanted = run_pair(upsample_cross_entropy_pair, arguments, grads)
+    for eager, traced in zip(wanted, run_pair(compiled, arguments, grads), strict=True):
+        torch.testing.assert_close(eager, traced, rtol=1e-6, atol=1e-7)
+    if backend == ("torch", "cpu"):
+        ids = arguments["target"]
+
+        class Both(torch.nn.Module):
+            def forward(self, logits, offset):
+                return upsample_cross_entropy_pair(logits, ids, offset)
+
+        logits, offset = arguments["logits"].detach(), arguments["offset"]
+        program = torch.export.export(Both(), (logits, offset))
+        plain = program.run_decompositions({**torch.export.default_decompositions(), **DECOMPOSITIONS})
+        assert "unept" not in " ".join(str(node.target) for node in plain.graph.nodes)
+        torch.testing.assert_close(plain.module()(logits, offset), Both()(logits, offset))
+
+
 def largest_allocation(device, function):
     """Bytes: of what one PyTorch op on a CPU holds at its end, of the peak above the start on a GPU."""
     if device == "cuda":
@@ -417,6 +509,9 @@ def test_custom_ops_are_well_formed(backend):
         grad = torch.randn(2, 9, 11, device=backend[1])
         torch.library.opcheck(ops.upsample_cross_entropy_backward.default, (grad, logits, *rest))
         torch.library.opcheck(ops.upsample_argmax.default, (logits, 9, 11, arguments["offset"]))
+        if offset:
+            torch.library.opcheck(ops.upsample_cross_entropy_pair.default, (logits, *rest))
+            torch.library.opcheck(ops.upsample_cross_entropy_pair_backward.default, (grad, -grad, logits, *rest))
 
 
 @pytest.mark.slow_interpreted
@@ -430,19 +525,23 @@ def test_compiles_without_a_graph_break(backend):
     assert torch.equal(compiled(logits, (9, 11), offset), upsample_argmax(logits, (9, 11), offset))
 
 
-@pytest.mark.parametrize("offset", [None, "integer", "float"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, slow(torch.bfloat16)], ids=str)
-def test_argmax(backend, deterministic, dtype, offset):
-    arguments = make_inputs(backend[1], dtype, shape=(2, 6, 3, 4), size=(10, 7), offset=offset)
-    found = upsample_argmax(arguments["logits"], (10, 7), arguments["offset"])
+def assert_argmax_matches_reference(arguments):
+    size = arguments["target"].shape[1:]
+    found = upsample_argmax(arguments["logits"], size, arguments["offset"])
     assert found.dtype == torch.int64
     cpu = on_cpu(arguments, torch.float64)
-    z = reference.upsampled(cpu["logits"], (10, 7), cpu["offset"])
+    z = reference.upsampled(cpu["logits"], size, cpu["offset"])
     best = z.amax(-1)
     # Rounding may pick another class only where it is as good.
     chosen = z.gather(-1, found.cpu()[..., None])[..., 0]
     assert ((best - chosen) <= 1e-5 * best.abs().clamp(min=1)).all()
     assert (found.cpu() == z.argmax(-1)).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("offset", [None, "integer", "float"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, slow(torch.bfloat16)], ids=str)
+def test_argmax(backend, deterministic, dtype, offset):
+    assert_argmax_matches_reference(make_inputs(backend[1], dtype, shape=(2, 6, 3, 4), size=(10, 7), offset=offset))
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,17 @@ def test_refined_prediction_is_read_where_the_offset_points(case, kind):
     )
 
 
+@pytest.mark.parametrize("kind", ["cross-entropy", "focal", "ohem", "smooth"])
+def test_both_terms_at_once_are_the_two_sums(case, kind):
+    logits, labels, weights = case
+    loss = PixelLoss(label_smoothing=0.1) if kind == "smooth" else PixelLoss(kind)
+    offset = torch.randint(-3, 4, (2, 2, *labels.shape[1:]))
+    both = loss.sum_both(logits, labels, offset, ignore_index=IGNORED, class_weights=weights)
+    for found, shift in zip(both, (None, offset), strict=True):
+        torch.testing.assert_close(found, total(loss, logits, labels, weights, shift))
+    assert both[0] != both[1]
+
+
 @pytest.mark.parametrize("kind", ["ohem", "focal", "regions"])
 def test_parts_add_up_to_the_batch(kind):
     """On several processes and with --accumulate the gradient is that of the whole batch."""

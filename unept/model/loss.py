@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -197,27 +197,21 @@ class UNEPTLoss(nn.Module):
         """
         counts = torch.where(targets.counts == 0, 1, targets.counts)
         segmentation_count, _, _, image_count = counts.unbind()
-        losses = {"segmentation": self._cross_entropy(output, targets) / segmentation_count}
+        options: dict[str, Any] = {"ignore_index": self.ignore_index, "class_weights": self.class_weights}
         if output.boundary is not None and output.direction is not None:
             size = (targets.labels.shape[1], targets.labels.shape[2])
             offset = refinement_offset(output.boundary, output.direction, size, ONE_STEP)
-            losses["refined"] = self._cross_entropy(output, targets, offset) / segmentation_count
+            sums = self.pixel_loss.sum_both(output.logits, targets.labels, offset, **options)
+            losses = {name: s / segmentation_count for name, s in zip(("segmentation", "refined"), sums, strict=True)}
             losses["boundary"], losses["direction"] = self.boundary_losses(output.boundary, output.direction, targets)
+        else:
+            total = self.pixel_loss.sum(output.logits, targets.labels, None, **options)
+            losses = {"segmentation": total / segmentation_count}
         for name, region_sum in self.region_losses.items():
             losses[name] = region_sum(output.logits, targets.labels) / image_count
         weights = {**vars(self.weights), **self.region_weights}
         weighted = [weights[name] * loss for name, loss in losses.items()]
         return {"loss": torch.stack(weighted).sum(), **losses}
-
-    def _cross_entropy(self, output: UNEPTOutput, targets: Targets, offset: Tensor | None = None) -> Tensor:
-        """Summed `pixel_loss` of the up-sampled logits, read at p + offset(p)."""
-        return self.pixel_loss.sum(
-            output.logits,
-            targets.labels,
-            offset,
-            ignore_index=self.ignore_index,
-            class_weights=self.class_weights,
-        )
 
     def boundary_losses(self, boundary: Tensor, direction: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """L_bound and L_dir of Eq. 7, divided by the counts of `targets`.

@@ -5,13 +5,14 @@ held: each loss follows from cross-entropies, which the fused operator gives per
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..kernels import upsample_cross_entropy
+from ..kernels import upsample_cross_entropy, upsample_cross_entropy_pair
 
 PixelLossKind = Literal["cross-entropy", "focal", "ohem"]
 EMPTY = -30.0  # the logit of a class that has no share: exp(-30) is lost in float32 beside 1
@@ -74,19 +75,42 @@ class PixelLoss:
             ignore_index: label of the pixels that are left out.
             class_weights: (K,), or None for 1 each.
         """
-        options: dict[str, Any] = {"ignore_index": ignore_index, "class_weights": class_weights}
-        if self.kind == "cross-entropy" and not self.label_smoothing:
-            return upsample_cross_entropy(logits, labels, offset, **options, reduction="sum")
-        loss = upsample_cross_entropy(logits, labels, offset, **options, reduction="none")
+        (total,) = self._sums(logits, labels, (offset,), ignore_index, class_weights)
+        return total
+
+    def sum_both(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        offset: Tensor,
+        *,
+        ignore_index: int,
+        class_weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `sum` gives without an offset and with it, for less than two calls."""
+        plain, refined = self._sums(logits, labels, (None, offset), ignore_index, class_weights)
+        return plain, refined
+
+    def _sums(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        offsets: Sequence[Tensor | None],
+        ignore_index: int,
+        class_weights: Tensor | None,
+    ) -> list[Tensor]:
+        losses = _cross_entropies(logits, labels, offsets, ignore_index, class_weights)
         if self.label_smoothing:
-            uniform = _uniform_cross_entropy(logits, labels, offset, ignore_index, class_weights)
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
+            uniform = _uniform_cross_entropies(logits, labels, offsets, ignore_index, class_weights)
+            share = self.label_smoothing
+            losses = [(1 - share) * loss + share * even for loss, even in zip(losses, uniform, strict=True)]
         if self.kind == "ohem":
-            return self._hardest(loss, labels != ignore_index)
+            return [self._hardest(loss, labels != ignore_index) for loss in losses]
         if self.kind == "focal":
-            nll = upsample_cross_entropy(logits, labels, offset, ignore_index=ignore_index, reduction="none")
-            loss = loss * (1 - (-nll).exp()).clamp(min=1e-6) ** self.gamma
-        return loss.sum()
+            nlls = _cross_entropies(logits, labels, offsets, ignore_index, None)
+            factors = [(1 - (-nll).exp()).clamp(min=1e-6) ** self.gamma for nll in nlls]
+            losses = [loss * factor for loss, factor in zip(losses, factors, strict=True)]
+        return [loss.sum() for loss in losses]
 
     def _kept(self, valid: Tensor) -> Tensor:
         """The number of pixels (B,) that OHEM keeps of each image."""
@@ -102,9 +126,32 @@ class PixelLoss:
 CROSS_ENTROPY = PixelLoss()
 
 
-def _uniform_cross_entropy(
-    logits: Tensor, labels: Tensor, offset: Tensor | None, ignore_index: int, class_weights: Tensor | None
-) -> Tensor:
+def _cross_entropies(
+    logits: Tensor,
+    labels: Tensor,
+    offsets: Sequence[Tensor | None],
+    ignore_index: int,
+    class_weights: Tensor | None,
+) -> list[Tensor]:
+    """Return the cross-entropy (B, H, W) at each of the offsets: one, or None and another."""
+    if len(offsets) == 1:
+        loss = upsample_cross_entropy(
+            logits, labels, offsets[0], ignore_index=ignore_index, class_weights=class_weights, reduction="none"
+        )
+        return [loss]
+    _, offset = offsets
+    assert offset is not None
+    pair = upsample_cross_entropy_pair(logits, labels, offset, ignore_index=ignore_index, class_weights=class_weights)
+    return list(pair)
+
+
+def _uniform_cross_entropies(
+    logits: Tensor,
+    labels: Tensor,
+    offsets: Sequence[Tensor | None],
+    ignore_index: int,
+    class_weights: Tensor | None,
+) -> list[Tensor]:
     """Return the cross-entropy (B, H, W) with a label that is spread evenly: sum of -w_k log p_k over k, over K.
 
     It is (sum of w) (logsumexp(z) - m) / K, where m is the mean of the logits z under the weights. Up-sampling is
@@ -120,5 +167,5 @@ def _uniform_cross_entropy(
         mean = (z * class_weights[:, None, None]).sum(1, keepdim=True) / total
     extended = torch.cat([z - mean, torch.full_like(mean, EMPTY)], dim=1)
     spread = torch.where(labels == ignore_index, -1, num_classes).int()
-    nll = upsample_cross_entropy(extended, spread, offset, ignore_index=-1, reduction="none")
-    return torch.where(labels == ignore_index, 0.0, (nll + EMPTY) * total / num_classes)
+    nlls = _cross_entropies(extended, spread, offsets, -1, None)
+    return [torch.where(labels == ignore_index, 0.0, (nll + EMPTY) * total / num_classes) for nll in nlls]
