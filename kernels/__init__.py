@@ -1,6 +1,7 @@
 """The ops of UN-EPT, each on two backends: Triton on GPUs, PyTorch anywhere. See `use_backend`."""
 
 if __name__ == "unept.kernels":
+    from ._autotune import compile_ahead
     from .backend import BACKENDS, requested_backend, set_default_backend, use_backend
     from .bilinear_gather import bilinear_gather
     from .boundary_targets import boundary_targets
@@ -21,6 +22,7 @@ __all__ = [
     "MSDeformAttnFunction",
     "bilinear_gather",
     "boundary_targets",
+    "compile_ahead",
     "ms_deform_attn",
     "requested_backend",
     "set_default_backend",

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,17 +55,68 @@ def refuse_capture(what: str) -> None:
         )
 
 
-def refuse_to_compile_in_capture(kernel: Any) -> None:
-    """Let a kernel raise where it would be compiled, and loaded onto the GPU, while a CUDA graph is captured."""
+Launch = tuple[Any, dict[str, Any]]
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Record the kernels that would be launched inside a block, and their arguments by name; none is launched."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def is_recording() -> bool:
+    """Whether launches are recorded, so that nothing writes what launchers return."""
+    return _recorded is not None
+
+
+def new_ids(shape: Sequence[int], device: torch.device) -> Tensor:
+    """int64 that a kernel fills; zeros where launches are recorded, since others may index by them."""
+    return (torch.zeros if is_recording() else torch.empty)(tuple(shape), dtype=torch.int64, device=device)
+
+
+class Pointer(triton.runtime.jit.MockTensor):
+    """Stands for a tensor at an address, without its memory."""
+
+    def __init__(self, dtype: torch.dtype, address: int):
+        super().__init__(dtype)
+        self.address = address
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self.address
+
+
+def record(kernel: Any, arguments: dict[str, Any]) -> None:
+    """Record a launch. Of tensors there remains what Triton compiles for, so that their memory is free again."""
+    assert _recorded is not None
+    stand_in = lambda x: Pointer(x.dtype, x.data_ptr()) if isinstance(x, Tensor) else x
+    named = {name: stand_in(x) for name, x in arguments.items() if name not in ("grid", "warmup")}
+    _recorded.append((kernel, named))
+
+
+def watch(kernel: Any) -> None:
+    """Let the launches of a kernel be recorded, and let it raise where it would be compiled, and loaded onto the GPU,
+    while a CUDA graph is captured."""
     if not hasattr(kernel, "_do_compile"):  # interpreted
         return
     do_compile = kernel._do_compile
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked_compile(*args: Any, **kwargs: Any) -> Any:
         refuse_capture(f"{kernel.__name__} has not been compiled for these arguments")
         return do_compile(*args, **kwargs)
 
-    kernel._do_compile = checked
+    def run(*args: Any, warmup: bool, **kwargs: Any) -> Any:
+        if _recorded is not None and not warmup:
+            return record(kernel, kwargs)
+        return type(kernel).run(kernel, *args, warmup=warmup, **kwargs)
+
+    kernel._do_compile, kernel.run = checked_compile, run
 
 
 def jit(unspecialised: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Callable[[Callable], Any]:
@@ -87,7 +138,7 @@ def jit(unspecialised: Sequence[str] = (), unaligned: Sequence[str] = ()) -> Cal
             do_not_specialize=list(unspecialised),
             do_not_specialize_on_alignment=[*single_strides, *unaligned],
         )
-        refuse_to_compile_in_capture(compiled)
+        watch(compiled)
         return compiled
 
     return decorate

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ._autotune import autotuned, size_bucket
 from ._tables import cached_table
-from ._triton import device_guard, tl, triton
+from ._triton import device_guard, new_ids, tl, triton
 
 NO_DIRECTION = tl.constexpr(255)
 # More directions than these are read from a table in a loop: unrolled, 255 of them take the compiler 39 seconds.
@@ -244,7 +244,7 @@ def forward(
     labels = pad_rows(labels, ignore_index)
     B, H, W = labels.shape
     distance = labels.new_empty(labels.shape, dtype=torch.float32)
-    direction = labels.new_empty(labels.shape, dtype=torch.int64)
+    direction = new_ids(labels.shape, labels.device)
     # Two allocations: the second half of one might not be aligned, which would compile the kernels anew.
     nearest, squares = (labels.new_empty(labels.shape, dtype=torch.int32) for _ in range(2))
     grid = lambda meta: (B * triton.cdiv(H, meta["BLOCK_H"]) * triton.cdiv(W, meta["BLOCK_W"]),)

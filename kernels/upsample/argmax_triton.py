@@ -1,10 +1,9 @@
 """Argmax of up-sampled logits in Triton: see `argmax` for the equation and `tiles_triton` for letters and tiles."""
 
-import torch
 from torch import Tensor
 
 from .._autotune import autotuned
-from .._triton import device_guard, strides, tl, triton
+from .._triton import device_guard, new_ids, strides, tl, triton
 from .tiles_triton import (
     CLASS_POOL,
     GATHERED_K,
@@ -98,7 +97,7 @@ def argmax_kernel(
 
 def forward(logits: Tensor, size: tuple[int, int], offset: Tensor | None) -> Tensor:
     """best (B, H, W) int64."""
-    best = torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
+    best = new_ids((logits.shape[0], *size), logits.device)
     if best.numel() == 0:
         return best
     table = channels_last(logits)

@@ -71,7 +71,7 @@ def test_hot_loops_keep_everything_in_registers(reports, selection, op):
 def test_shared_memory_suffices_and_compiling_takes_seconds(reports, selection, op):
     for row in [row for row in reports(selection) if row.get("op") == op and "seconds" in row]:
         assert row["shared"] <= offline.SHARED_MEMORY[row["target"]], row
-        assert row["seconds"] < 30, row  # 9 at the most on a core that is shared
+        assert row["seconds"] < 20, row
 
 
 @every_op
@@ -149,6 +149,8 @@ def test_instruction_counts_are_those_recorded(reports, selection, op):
     recorded = json.loads(offline.RECORD.read_text())
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     known = [name for name in recorded if tuple(map(int, name.split("."))) <= version]
+    if not known:
+        pytest.skip(f"no counts are recorded for Triton {triton.__version__} or an earlier version")
     limits = recorded[max(known, key=lambda name: tuple(map(int, name.split("."))))]
     now = {offline.record_key(row): row["instructions"] for row in on_sm_90(reports(selection), op)}
     assert set(now) <= set(limits), "new configurations: record them"

@@ -206,6 +206,62 @@ def test_the_configurations_of_a_pool_are_compiled_at_the_same_time(tmp_path):
     assert done.stdout.split() == ["3", "False"], done.stderr[-4000:]
 
 
+AHEAD = """
+import json
+from tests.helpers import launches, stub_gpu
+from unept.kernels import compile_ahead
+log = stub_gpu.install()
+(_, step), *_ = launches.training_steps()
+compile_ahead(step)
+ahead, launched = dict(log.compilations), sum(log.launches.values())
+log.clear()
+step()
+print(json.dumps([ahead, launched, dict(log.compilations), len(log.launches)]))
+"""
+
+
+@pytest.mark.parametrize("tune", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_step_compiles_nothing_after_it_was_compiled_ahead(tmp_path, tune):
+    done = subprocess.run(
+        [sys.executable, "-c", AHEAD], env=environment(tmp_path, tune), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ahead, launched_ahead, later, launched_later = json.loads(done.stdout)
+    assert not launched_ahead
+    assert not later
+    assert launched_later == len(STEP) + tune  # both ways to sum the value's gradient are timed
+    if tune:
+        assert ahead["forward_kernel"] == 8, "two forms of the maps, in four configurations each"
+    else:
+        assert ahead == COMPILED
+
+
+COMPILE_ONE = """
+import time, triton
+from tests.helpers import launches, stub_gpu
+stub_gpu.install(compiles=True)
+compiled = []
+def listen(*, src, cache_hit, **_):
+    compiled.extend([src.name] * (not cache_hit))
+triton.knobs.compilation.listener = listen
+launches.gather(6, 7, needs=(False, False))
+print(len(compiled))
+"""
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="the stub of libcuda needs gcc and the header that Triton brings")
+@pytest.mark.slow
+def test_two_processes_with_one_cache_compile_each_kernel_once(tmp_path):
+    start = [sys.executable, "-c", COMPILE_ONE]
+    both = [
+        subprocess.Popen(start, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in both]
+    assert not any(process.returncode for process in both), said
+    assert sorted(int(out) for out, _ in said) == [0, 3]
+
+
 @pytest.mark.skipif(not HAS_COMPILER, reason="the stub of libcuda needs gcc and the header that Triton brings")
 @pytest.mark.parametrize(
     "scenarios",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unept.kernels import reference, use_backend
+from unept.kernels import reference, sparse_sampling_attention, use_backend
 from unept.kernels._triton import HAS_TRITON
 from unept.kernels.sparse_attention import project, projected_sampling_attention
 from unept.model.attention import SparseSamplingAttention
@@ -22,10 +22,12 @@ def on_triton():
         yield
 
 
-def make_inputs(num_points: int, dtype: torch.dtype, *, heads: int = 2, channels: int = 8) -> dict[str, Tensor]:
+def make_inputs(
+    num_points: int, dtype: torch.dtype, *, heads: int = 2, channels: int = 8, queries: int = 9
+) -> dict[str, Tensor]:
     """The tensors by name: value and query in a dtype, the others float32."""
     torch.manual_seed(0)
-    B, Q, samples = 2, 9, len(SHAPES) * num_points
+    B, Q, samples = 2, queries, len(SHAPES) * num_points
     tensors = (
         torch.randn(B, sum(h * w for h, w in SHAPES), heads, channels).to(dtype),
         torch.randn(B, Q, heads, channels).to(dtype),
@@ -65,18 +67,43 @@ def test_values_and_gradients(num_points, dtype):
     assert_matches_reference(make_inputs(num_points, dtype))
 
 
-def test_positions_are_within_a_64th_of_a_pixel_at_16_pixels():
+def test_positions_and_logits_are_within_a_64th_at_16():
     query = torch.randn(1, 4096, 1, 32, device=DEVICE).bfloat16()
     weight = torch.randn(1, 32, 6, device=DEVICE)
-    exact, _ = project(query.double(), weight.double(), torch.zeros(1, 6, device=DEVICE).double(), 1)
-    scale = 16 / exact.abs().amax()
+    exact = project(query.double(), weight.double(), torch.zeros(1, 6, device=DEVICE).double(), 1)
+    # The largest position is 16 pixels, the largest logit 16.
+    scale = torch.cat([(16 / part.abs().amax()).expand(columns) for part, columns in zip(exact, (4, 2), strict=True)])
     bias = 0.05 + torch.rand(1, 6, device=DEVICE)
     arguments = query, weight * scale, bias
-    exact, _ = project(*(tensor.double() for tensor in arguments), 1)
-    half, _ = project(*(tensor.half() for tensor in arguments), 1)
-    assert exact.abs().amax() > 14
-    assert (half.double() - exact).abs().amax() < 1 / 64
-    assert (project(*(tensor.bfloat16() for tensor in arguments), 1)[0] - exact).abs().amax() > 1 / 64
+    exact, half, brain = (
+        project(*(tensor.to(dtype) for tensor in arguments), 1)
+        for dtype in (torch.float64, torch.float16, torch.bfloat16)
+    )
+    for wanted, found, coarse in zip(exact, half, brain, strict=True):
+        assert wanted.abs().amax() > 14
+        assert (found.double() - wanted).abs().amax() < 1 / 64
+        assert (coarse - wanted).abs().amax() > 1 / 64
+    assert (half[1].double().softmax(-1) - exact[1].softmax(-1)).abs().amax() < 1 / 128
+
+
+def test_at_most_half_of_the_bytes_are_kept_for_the_backward():
+    inputs = make_inputs(16, torch.bfloat16, channels=32, queries=54)
+    value, query, weight, bias, references = inputs.values()
+    parameters = {weight.data_ptr(), bias.data_ptr()}
+
+    def bytes_kept(run) -> int:
+        kept: dict[int, int] = {}
+        keep = lambda tensor: kept.update({tensor.data_ptr(): tensor.numel() * tensor.itemsize}) or tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            run()
+        return sum(size for pointer, size in kept.items() if pointer not in parameters)
+
+    def outside():
+        offsets, logits = project(query.float(), weight, bias, len(SHAPES))
+        return sparse_sampling_attention(value, SHAPES, offsets, logits, references)
+
+    inside = bytes_kept(lambda: projected_sampling_attention(value, SHAPES, query, weight, bias, references))
+    assert 0 < inside <= 0.5 * bytes_kept(outside)
 
 
 def test_small_gradients_do_not_vanish():
