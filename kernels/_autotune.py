@@ -229,8 +229,8 @@ def compile_ahead(step: Callable[[], Any], workers: int | None = None) -> None:
 
     The step is run with its tensors on the GPU, but without launching any kernel of this package: what these would have
     written holds anything. So it must leave nothing behind that counts, such as the statistics of batch normalisation:
-    give the step of a copy of the model. Class ids and directions are zeros. Processes that share Triton's cache on
-    disk compile once, and the others read.
+    give the step of a copy of the model, and no other thread may use these ops meanwhile. Class ids and directions are
+    zeros. Processes that share Triton's cache on disk compile once, and the others read.
 
     Args:
         step: runs a training step, or any other.
