@@ -60,8 +60,8 @@ class Options:
 
     data: Path
     """Folder of CamVid: {train,val}/ and {train,val}annot/."""
-    weights: Path
-    """ImageNet weights of tf_efficientnet_lite0, .safetensors as timm has them."""
+    weights: Path | None
+    """ImageNet weights of tf_efficientnet_lite0, .safetensors as timm has them. None leaves them random."""
     out: Path = Path("bench/results/ablations")
     """Folder for results and unfinished runs."""
     iterations: int = 4000
@@ -87,13 +87,18 @@ class Options:
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
-def train(job: Job, options: Options) -> dict[str, Any]:
-    """Train, and return the scores of the last evaluation, the minutes without evaluations, and the peak memory."""
+def make_trainer(job: Job, options: Options) -> Trainer:
+    """Make the trainer of a job, which continues what OUT holds of it."""
     base = camvid()
     config = dataclasses.replace(
         base,
         **job.options,
-        model=dataclasses.replace(network(options.size), backbone_weights=options.weights, **job.model),
+        model=dataclasses.replace(
+            network(options.size),
+            backbone_weights=options.weights,
+            pretrained_backbone=options.weights is not None,
+            **job.model,
+        ),
         data=dataclasses.replace(base.data, root=options.data, crop_size=options.crop_size),
         out=options.out / "runs" / job.name,
         resume="auto",
@@ -109,9 +114,14 @@ def train(job: Job, options: Options) -> dict[str, Any]:
         checkpoint_every=max(1, options.iterations // 20),
     )
     if job.baseline is None:
-        trainer = Trainer(config, config.out)
-    else:
-        trainer = ComparedTrainer(job.build, config, config.out)
+        return Trainer(config, config.out)
+    return ComparedTrainer(job.build, config, config.out)
+
+
+def train(job: Job, options: Options) -> dict[str, Any]:
+    """Train, and return the scores of the last evaluation, the minutes without evaluations, and the peak memory."""
+    trainer = make_trainer(job, options)
+    config = trainer.config
     trainer.boundary_tolerance = (config.boundary_tolerance, 1)
     scores = trainer.train()
     scores = {name.replace("boundary_f_1px", "boundary_f1"): score for name, score in scores.items()}

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from bench import ablation_plan, ablation_report, ablations, pictures, smp
+from bench import ablation_plan, ablation_report, ablation_speed, ablations, pictures, smp
 from tests.helpers import layouts
 from tests.helpers.models import missing_members
 from unept.config import ModelConfig, TrainConfig
@@ -238,3 +238,12 @@ def test_targets():
     ]
     assert json.dumps(results)
     assert "| memory resnet50 B=2 triton bf16 compiled | 2.90 | 30.0 | 134.1 |" in ablation_report.report(results)
+
+
+def test_the_speed_of_networks_is_timed_side_by_side(inputs, monkeypatch, capsys):
+    arguments = [*inputs[:2], "--names", "unept", "OCRNet", "--crop-size", "48", "64", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench.ablation_speed", *arguments])
+    ablation_speed.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].strip() for row in rows] == ["unept", "OCRNet"]
+    assert all(float(rate) > 0 for row in rows for rate in row[1:])
