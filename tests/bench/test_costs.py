@@ -54,6 +54,12 @@ def test_heads_of_full_resolution_cost_little_at_the_papers_size():
     assert max(kept) <= 2.6
 
 
+def test_finer_heads_on_a_narrower_branch_keep_the_multiplications_of_the_paper():
+    heads = {"boundary_upsampling": "subpixel", "boundary_features": "spatial+decoder", "spatial_widths": (64, 128)}
+    build = lambda: UNEPT(150, "deit_base_distilled_patch16_384", **heads)
+    assert cost(build, (480, 480)).layer_macs <= 99.1e9
+
+
 def test_multiplications_of_one_attention_are_counted():
     class Attend(nn.Module):
         def __init__(self):
