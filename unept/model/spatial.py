@@ -20,7 +20,7 @@ class SpatialBranch(nn.Sequential):
     """Three 3x3 convolutions of stride 2: images (B, C, H, W) to image details (B, d_model, H / 8, W / 8).
 
     The paper gives no widths. At 480x480 and d_model 256, (32, 256) cost 3.24 GMACs and 0.67 M parameters; (64, 128),
-    as in the released code, cost 2.22 GMACs and 0.37 M. With the former the whole network has the 99.1 GMACs of Table 7.
+    as in the released code, cost 2.22 GMACs and 0.37 M. With the former, DeiT's network has the 99.1 GMACs of Table 7.
     In small, on CamVid, the two segment equally well (`bench/results/README.md`).
 
     Args:
