@@ -158,7 +158,7 @@ def test_machine_code_gives_what_the_model_gives(exported, tmp_path):
     assert export.check(network, export.load("aoti", path, CPU)) <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_size(model, tmp_path):
     network = WholeImage(model)
     program = export_program(network, (70, 90))
@@ -169,7 +169,7 @@ def test_one_size(model, tmp_path):
         function(noise(1, 3, 90, 70))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lines_for_openvino_and_int8(exported, tmp_path, monkeypatch):
     """The lines of docs/export.md, on a file at the place that they name."""
     pytest.importorskip("onnxruntime")

@@ -97,7 +97,7 @@ def test_another_size_of_image_or_number_of_classes_compiles_nothing(untuned, sc
     assert_only_the_first_size_compiles(rows)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("scenario", ["attention", "gather", "losses", "boundary", "deterministic"])
 def test_every_tuned_call_launches_and_compiles_once(tuned, scenario):
     rows = tuned(scenario)
@@ -122,7 +122,7 @@ def test_launches_and_compilations_of_a_training_step(untuned):
     assert second["host_us"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_second_process_takes_its_choices_from_disk(tmp_path):
     rows, said = launched(tmp_path, "sizes", tune=True)
     assert said.count("Compiling and timing kernels for this GPU") == 1

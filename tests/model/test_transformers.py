@@ -226,8 +226,13 @@ def test_as_exact_as_theirs_in_every_dtype(name, backend, dtype, size):
 
 
 # One for each of the three operators.
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["Mask2Former", "Deformable DETR", "RT-DETRv2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("Deformable DETR", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("Mask2Former", "RT-DETRv2")),
+    ],
+)
 def test_compiled(name):
     theirs, ours = build(name)
     patch(ours)
