@@ -18,7 +18,9 @@ Size = Literal["paper", "tiny"]
 FINAL = "unept"
 BASELINES = {"DeepLabV3+": "DeepLabV3Plus", "UPerNet": "UPerNet", "FPN": "FPN", "SegFormer": "Segformer"}
 # Further networks of Tables 1, 2, 7 and 8, on the same backbone.
-COMPARED = {"PSPNet": "PSPNet", "DeepLabV3": "DeepLabV3", **{name: name for name in CONVOLUTIONAL_HEADS}}
+COMPARED = ("PSPNet", "DeepLabV3", *CONVOLUTIONAL_HEADS)
+# Those of segmentation-models-pytorch, and their names there.
+SMP = {**BASELINES, "PSPNet": "PSPNet", "DeepLabV3": "DeepLabV3"}
 ATTENTIONS = ("full", "sparse_transformer", "longformer", "reformer")  # in place of sparse sampling, Table 8
 RATES = (3.0,)  # times the learning rates
 PAPER_GB = {"resnet50": 7.0, DEIT: 8.5}  # Table 8, batch 2
@@ -55,8 +57,7 @@ class Job:
         assert self.baseline is not None
         if self.baseline in CONVOLUTIONAL_HEADS:
             return build_network(self.baseline, classes, palette, model.backbone, weights=model.backbone_weights)
-        architecture = {**BASELINES, **COMPARED}[self.baseline]
-        return Baseline(architecture, classes, palette, model.backbone_weights)
+        return Baseline(SMP[self.baseline], classes, palette, model.backbone_weights)
 
 
 def network(size: Size) -> ModelConfig:

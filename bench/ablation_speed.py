@@ -4,9 +4,8 @@ Takes training steps as the ablations do, and predicts images of CamVid's size o
 take turns, so that what else the machine does slows all of them: the medians can be compared with each other.
 """
 
-import statistics
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ import torch
 import tyro
 
 from unept.inference import predict_ids
+from unept.train import Trainer
 from unept.training.freezing import training_mode
 
 from .ablation_plan import BASELINES, COMPARED, FINAL, Size, plan
 from .ablations import Options as Ablations
 from .ablations import make_trainer
-from .harness import DEVICE, device_name
+from .harness import DEVICE, device_name, seconds_in_turn
 
 
 @dataclass
@@ -43,31 +43,20 @@ class Options:
     """Threads of PyTorch on a CPU. None: its default."""
 
 
-class Timed:
-    """A network and the seconds that it took."""
+def timed(trainer: Trainer, options: Options) -> dict[str, Callable[[], Any]]:
+    """Return functions that take a training step, and that predict an image."""
+    draw = lambda high, *shape: torch.randint(0, high, shape, dtype=torch.uint8, device=DEVICE)
+    images, labels = (
+        draw(256, options.batch_size, 3, *options.crop_size),
+        draw(11, options.batch_size, *options.crop_size),
+    )
+    image = draw(256, 1, 3, 360, 480)
 
-    def __init__(self, trainer: Any, options: Options):
-        self.trainer, size = trainer, options.crop_size
-        draw = lambda high, *shape: torch.randint(0, high, shape, dtype=torch.uint8, device=DEVICE)
-        self.samples = draw(256, options.batch_size, 3, *size), draw(11, options.batch_size, *size)
-        self.image = draw(256, 1, 3, 360, 480)
-        self.step_seconds: list[float] = []
-        self.image_seconds: list[float] = []
+    def train() -> float:
+        training_mode(trainer.model)
+        return trainer.train_step(images, labels)["loss"].item()
 
-    def run(self) -> None:
-        """Take a step and predict an image."""
-        training_mode(self.trainer.model)
-        start = time.perf_counter()
-        self.trainer.train_step(*self.samples)["loss"].item()
-        self.step_seconds.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        predict_ids(self.trainer.model, self.image, self.trainer.inference).sum().item()
-        self.image_seconds.append(time.perf_counter() - start)
-
-    def rates(self) -> tuple[float, float]:
-        """Images per second of training and of prediction."""
-        training = self.trainer.config.batch_size / statistics.median(self.step_seconds[1:])
-        return training, 1 / statistics.median(self.image_seconds[1:])
+    return {"training": train, "inference": lambda: predict_ids(trainer.model, image, trainer.inference).sum().item()}
 
 
 def main() -> None:
@@ -80,14 +69,16 @@ def main() -> None:
         ablations = Ablations(
             options.data, None, Path(folder), 1, options.batch_size, options.crop_size, size=options.size
         )
-        networks = {name: Timed(make_trainer(jobs[name], ablations), options) for name in options.names}
-    for _ in range(options.rounds + 1):
-        for network in networks.values():
-            network.run()
-    print(f"{device_name()}, {torch.get_num_threads()} threads of PyTorch\n")
-    print("| network | training, images/s | inference, images/s |\n|---|---:|---:|")
-    for name, network in networks.items():
-        print("| {} | {:.1f} | {:.1f} |".format(name, *network.rates()))
+        functions = {
+            (name, task): function
+            for name in options.names
+            for task, function in timed(make_trainer(jobs[name], ablations), options).items()
+        }
+    seconds = seconds_in_turn(functions, options.rounds)
+    print(f"{device_name()}\n\n| network | training, images/s | inference, images/s |\n|---|---:|---:|")
+    for name in options.names:
+        training, inference = options.batch_size / seconds[name, "training"], 1 / seconds[name, "inference"]
+        print(f"| {name} | {training:.1f} | {inference:.1f} |")
 
 
 if __name__ == "__main__":

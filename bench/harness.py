@@ -13,11 +13,12 @@ import platform
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -282,6 +283,23 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return f"{models[0].split(': ')[1] if models else platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+Key = TypeVar("Key")
+
+
+def seconds_in_turn(functions: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
+    """Return the median seconds of functions that wait for their result, by the keys of the functions.
+
+    They take turns, so that what else the machine does slows all of them. One more round, before, is not counted.
+    """
+    seconds: dict[Key, list[float]] = {key: [] for key in functions}
+    for _ in range(rounds + 1):
+        for key, function in functions.items():
+            start = perf_counter()
+            function()
+            seconds[key].append(perf_counter() - start)
+    return {key: statistics.median(of[1:]) for key, of in seconds.items()}
 
 
 def version(package: str) -> str:

@@ -1,11 +1,9 @@
 """The named sizes side by side: `python -m bench.named_sizes` prints parameters, multiplications and images per second.
 
 Speed is the rate at which a network with random weights turns images of CamVid's size into refined class ids, one at a
-time, in float32 and in bfloat16. All networks take turns, so that what else the machine does slows all of them.
+time, in float32 and in bfloat16.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +14,7 @@ import unept
 from unept.inference import InferenceConfig, predict_ids
 
 from .counting import cost
-from .harness import DEVICE, device_name
+from .harness import DEVICE, device_name, seconds_in_turn
 
 
 @dataclass
@@ -60,22 +58,14 @@ def main() -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     keys = [(name, amp) for name in options.names for amp in ("off", "bf16")]
-    runs = {key: predictor(*key, options) for key in keys}
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
-    for step in range(options.rounds + 1):
-        for key, predict in runs.items():
-            start = time.perf_counter()
-            predict()
-            if step:
-                seconds[key].append(time.perf_counter() - start)
-    where = f"{device_name()}, {torch.get_num_threads()} threads" if DEVICE == "cpu" else device_name()
+    seconds = seconds_in_turn({key: predictor(*key, options) for key in keys}, options.rounds)
     height, width = options.size
-    print(f"{where}; images of {height}x{width}, {options.classes} classes\n")
+    print(f"{device_name()}; images of {height}x{width}, {options.classes} classes\n")
     print("| name | M parameters | GMACs | images/s, float32 | bfloat16 |")
     print("|---|---:|---:|---:|---:|")
     for name in options.names:
         parameters, gmacs = count(name)
-        rates = [1 / statistics.median(seconds[name, amp]) for amp in ("off", "bf16")]
+        rates = [1 / seconds[name, amp] for amp in ("off", "bf16")]
         print(f"| `{name}` | {parameters:.1f} | {gmacs:.1f} | {rates[0]:.1f} | {rates[1]:.1f} |", flush=True)
 
 

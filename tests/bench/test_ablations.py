@@ -3,7 +3,6 @@
 import json
 import sys
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -19,17 +18,13 @@ from unept.model.network import UNEPT
 from unept.model.output import TrainableModel
 
 TINY = {"backbone": "resnet10t", "pretrained_backbone": False, "d_model": 32, "num_heads": 4, "ffn_dim": 64}
-SMP = {**ablation_plan.BASELINES, "PSPNet": "PSPNet", "DeepLabV3": "DeepLabV3"}  # of segmentation-models-pytorch
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Options: a CamVid of four images, and the backbone's weights."""
     folder = tmp_path_factory.mktemp("ablations")
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        labels = [generator.integers(0, 12, (6, 8)).repeat(8, 0).repeat(8, 1) for _ in range(4)]
-        layouts.write(layouts.camvid, folder / "camvid", split, labels)
+    layouts.write_noisy_camvid(folder / "camvid")
     torch.manual_seed(0)
     backbone = timm.create_model(smp.BACKBONE)
     save_file(backbone.state_dict(), folder / "weights.safetensors")
@@ -127,11 +122,11 @@ def test_no_time_left_runs_nothing(inputs, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.json"))
 
 
-@pytest.mark.parametrize("name", SMP)
+@pytest.mark.parametrize("name", ablation_plan.SMP)
 def test_a_baseline_predicts_every_pixel(name):
     pytest.importorskip("segmentation_models_pytorch")
     torch.manual_seed(0)
-    baseline = smp.Baseline(SMP[name], "abcde", [(0, 0, 0)] * 5, None).eval()
+    baseline = smp.Baseline(ablation_plan.SMP[name], "abcde", [(0, 0, 0)] * 5, None).eval()
     images = torch.randint(0, 256, (1, 3, 72, 100), dtype=torch.uint8)
     output = baseline(images)
     stride = 8 if name in ("PSPNet", "DeepLabV3") else 4

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,18 +11,12 @@ from tests.helpers import layouts
 from unept.config import DataConfig, ModelConfig, TrainConfig
 
 VIT = "vit_tiny_patch16_224"
-SMP = {**ablation_plan.BASELINES, "PSPNet": "PSPNet", "DeepLabV3": "DeepLabV3"}  # of segmentation-models-pytorch
 
 
 @pytest.fixture(scope="module")
 def camvid(tmp_path_factory):
     """A CamVid of four images of 48x64 per split."""
-    folder = tmp_path_factory.mktemp("camvid")
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        labels = [generator.integers(0, 12, (6, 8)).repeat(8, 0).repeat(8, 1) for _ in range(4)]
-        layouts.write(layouts.camvid, folder, split, labels)
-    return folder
+    return layouts.write_noisy_camvid(tmp_path_factory.mktemp("camvid"))
 
 
 def train_one_step(build, backbone, camvid, out):
@@ -74,7 +67,11 @@ def test_setr_is_trained_with_its_auxiliary_decoders(name, camvid, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["SegFormer", *(pytest.param(n, marks=pytest.mark.slow) for n in SMP if n not in ("FPN", "SegFormer"))]
+    "name",
+    [
+        "SegFormer",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ablation_plan.SMP if n not in ("FPN", "SegFormer")),
+    ],
 )
 def test_networks_of_smp_are_trained(name, camvid, tmp_path):
     """A step changes the encoder, the decoder and the classifier. FPN is trained in the test of the command."""

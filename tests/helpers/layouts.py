@@ -61,3 +61,12 @@ def write(layout, root: Path, split: str, labels: list[np.ndarray], labelled: bo
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("".join(f"{image.stem}\n" for image, _ in pairs))
     return pairs
+
+
+def write_noisy_camvid(root: Path) -> Path:
+    """A CamVid of four images of 48x64 per split, of noise, with a random label per 8x8 pixels; gives `root`."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        labels = [generator.integers(0, 12, (6, 8)).repeat(8, 0).repeat(8, 1) for _ in range(4)]
+        write(camvid, root, split, labels)
+    return root
