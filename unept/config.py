@@ -65,9 +65,9 @@ class ModelConfig:
         Literal["sparse_sampling", "full", "sparse_transformer", "longformer", "reformer"] | None
     ) = None
     """Attention of the context queries among themselves. None: as `attention`."""
-    context_queries: Literal["spatial", "learned", "spatial+learned"] = "spatial"
-    """Input of the decoder: the spatial branch, or the learned table of the paper's baseline (no refinement), or the
-    sum of both."""
+    context_queries: Literal["spatial", "learned", "spatial+learned", "spatial+encoder"] = "spatial"
+    """Input of the decoder: the spatial branch, as in the paper, or the learned table of the paper's baseline (no
+    refinement), or the sum of both, or that of the spatial branch and the encoder's output."""
     boundary_upsampling: Literal["bilinear", "subpixel"] = "bilinear"
     """How boundaries and directions come from 1/8 to full resolution. bilinear: as in the paper. subpixel: the last
     convolution of each head predicts every pixel."""
@@ -88,6 +88,8 @@ class ModelConfig:
     """How the position embedding of a ViT is resized: bicubic, as in timm, or bilinear, as in the paper."""
     scale_encoding_std: float = 0.02
     """Standard deviation of the scale encoding at the start."""
+    zero_init_residual: bool = False
+    """Start with attentions and feed-forward networks that give zero."""
     in_chans: int = 3
     """Number of channels of an image. Others than 3 need mean and std, and --no-photometric."""
     mean: tuple[float, ...] | None = None

@@ -192,8 +192,8 @@ def test_offsets_start_on_rings():
     offsets = ring_offsets(8, 3, 16)
     assert offsets.shape == (8, 3, 16, 2)
     for n in range(16):
-        assert torch.allclose(offsets[:, :, n].abs().amax(-1), torch.tensor(n + 1.0))
-    assert torch.allclose(offsets[2, 0, 4], torch.tensor([0.0, 5.0]), atol=1e-5)  # a quarter turn: straight down (y)
+        assert torch.allclose(offsets[:, :, n].abs().amax(-1), torch.tensor(n / 2))
+    assert torch.allclose(offsets[2, 0, 5], torch.tensor([0.0, 2.5]), atol=1e-5)  # a quarter turn: straight down (y)
 
 
 def test_position_encoding_tells_positions_apart():
@@ -478,7 +478,7 @@ def test_unreachable_hub_names_the_alternatives(monkeypatch):
         ({"backbone": "resnet5"}, "close names: resnet"),
         ({"d_model": 30, "num_heads": 3}, "multiple of 8"),
         ({"num_heads": 5}, "multiple of num_heads"),
-        ({"context_queries": "none"}, "'spatial', 'learned' or 'spatial"),
+        ({"context_queries": "none"}, "'spatial+learned' or 'spatial+encoder'"),
         ({"classes": ["a"]}, "classes has 1 entries"),
         ({"num_levels": 9}, "lower num_levels"),
     ],

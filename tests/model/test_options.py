@@ -57,6 +57,24 @@ def test_the_table_is_added_to_what_the_decoder_sees_and_not_to_what_the_heads_s
     assert not torch.equal(after.logits, before.logits)
 
 
+def test_the_encoders_output_is_added_to_what_the_decoder_sees_and_not_to_what_the_heads_see():
+    model, images = small_model(context_queries="spatial+encoder"), torch.randn(1, 3, 64, 96)
+    seen = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    with torch.no_grad():
+        output = model.eval()(images)
+    queries, memory, shapes = seen[0]
+    details = model.queries(images)
+    assert torch.equal(output.boundary, model.boundary_head(details))
+    added, start = torch.zeros_like(details), 0
+    for h, w in shapes:
+        level = memory[:, start : start + h * w].transpose(1, 2).reshape(1, -1, h, w)
+        added += F.interpolate(level, (8, 12), mode="bilinear", align_corners=False)
+        start += h * w
+    torch.testing.assert_close(queries - details, added, atol=1e-5, rtol=1e-5)
+    assert sum(h * w for h, w in shapes) == start == memory.shape[1]
+
+
 @pytest.mark.parametrize("count", [4, 8, 12, 16, 32])
 def test_steps_of_any_number_of_directions(count):
     steps = direction_steps(torch.arange(count).view(1, 1, count), count)[0, :, 0].T.tolist()

@@ -10,7 +10,10 @@ from .encoding import Shapes
 
 
 def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
-    """Initial sampling offsets, as in Deformable DETR: head m looks in direction 2 pi m / M on every level.
+    """Initial sampling offsets: head m looks in direction 2 pi m / M on every level, its first point is the query itself.
+
+    The paper does not state them. Deformable DETR and the released code start one pixel away and have twice the gap
+    between points, so that nothing is sampled where the query lies; that learns more slowly, thin classes above all.
 
     Args:
         num_heads: M.
@@ -18,12 +21,12 @@ def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
         num_points: N, points per head and level.
 
     Returns:
-        (M, L, N, 2) float32, (x, y) in pixels of each level; point n lies n + 1 pixels away, on a square ring.
+        (M, L, N, 2) float32, (x, y) in pixels of each level; point n lies n / 2 pixels away, on a square ring.
     """
     angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
     direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
     direction = direction / direction.abs().amax(dim=-1, keepdim=True)
-    distance = torch.arange(1, num_points + 1, dtype=torch.float32)
+    distance = torch.arange(num_points, dtype=torch.float32) / 2
     rings = direction[:, None, None, :] * distance[None, None, :, None]
     return rings.expand(num_heads, num_levels, num_points, 2).contiguous()
 

@@ -20,7 +20,7 @@ from .limits import check_sizes
 from .normalization import NormalizedInput
 from .output import STRIDE, UNEPTOutput, class_ids, evaluation_mode, padded_size
 from .spatial import LearnedQueries, SpatialBranch
-from .transformer import Decoder, Encoder, LayerSize
+from .transformer import Decoder, Encoder, LayerSize, upsampled_levels
 
 
 class UNEPT(NormalizedInput, Labelled, HubMixin):
@@ -51,7 +51,8 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         decoder_self_attention: that of the context queries among themselves; None means `attention`.
         context_queries: `"spatial"`, or `"learned"` for the paper's baseline without a spatial branch (Table 5), which
             predicts no boundary and does not refine; `"spatial+learned"` adds such a table to the spatial branch's
-            features where they enter the decoder.
+            features where they enter the decoder, `"spatial+encoder"` adds the encoder's output, the sum of its levels
+            up-sampled to 1/8.
         boundary_upsampling: how boundaries and directions come from 1/8 to the resolution of the image: `"bilinear"`,
             as in the paper, or `"subpixel"`, where the last convolution of each head predicts all 64 pixels of a block.
         boundary_features: what the boundary and direction heads see: `"spatial"`, the spatial branch alone, as in the
@@ -65,6 +66,9 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         position_resize: how a ViT's position embedding is resized: `"bicubic"`, as in timm, or `"bilinear"`, as in the
             paper.
         scale_encoding_std: standard deviation of the scale encoding at the start.
+        zero_init_residual: start with attentions and feed-forward networks that give zero, so that a layer of the
+            transformer at first only normalises what it is given. With `context_queries="spatial+encoder"` the
+            classifier then reads the backbone's features from the first step on.
         classes: names of the K classes, kept in config.json.
         palette: an (r, g, b) for each class, kept there too.
         in_chans: number of channels of an image, C.
@@ -114,6 +118,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         level_norm: bool = True,
         position_resize: str = "bicubic",
         scale_encoding_std: float = 0.02,
+        zero_init_residual: bool = False,
         classes: Sequence[str] | None = None,
         palette: Sequence[Sequence[int]] | None = None,
         in_chans: int = 3,
@@ -127,7 +132,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         check_labels(num_classes, classes=classes, palette=palette)
         check_choice("attention", attention, *ATTENTIONS)
         check_choice("decoder_self_attention", decoder_self_attention or attention, *ATTENTIONS)
-        check_choice("context_queries", context_queries, "spatial", "learned", "spatial+learned")
+        check_choice("context_queries", context_queries, "spatial", "learned", "spatial+learned", "spatial+encoder")
         check_choice("boundary_upsampling", boundary_upsampling, "bilinear", "subpixel")
         check_choice("boundary_features", boundary_features, "spatial", "spatial+decoder")
         check_choice("logits_stride", logits_stride, 1, 2, 4, 8)
@@ -155,6 +160,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
             dropout=dropout,
             attention=attention,
             decoder_self_attention=decoder_self_attention,
+            zero_init_residual=zero_init_residual,
         )
         self.encoder = Encoder(num_encoder_layers, size, scale_encoding_std)
         self.decoder = Decoder(num_decoder_layers, size)
@@ -166,6 +172,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
             else LearnedQueries(d_model)
         )
         self.query_table = LearnedQueries(d_model) if context_queries == "spatial+learned" else None
+        self.queries_see_encoder = context_queries == "spatial+encoder"
         self.boundary_stride = 1 if boundary_upsampling == "subpixel" else STRIDE
         self.boundaries_see_decoder = boundary_features == "spatial+decoder"
         channels, upscale = d_model * (1 + self.boundaries_see_decoder), STRIDE // self.boundary_stride
@@ -237,6 +244,8 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         tokens, shapes = self.pyramid(self.backbone(padded))
         memory = self.encoder(tokens, shapes)
         queries = details if self.query_table is None else details + self.query_table(padded)
+        if self.queries_see_encoder:
+            queries = queries + upsampled_levels(memory, shapes, (full_height // STRIDE, full_width // STRIDE))
         decoded = self.decoder(queries, memory, shapes)
         covered = padded_size((height, width))
         logits = _crop(self.classifier(decoded), covered, self.logits_stride)

@@ -1,11 +1,13 @@
 """The context branch: encoder, decoder, position and scale encoding (Eq. 5, Sec. 3.1)."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,10 +54,23 @@ class LayerSize:
     decoder_self_attention: str | None = None
     """The one of the context queries among themselves; None means `attention`."""
 
+    zero_init_residual: bool = False
+    """Start with attentions and feed-forward networks that give zero: a layer at first normalises what it is given."""
+
     def build_attention(self, num_levels: int, *, name: str | None = None, cross: bool = False) -> nn.Module:
         """A new attention of this size over `num_levels` levels; `cross` if queries and values are different tokens."""
         name = name or self.attention
-        return build_attention(name, self.d_model, self.num_heads, num_levels, self.num_points, cross=cross)
+        attention = build_attention(name, self.d_model, self.num_heads, num_levels, self.num_points, cross=cross)
+        if self.zero_init_residual:
+            nn.init.zeros_(attention.get_submodule("output_projection").get_parameter("weight"))
+        return attention
+
+    def build_feed_forward(self) -> FeedForward:
+        """A new feed-forward network of this size."""
+        feed_forward = FeedForward(self.d_model, self.ffn_dim, self.dropout)
+        if self.zero_init_residual:
+            nn.init.zeros_(feed_forward[3].weight)
+        return feed_forward
 
 
 class EncoderLayer(nn.Module):
@@ -66,7 +81,7 @@ class EncoderLayer(nn.Module):
         self.self_attention = size.build_attention(size.num_levels)
         self.dropout = Dropout(size.dropout)
         self.norm1 = nn.LayerNorm(size.d_model)
-        self.feed_forward = FeedForward(size.d_model, size.ffn_dim, size.dropout)
+        self.feed_forward = size.build_feed_forward()
         self.norm2 = nn.LayerNorm(size.d_model)
 
     def forward(self, x: Tensor, encoding: Tensor, shapes: Shapes, reference_points: Tensor) -> Tensor:
@@ -95,7 +110,7 @@ class DecoderLayer(nn.Module):
         self.dropout = Dropout(size.dropout)
         self.norm1 = nn.LayerNorm(size.d_model)
         self.norm2 = nn.LayerNorm(size.d_model)
-        self.feed_forward = FeedForward(size.d_model, size.ffn_dim, size.dropout)
+        self.feed_forward = size.build_feed_forward()
         self.norm3 = nn.LayerNorm(size.d_model)
 
     def forward(
@@ -156,6 +171,23 @@ class LayerStack(nn.Module):
             else:
                 x = layer(x, *args)
         return x
+
+
+def upsampled_levels(tokens: Tensor, shapes: Shapes, size: tuple[int, int]) -> Tensor:
+    """The sum of all levels of a pyramid, each up-sampled bilinearly to one map.
+
+    Args:
+        tokens: (B, S, C), the levels one after another.
+        shapes: [(H_l, W_l)] of the levels.
+        size: (h, w) of the map.
+
+    Returns:
+        (B, C, h, w), of the dtype of the tokens.
+    """
+    levels = tokens.transpose(1, 2).split([height * width for height, width in shapes], dim=2)
+    maps = [level.unflatten(2, shape) for level, shape in zip(levels, shapes, strict=True)]
+    maps = [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps]
+    return functools.reduce(torch.add, maps)
 
 
 class Encoder(LayerStack):
