@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from unept.config import ModelConfig
+from unept.model.loss import PAPER_WEIGHTS
 from unept.presets.recipe import DEIT
 from unept.presets.small import camvid
 
@@ -76,10 +77,14 @@ def plan(results: dict[str, dict[str, Any]], seeds: int = 1, size: Size = "paper
     """
     final = network(size)
     grid = [(scales, points) for scales in (1, 3) for points in ((4, 16) if size == "paper" else (4, 8, 16))]
+    learned = {"context_queries": "learned", "zero_init_residual": False}
+    queries = "spatial" if final.context_queries == "spatial+encoder" else "spatial+encoder"
+    residuals = "random" if final.zero_init_residual else "zero"
+    start = {"zero_init_residual": not final.zero_init_residual}
     heads = "bilinear" if final.boundary_upsampling == "subpixel" else "subpixel"
     jobs = [
-        Job("baseline", "parts", {"num_levels": 1, "context_queries": "learned"}),
-        Job("pyramid", "parts", {"context_queries": "learned"}),
+        Job("baseline", "parts", {"num_levels": 1, **learned}),
+        Job("pyramid", "parts", learned),
         Job(FINAL, "parts"),
         *(Job(name, "baselines", baseline=name) for name in BASELINES),
         *(Job(name, "compared", baseline=name) for name in COMPARED),
@@ -94,6 +99,10 @@ def plan(results: dict[str, dict[str, Any]], seeds: int = 1, size: Size = "paper
             if (scales, points) != (final.num_levels, final.num_points)
         ),
         Job(f"{heads} heads", "boundaries", {"boundary_upsampling": heads}),
+        Job(f"{queries} queries", "queries", {"context_queries": queries}),
+        Job(f"{residuals} residuals", "queries", start),
+        Job(f"{queries} queries, {residuals} residuals", "queries", {"context_queries": queries, **start}),
+        Job("direction 0.7", "boundaries", options={"loss_weights": PAPER_WEIGHTS}),
         Job("predicted pixels", "boundaries", options={"direction_pixels": "predicted"}),
         Job("spatial 64-128", "widths", {"spatial_widths": (64, 128)}),
         *(Job(f"{name} attention", "attentions", {"attention": name}) for name in ATTENTIONS),

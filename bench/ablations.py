@@ -7,7 +7,10 @@ weights from a file), one schedule and one seed, and measures the memory of a tr
                 refinement
     points      Table 6: N = 4 and 16 points (and 8 of the size tiny) on L = 1 and 3 scales, none refined in their own
                 column
-    boundaries  the other kind of up-sampling of boundary and direction maps; directions trained on predicted pixels
+    boundaries  the other kind of up-sampling of boundary and direction maps; the paper's weight of the direction loss;
+                directions trained on predicted pixels
+    queries     the other choice of whether context queries see the encoder's output, and of whether residual branches
+                start at zero, alone and together
     widths      the widths of the spatial branch in the released code
     attentions  the attentions of Table 8 in place of sparse sampling
     baselines   DeepLabV3+, UPerNet, FPN and SegFormer's head, of segmentation-models-pytorch

@@ -179,8 +179,12 @@ def test_the_size_tiny_has_a_plan_around_its_own_network():
     of = lambda jobs, part: {name for name, job in jobs.items() if job.part == part}
     assert of(paper, "points") == {"L=1 N=4", "L=1 N=16", "L=3 N=4"}  # L=3 N=16 is the final network
     assert of(tiny, "points") == {"L=1 N=4", "L=1 N=8", "L=1 N=16", "L=3 N=4", "L=3 N=16"}
-    assert of(paper, "boundaries") == {"subpixel heads", "predicted pixels"}
-    assert of(tiny, "boundaries") == {"bilinear heads", "predicted pixels"}
+    assert of(paper, "boundaries") == {"subpixel heads", "direction 0.7", "predicted pixels"}
+    assert of(tiny, "boundaries") == {"bilinear heads", "direction 0.7", "predicted pixels"}
+    assert of(paper, "queries") == {
+        "spatial+encoder queries", "zero residuals", "spatial+encoder queries, zero residuals"
+    }  # fmt: skip
+    assert of(tiny, "queries") == {"spatial queries", "random residuals", "spatial queries, random residuals"}
     for job in tiny.values():
         if job.baseline is None and job.part != "memory":
             changed = {name: getattr(ablation_plan.network("tiny"), name) for name in job.model}
@@ -201,7 +205,7 @@ def test_every_training_can_have_several_seeds():
 def test_seeds_that_are_asked_for_stay_in_the_part_of_their_training():
     plan = ablation_plan.plan({}, seeds=3)
     names = lambda part: {job.name for job in plan if job.part == part}
-    rows = {"subpixel heads", "predicted pixels"}
+    rows = {"subpixel heads", "direction 0.7", "predicted pixels"}
     assert names("boundaries") == rows | {f"{row} seed {seed}" for row in rows for seed in (1, 2)}
     results = {job.name: scores(0.5) for job in ablation_plan.plan({}) if job.part in ("parts", "baselines", "rates")}
     plan = ablation_plan.plan(results, seeds=2)

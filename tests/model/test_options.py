@@ -179,3 +179,21 @@ def test_the_step_of_the_learning_rate_can_be_elsewhere():
     assert "falls to 1.0e-05 at step 126" in describe_schedule(config, 3)
     with pytest.raises(ValueError, match=r"lr_drop is 0; it must be in \(0, 1\]"):
         TrainConfig(lr_drop=0)
+
+
+def test_residual_branches_may_start_at_zero():
+    """At first a layer only normalises what it is given, and every weight of it learns within three steps."""
+    model = small_model(context_queries="spatial+encoder", zero_init_residual=True).train()
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
+    with torch.no_grad():
+        tokens, shapes = model.pyramid(model.backbone(images))
+        expected = F.layer_norm(tokens, tokens.shape[-1:])
+        torch.testing.assert_close(model.encoder(tokens, shapes), expected, atol=1e-4, rtol=1e-4)
+    optimizer, before = torch.optim.SGD(model.parameters(), 0.1), {n: p.clone() for n, p in model.named_parameters()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        UNEPTLoss()(model(images), labels)["loss"].backward()
+        optimizer.step()
+    still = [n for n, p in model.named_parameters() if torch.equal(p, before[n]) and not n.startswith("backbone")]
+    assert not still
+    assert small_model().encoder.layers[0].self_attention.output_projection.weight.any(), "not by default"

@@ -11,6 +11,7 @@ from unept.kernels import use_backend
 from unept.model.loss import UNEPTLoss
 from unept.model.output import UNEPTOutput
 from unept.model.pixel_loss import PixelLoss
+from unept.model.region_loss import region_loss
 
 K, IGNORED = 5, 255
 
@@ -125,6 +126,22 @@ def test_parts_add_up_to_the_batch(kind):
     for name, value in whole.items():
         torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-5, atol=1e-6)
     assert whole["loss"].isfinite()
+
+
+@pytest.mark.parametrize("name", ["dice", "lovasz"])
+def test_region_losses_compare_every_second_pixel_of_the_up_sampled_prediction(name):
+    losses = pytest.importorskip("segmentation_models_pytorch.losses")
+    logits = torch.randn(2, K, 4, 6, requires_grad=True)
+    labels = torch.randint(K, (2, 32, 48))
+    labels[:, :, 40:] = IGNORED
+    compare = {"dice": losses.DiceLoss, "lovasz": losses.LovaszLoss}[name]("multiclass", ignore_index=IGNORED)
+    full = F.interpolate(logits, scale_factor=8, mode="bilinear", align_corners=False)
+    expected = sum(compare(full[b : b + 1, :, ::2, ::2], labels[b : b + 1, ::2, ::2]) for b in range(2))
+    found = region_loss(name, IGNORED)(logits, labels)
+    torch.testing.assert_close(found, expected)
+    pair = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*pair)
+    assert pair[0].abs().sum() > 0
 
 
 def test_absent_library_is_named(monkeypatch):

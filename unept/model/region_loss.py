@@ -7,12 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+STEP = 2  # rows and columns from one compared pixel to the next
+
 
 def region_loss(name: str, ignore_index: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function of logits (B, K, h, w) and labels (B, H, W): the sum over the images of their losses.
 
     Each image is up-sampled and compared alone, and again in the backward, so that the full-size logits of one image
-    are held at a time, and that the loss of a batch does not depend on how it is split.
+    are held at a time, and that the loss of a batch does not depend on how it is split. The pixels of every second row
+    and column stand for all, at a quarter of the time: Lovász sorts them once per class.
 
     Args:
         name: `"dice"` or `"lovasz"`.
@@ -32,7 +35,7 @@ def region_loss(name: str, ignore_index: int) -> Callable[[Tensor, Tensor], Tens
 
     def one_image(logits: Tensor, labels: Tensor) -> Tensor:
         full = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-        return compare(full, labels.long())
+        return compare(full[..., ::STEP, ::STEP], labels[:, ::STEP, ::STEP].long())
 
     @torch.compiler.disable
     def total(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from ..config import DataConfig, ModelConfig, TrainConfig
 from ..model.loss import LossWeights
+from ..recipe import RecipeConfig
 
 
 def shapes() -> TrainConfig:
@@ -62,7 +63,7 @@ def camvid() -> TrainConfig:
             logits_stride=2,
         ),
         data=DataConfig(dataset="camvid", crop_size=(256, 320), scale=(0.65, 1.75), workers=1),
-        iterations=1400,
+        iterations=1000,
         batch_size=8,
         lr=1e-3,
         backbone_lr=9e-4,
@@ -71,10 +72,11 @@ def camvid() -> TrainConfig:
         schedule="cosine",
         class_weights="auto",
         loss_weights=LossWeights(direction=5.0),
+        recipe=RecipeConfig(lovasz_weight=2.0),
         ema=0.998,
         refine_scale=4,
         refine_direction="mean",
-        eval_every=700,
+        eval_every=500,
         checkpoint_every=50,
     )
 
