@@ -248,6 +248,21 @@ def test_resume_needs_no_pretrained_weights(finished, data):
     assert again.step == 12
 
 
+def test_run_that_starts_anew_has_pretrained_weights(finished, data, tmp_path):
+    """A folder with checkpoints but without config.json is no run: it starts at the first step, as any other."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    config = config_of(data, resume="auto", iterations=12)
+    trainer = Trainer(config, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ValueError, match="gone since this process started"):
+        trainer.train()
+    shutil.copytree(finished[0], tmp_path / "other")
+    (tmp_path / "other" / "config.json").unlink()
+    config.model.backbone_weights = tmp_path / "gone.safetensors"
+    with pytest.raises(FileNotFoundError, match="gone"):
+        Trainer(config, tmp_path / "other")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_image_in_the_middle_of_a_run_loses_nothing(data, tmp_path, workers):
     """One clear error that names the file, and a checkpoint of every step before it; mended, the run goes on."""

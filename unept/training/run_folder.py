@@ -10,7 +10,7 @@ import torch
 from .. import distributed
 from ..config import TrainConfig
 from ..files import finish_folder, remove_temporary_files, write_atomically
-from .checkpoint import load_latest, set_aside
+from .checkpoint import checkpoints, load_latest, set_aside
 from .history import add_to_history, changed_options, check_steps, describe_changes
 from .optimizer import describe_schedule
 from .state import TrainingState
@@ -91,6 +91,11 @@ def should_resume(config: TrainConfig, folder: Path) -> bool:
     launch = folder / "launch"
     restarted = distributed.was_restarted() and launch.exists() and launch.read_text() == distributed.launch_id()
     return config.resume == "auto" or restarted
+
+
+def holds_state(folder: Path) -> bool:
+    """Whether a run folder holds a run that is past its first steps, so that it continues from a checkpoint."""
+    return (folder / "config.json").is_file() and bool(checkpoints(folder / "checkpoints"))
 
 
 def open_run_folder(config: TrainConfig, folder: Path, classes: Sequence[str], resume: bool) -> TrainingState | None:

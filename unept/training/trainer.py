@@ -29,7 +29,7 @@ from ..progress import Progress, step_progress
 from . import run_folder
 from .acceleration import compiled
 from .batches import build_loader
-from .checkpoint import checkpoints, describe_saved, divergence_advice, save_checkpoint, save_model
+from .checkpoint import describe_saved, divergence_advice, save_checkpoint, save_model
 from .depthwise import prepare_for_cpu_bfloat16
 from .fine_tuning import prepare_model
 from .freezing import freeze, training_mode
@@ -63,6 +63,7 @@ class Trainer:
     Attributes:
         model: the network that is trained.
         averaged: the average of its weights (`TrainConfig.ema`), or None.
+        needs_state: whether the network was made without pretrained weights, as a checkpoint holds them all.
         step: optimiser steps completed.
         best: highest validation mIoU so far, -1 before the first evaluation.
         stale: number of evaluations since that one.
@@ -84,6 +85,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.train_set, self.validation_set = distributed.run_on_main(self.build_datasets)
         self.resumes = distributed.run_on_main(lambda: run_folder.should_resume(config, out))
+        self.needs_state = distributed.run_on_main(lambda: self.resumes and run_folder.holds_state(out))
         self.model = self.build_model().to(self.device)
         freeze(self.model, config.recipe)
         self.loss = self.build_loss().to(self.device)
@@ -122,11 +124,11 @@ class Trainer:
     def build_model(self) -> TrainableModel:
         """Return the network as it is before the first step. A subclass may return another one."""
         options, classes = self.config.model.options(), self.train_set.classes
-        if resumes := distributed.run_on_main(lambda: self.resumes and bool(checkpoints(self.out / "checkpoints"))):
+        if self.needs_state:
             # The checkpoint holds all weights, and the file or the network that the first ones came from may be gone.
             options.update(pretrained_backbone=False, backbone_weights=None)
         model = UNEPT(len(classes), classes=classes, palette=self.train_set.palette, **options)
-        return prepare_model(model, self.config.recipe, resumes)
+        return prepare_model(model, self.config.recipe, self.needs_state)
 
     def build_loss(self) -> UNEPTLoss:
         """Return the loss. A subclass that trains another network may return another one."""
@@ -190,6 +192,11 @@ class Trainer:
         )
         if state is not None:
             state.restore(self)
+        elif self.needs_state:
+            raise ValueError(
+                f"the checkpoints in {self.out} are gone since this process started, and the network was made without "
+                "pretrained weights: start again"
+            )
         if distributed.is_main():
             tracker = start_tracker(self.config, self.out)
             self.recorder = Recorder(self.out, self.step, evaluated=self.evaluated, tracker=tracker)
