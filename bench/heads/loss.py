@@ -1,5 +1,7 @@
 """The loss of the compared networks: cross-entropy, also of auxiliary classifiers, of points and of present classes."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,10 +24,16 @@ class HeadLoss(UNEPTLoss):
     Args:
         ignore_index: label of the pixels that are left out.
         class_weights: (K,), weights of the classes in all of them but the SE-loss.
+        region_losses: weights of further losses of the prediction, by name, as `UNEPTLoss` takes them.
     """
 
-    def __init__(self, ignore_index: int = 255, class_weights: Tensor | None = None):
-        super().__init__(ignore_index=ignore_index, class_weights=class_weights)
+    def __init__(
+        self,
+        ignore_index: int = 255,
+        class_weights: Tensor | None = None,
+        region_losses: Mapping[str, float] | None = None,
+    ):
+        super().__init__(ignore_index=ignore_index, class_weights=class_weights, region_losses=region_losses)
 
     def forward(self, output: UNEPTOutput | HeadOutput, labels: Tensor) -> dict[str, Tensor]:
         """Compare a prediction with labels (B, H, W); see `losses`."""
@@ -35,8 +43,8 @@ class HeadLoss(UNEPTLoss):
         """Sums over the pixels of this part of a batch, divided by the counts of the whole batch.
 
         Returns:
-            `segmentation`, where there are any `auxiliary`, `points` and `presence`, and `loss`, their weighted sum:
-            float32 scalars.
+            `segmentation`, where there are any `auxiliary`, `points`, `presence` and region losses, and `loss`, their
+            weighted sum: float32 scalars.
         """
         count = targets.counts[0].clamp(min=1)
         losses = {"segmentation": self._sum(output.logits, targets.labels) / count}
@@ -51,6 +59,9 @@ class HeadLoss(UNEPTLoss):
         if isinstance(output, HeadOutput) and output.presence is not None:
             losses["presence"] = self._presence_sum(output.presence, targets.labels) / targets.counts[3].clamp(min=1)
             weighted.append(PRESENCE_WEIGHT * losses["presence"])
+        for name, region_sum in self.region_losses.items():
+            losses[name] = region_sum(output.logits, targets.labels) / targets.counts[3].clamp(min=1)
+            weighted.append(self.region_weights[name] * losses[name])
         return {"loss": torch.stack(weighted).sum(), **losses}
 
     def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:

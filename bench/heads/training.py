@@ -35,6 +35,6 @@ class ComparedTrainer(Trainer):
         return self.build(self.train_set.classes, self.train_set.palette, self.config.model)
 
     def build_loss(self) -> HeadLoss:
-        """Return the loss with its auxiliary terms."""
+        """Return the loss with its auxiliary terms, and the region losses that this network's own recipe asks for."""
         weights = distributed.run_on_main(lambda: class_weights(self.config, self.train_set))
-        return HeadLoss(self.train_set.ignore_index, weights)
+        return HeadLoss(self.train_set.ignore_index, weights, self.config.recipe.region_losses())

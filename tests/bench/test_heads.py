@@ -20,7 +20,8 @@ from bench.heads.pointrend import sample, uncertainty
 from bench.heads.psanet import PointwiseSpatialAttention
 from tests.helpers.models import missing_members
 from unept.inference import InferenceConfig, predict_ids
-from unept.model.output import TrainableModel
+from unept.model.loss import UNEPTLoss
+from unept.model.output import TrainableModel, UNEPTOutput
 
 CLASSES = "abcde"
 PALETTE = [(0, 0, 0)] * 5
@@ -245,6 +246,16 @@ def test_point_loss_is_the_cross_entropy_of_a_pixel():
     torch.testing.assert_close(losses["points"], losses["segmentation"])
     outside = Points(points.coordinates + 1, points.logits)
     assert loss(HeadOutput(logits, points=outside), labels)["points"] == 0
+
+
+def test_compared_networks_learn_by_the_region_losses_of_the_recipe_too():
+    pytest.importorskip("segmentation_models_pytorch")
+    logits, labels = torch.randn(2, 3, 2, 2, requires_grad=True), torch.randint(0, 3, (2, 16, 16))
+    loss = HeadLoss(region_losses={"lovasz": 2.0})
+    losses = loss(HeadOutput(logits), labels)
+    alone = UNEPTLoss(region_losses={"lovasz": 2.0})(UNEPTOutput(logits, None, None, 8), labels)
+    torch.testing.assert_close(losses, alone)
+    assert losses["loss"] > losses["segmentation"]
 
 
 def test_an_unknown_head_is_refused():
