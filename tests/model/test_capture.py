@@ -19,7 +19,7 @@ def noise(*size: int) -> torch.Tensor:
 def model() -> UNEPT:
     torch.manual_seed(0)
     sizes = {"d_model": 16, "num_heads": 2, "num_levels": 2, "num_points": 2, "ffn_dim": 16}
-    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1, "context_queries": "spatial+encoder"}
     model = UNEPT(3, "resnet10t", output_stride=32, logits_stride=2, boundary_upsampling="subpixel", **sizes, **layers)
     for name, parameter in model.named_parameters():
         if "sampling" in name or "head" in name:  # so that samples, boundaries and directions vary

@@ -13,7 +13,8 @@ def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
     """Initial sampling offsets: head m looks in direction 2 pi m / M on every level, its first point is the query itself.
 
     The paper does not state them. Deformable DETR and the released code start one pixel away and have twice the gap
-    between points, so that nothing is sampled where the query lies; that learns more slowly, thin classes above all.
+    between points, so that nothing is sampled where the query lies: in small that learned more slowly
+    (`bench/results/README.md`).
 
     Args:
         num_heads: M.
