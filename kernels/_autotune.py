@@ -221,8 +221,8 @@ def compile_in_threads(launches: Sequence[tuple[Any, dict[str, Any]]], workers: 
 
 
 def compile_ahead(step: Callable[[], Any], workers: int | None = None, quiet: bool = False) -> None:
-    """Compile everything that a step launches on the current GPU, in all configurations, side by side: what a first step
-    would compile kernel by kernel, as it comes to each. `unept.train` does so for its own steps.
+    """Compile everything that a step launches on the current GPU, in all configurations, side by side: what the step
+    itself would compile kernel by kernel, as it comes to each. `unept.train` does so for its own steps.
 
     Kernels otherwise wait for each other, as only the configurations of one are compiled side by side. By calculation
     from the seconds of each compilation (40 of them, 28 s of a CPU core, in a training step of tf_efficientnet_lite0;
