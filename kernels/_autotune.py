@@ -152,15 +152,17 @@ class Tuner(triton.runtime.autotuner.Autotuner):
     """The names of the arguments that are tensors."""
 
     def prune_configs(self, kwargs: dict[str, Any]) -> list["triton.Config"]:
-        """The configurations to try for a launch with these arguments."""
-        arguments = {**self.nargs, **kwargs}
+        """The configurations to try for a launch with these arguments by name, besides those by position."""
+        return self.fitted({**self.nargs, **kwargs})
+
+    def fitted(self, arguments: Mapping[str, Any]) -> list["triton.Config"]:
+        """The configurations to try for these arguments."""
         fitted = self.configs if self.fit is None else [self.fit(config, arguments) for config in self.configs]
         return list(dict.fromkeys(fitted))
 
     def options_to_try(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """The options of the configurations that a first launch compiles: all that are timed, or the first."""
-        self.nargs: dict[str, Any] = {}
-        configs = self.prune_configs(arguments)
+        configs = self.fitted(arguments)
         return [config.all_kwargs() for config in (configs if TUNES else configs[:1])]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,9 +220,9 @@ def compile_in_threads(launches: Sequence[tuple[Any, dict[str, Any]]], workers: 
             kernel.warmup(**{"grid": (1,), **arguments})
 
 
-def compile_ahead(step: Callable[[], Any], workers: int | None = None) -> None:
-    """Compile everything that a step launches, in all configurations, side by side: what a first step would compile
-    kernel by kernel, as it comes to each.
+def compile_ahead(step: Callable[[], Any], workers: int | None = None, quiet: bool = False) -> None:
+    """Compile everything that a step launches on the current GPU, in all configurations, side by side: what the step
+    itself would compile kernel by kernel, as it comes to each. `unept.train` does so for its own steps.
 
     Kernels otherwise wait for each other, as only the configurations of one are compiled side by side. By calculation
     from the seconds of each compilation (40 of them, 28 s of a CPU core, in a training step of tf_efficientnet_lite0;
@@ -229,12 +231,14 @@ def compile_ahead(step: Callable[[], Any], workers: int | None = None) -> None:
 
     The step is run with its tensors on the GPU, but without launching any kernel of this package: what these would have
     written holds anything. So it must leave nothing behind that counts, such as the statistics of batch normalisation:
-    give the step of a copy of the model, and no other thread may use these ops meanwhile. Class ids and directions are
-    zeros. Processes that share Triton's cache on disk compile once, and the others read.
+    give the step of a copy of the model. Class ids and directions are zeros. Other threads may use these ops meanwhile.
+    The step has to run eagerly; under `torch.compile` the ops launch the same kernels. Processes that share Triton's
+    cache on disk compile once, and the others read.
 
     Args:
         step: runs a training step, or any other.
         workers: how many kernels are compiled at the same time; None for as many as there are cores.
+        quiet: do not say what the user waits for.
 
     Example:
         >>> model, loss = copy.deepcopy(network).cuda(), UNEPTLoss()
@@ -250,7 +254,8 @@ def compile_ahead(step: Callable[[], Any], workers: int | None = None) -> None:
         for launched, arguments in launches
         for options in (launched.options_to_try(arguments) if isinstance(launched, Tuner) else [{}])
     ]
-    announce()
+    if not quiet:
+        announce()
     with one_process_at_a_time(repr(sorted({kernel.__name__ for kernel, _ in wanted}))):
         compile_in_threads(wanted, workers)
 

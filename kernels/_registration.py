@@ -1,5 +1,6 @@
 """What custom ops register besides their fakes: derivatives, vmap by their own batch, decompositions."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,7 +64,9 @@ def register_autograd(op: Any, setup_context: Callable[..., None], backward: Cal
         The op as a function of the same arguments, all by position. Call this one.
     """
     op.register_autograd(backward, setup_context=setup_context)
-    members = {"forward": lambda *args: op(*args), "setup_context": setup_context, "backward": backward}
+    forward = lambda *args: op(*args)
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # asked for at every call
+    members = {"forward": forward, "setup_context": setup_context, "backward": backward}
     namespace: dict[str, Any] = {name: staticmethod(function) for name, function in members.items()}
     function: Any = type(op._name, (torch.autograd.Function,), {**namespace, "generate_vmap_rule": True})
 

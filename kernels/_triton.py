@@ -3,10 +3,12 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
     import triton
@@ -56,23 +58,38 @@ def refuse_capture(what: str) -> None:
 
 
 Launch = tuple[Any, dict[str, Any]]
-_recorded: list[Launch] | None = None
+_recorded: ContextVar[list[Launch] | None] = ContextVar("unept_recorded", default=None)  # set while an op records
+
+
+class _Recording(TorchDispatchMode):
+    """Lets the ops of this thread record their launches, and those that autograd's own threads run for it.
+
+    These see no context variable of this thread, but its dispatch modes. The ops of other threads launch.
+    """
+
+    def __init__(self, launches: list[Launch]):
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        token = _recorded.set(self.launches)
+        try:
+            return op(*args, **(kwargs or {}))
+        finally:
+            _recorded.reset(token)
 
 
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Record the kernels that would be launched inside a block, and their arguments by name; none is launched."""
-    global _recorded
-    _recorded = []
-    try:
-        yield _recorded
-    finally:
-        _recorded = None
+    """Record the kernels that the ops inside a block would launch, and their arguments by name; none is launched."""
+    launches: list[Launch] = []
+    with _Recording(launches):
+        yield launches
 
 
 def is_recording() -> bool:
-    """Whether launches are recorded, so that nothing writes what launchers return."""
-    return _recorded is not None
+    """Whether this op records its launches, so that nothing writes what launchers return."""
+    return _recorded.get() is not None
 
 
 def new_ids(shape: Sequence[int], device: torch.device) -> Tensor:
@@ -94,10 +111,11 @@ class Pointer(triton.runtime.jit.MockTensor):
 
 def record(kernel: Any, arguments: dict[str, Any]) -> None:
     """Record a launch. Of tensors there remains what Triton compiles for, so that their memory is free again."""
-    assert _recorded is not None
+    launches = _recorded.get()
+    assert launches is not None
     stand_in = lambda x: Pointer(x.dtype, x.data_ptr()) if isinstance(x, Tensor) else x
     named = {name: stand_in(x) for name, x in arguments.items() if name not in ("grid", "warmup")}
-    _recorded.append((kernel, named))
+    launches.append((kernel, named))
 
 
 def watch(kernel: Any) -> None:
@@ -112,7 +130,7 @@ def watch(kernel: Any) -> None:
         return do_compile(*args, **kwargs)
 
     def run(*args: Any, warmup: bool, **kwargs: Any) -> Any:
-        if _recorded is not None and not warmup:
+        if is_recording() and not warmup:
             return record(kernel, kwargs)
         return type(kernel).run(kernel, *args, warmup=warmup, **kwargs)
 

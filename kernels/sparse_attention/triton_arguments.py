@@ -178,9 +178,9 @@ class Samples:
     @property
     def per_image(self) -> int:
         """The number of samples in one image."""
-        return self.pairs[0].numel()
+        return math.prod(self.pairs.shape[1:])
 
-    @property
+    @cached_property
     def int64_index(self) -> bool:
         """Whether the points of one query lie further apart than 32-bit integers count."""
         return max(max_offset(self.pairs, (3, 4)), max_offset(self.scores, (3, 4))) >= 2**31

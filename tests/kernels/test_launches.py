@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import triton
 
+from tests.helpers import layouts
+
 HAS_COMPILER = shutil.which("gcc") and (Path(triton.__file__).parent / "backends/nvidia/include/cuda.h").exists()
 
 # Launches of a training step of the network in tests/helpers/launches.py: of 6 layers of attention, 3 losses and the
@@ -43,7 +45,7 @@ COMPILED = {
     "direction_kernel": 1,
 }
 # PyTorch's own operators that those of the package call in a step: fewer are better.
-ATEN = 250
+ATEN = 226
 
 
 def environment(cache: Path, tune: bool = True) -> dict[str, str]:
@@ -234,6 +236,115 @@ def test_a_step_compiles_nothing_after_it_was_compiled_ahead(tmp_path, tune):
         assert ahead["forward_kernel"] == 8, "two forms of the maps, in four configurations each"
     else:
         assert ahead == COMPILED
+
+
+# While a step is recorded, another thread launches. The step's own launch is in a backward that is 70 deep in others,
+# which autograd runs in a thread of its own, as it does every backward on a GPU.
+THREADS = """
+import json, threading
+import torch
+from tests.helpers import launches, stub_gpu
+from unept.kernels import compile_ahead, set_default_backend
+log = stub_gpu.install()
+set_default_backend("triton")  # of all threads
+threads = []
+class Deep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, depth):
+        ctx.depth = depth
+        return x.clone()
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.depth:
+            with torch.enable_grad():
+                Deep.apply(torch.ones(1, requires_grad=True), ctx.depth - 1).sum().backward()
+        else:
+            threads.append(threading.get_ident() != threading.main_thread().ident)
+            launches.gather(6, 7, needs=(False, False))
+        return grad, None
+def step():
+    other = threading.Thread(target=launches.boundary, args=(6, 7))
+    other.start()
+    other.join()
+    Deep.apply(torch.ones(1, requires_grad=True), 70).sum().backward()
+compile_ahead(step)
+print(json.dumps([threads, dict(+log.launches), log.compilations["gather_kernel"]]))
+"""
+
+
+def test_other_threads_launch_while_a_step_is_recorded(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], env=environment(tmp_path, False), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    in_another_thread, launched, compiled = json.loads(done.stdout)
+    assert in_another_thread == [True]
+    assert set(launched) == {"column_kernel", "row_kernel", "direction_kernel"}
+    assert compiled == 1
+
+
+# The first step of a trainer, with what it was given before any kernel was compiled and what it has found.
+TRAINER = """
+import json, sys
+from pathlib import Path
+import torch
+from tests.helpers import stub_gpu
+from tests.helpers.training import arguments, configuration
+from unept.train import Trainer
+log = stub_gpu.install()
+class Watched(Trainer):
+    before = None
+    def build_loss(self):
+        loss = super().build_loss()
+        find = loss.targets
+        def targets(*arguments, **options):
+            found = find(*arguments, **options)
+            found.direction.zero_()  # which no kernel has written
+            return found
+        loss.targets = targets
+        return loss
+    def state(self):
+        return [torch.get_rng_state(), *(tensor.clone() for tensor in self.model.state_dict().values())]
+    def prepare_batch(self, batch):
+        self.before = self.before or self.state()
+        return super().prepare_batch(batch)
+    def train_step(self, images, labels):
+        same = all(torch.equal(a, b) for a, b in zip(self.before, self.state(), strict=True))
+        clean = all(m.training for m in self.model.modules()) and all(p.grad is None for p in self.model.parameters())
+        ahead, launched = dict(log.compilations), sum(log.launches.values())
+        log.clear()
+        super().train_step(images, labels)
+        print(json.dumps([same, clean, ahead, launched, dict(log.compilations), dict(log.launches)]))
+        raise SystemExit
+root, out, *options = sys.argv[1:]
+command = arguments(Path(root), "--device", "cpu", "--workers", "0", "--num-samples", "0", *options)
+Watched(configuration(command), Path(out)).train()
+"""
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A few images to train on."""
+    return layouts.shapes(tmp_path_factory.mktemp("shapes"), train=8, val=2)
+
+
+def test_a_trainer_compiles_the_kernels_of_its_steps_ahead(tmp_path, shapes):
+    options = ("--amp", "bf16", "--accumulate", "2", "--dropout", "0.1")
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINER, str(shapes), str(tmp_path / "run"), *options],
+        env=environment(tmp_path / "cache", False),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count("Compiling and timing kernels for this GPU") == 1
+    same, clean, ahead, launched_ahead, later, launched = json.loads(done.stdout.splitlines()[-1])
+    assert same, "statistics, weights or the random state have changed"
+    assert clean, "the network has gradients"
+    assert not launched_ahead
+    assert set(ahead) == set(launched)
+    assert not later
 
 
 COMPILE_ONE = """

@@ -48,7 +48,8 @@ def check(found, expected, logits):
 
 
 def total(loss, logits, labels, weights, offset=None):
-    return loss.sum(logits, labels, offset, ignore_index=IGNORED, class_weights=weights)
+    (summed,) = loss.sums(logits, labels, [offset], ignore_index=IGNORED, class_weights=weights)
+    return summed
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -100,7 +101,7 @@ def test_both_terms_at_once_are_the_two_sums(case, kind):
     logits, labels, weights = case
     loss = PixelLoss(label_smoothing=0.1) if kind == "smooth" else PixelLoss(kind)
     offset = torch.randint(-3, 4, (2, 2, *labels.shape[1:]))
-    both = loss.sum_both(logits, labels, offset, ignore_index=IGNORED, class_weights=weights)
+    both = loss.sums(logits, labels, [None, offset], ignore_index=IGNORED, class_weights=weights)
     for found, shift in zip(both, (None, offset), strict=True):
         torch.testing.assert_close(found, total(loss, logits, labels, weights, shift))
     assert both[0] != both[1]

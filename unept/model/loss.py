@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -197,16 +197,16 @@ class UNEPTLoss(nn.Module):
         """
         counts = torch.where(targets.counts == 0, 1, targets.counts)
         segmentation_count, _, _, image_count = counts.unbind()
-        options: dict[str, Any] = {"ignore_index": self.ignore_index, "class_weights": self.class_weights}
+        offsets: list[Tensor | None] = [None]
         if output.boundary is not None and output.direction is not None:
             size = (targets.labels.shape[1], targets.labels.shape[2])
-            offset = refinement_offset(output.boundary, output.direction, size, ONE_STEP)
-            sums = self.pixel_loss.sum_both(output.logits, targets.labels, offset, **options)
-            losses = {name: s / segmentation_count for name, s in zip(("segmentation", "refined"), sums, strict=True)}
+            offsets.append(refinement_offset(output.boundary, output.direction, size, ONE_STEP))
+        sums = self.pixel_loss.sums(
+            output.logits, targets.labels, offsets, ignore_index=self.ignore_index, class_weights=self.class_weights
+        )
+        losses = {name: s / segmentation_count for name, s in zip(("segmentation", "refined"), sums, strict=False)}
+        if output.boundary is not None and output.direction is not None:
             losses["boundary"], losses["direction"] = self.boundary_losses(output.boundary, output.direction, targets)
-        else:
-            total = self.pixel_loss.sum(output.logits, targets.labels, None, **options)
-            losses = {"segmentation": total / segmentation_count}
         for name, region_sum in self.region_losses.items():
             losses[name] = region_sum(output.logits, targets.labels) / image_count
         weights = {**vars(self.weights), **self.region_weights}

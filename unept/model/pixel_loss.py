@@ -57,48 +57,24 @@ class PixelLoss:
         """
         return self._kept(valid).sum() if self.kind == "ohem" else weight.sum()
 
-    def sum(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        offset: Tensor | None,
-        *,
-        ignore_index: int,
-        class_weights: Tensor | None,
-    ) -> Tensor:
-        """Return the summed loss of up-sampled logits, read at p + offset(p).
-
-        Args:
-            logits: (B, K, h, w).
-            labels: (B, H, W) integer.
-            offset: (B, 2, H, W), (dx, dy) in pixels, or None.
-            ignore_index: label of the pixels that are left out.
-            class_weights: (K,), or None for 1 each.
-        """
-        (total,) = self._sums(logits, labels, (offset,), ignore_index, class_weights)
-        return total
-
-    def sum_both(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        offset: Tensor,
-        *,
-        ignore_index: int,
-        class_weights: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return what `sum` gives without an offset and with it, for less than two calls."""
-        plain, refined = self._sums(logits, labels, (None, offset), ignore_index, class_weights)
-        return plain, refined
-
-    def _sums(
+    def sums(
         self,
         logits: Tensor,
         labels: Tensor,
         offsets: Sequence[Tensor | None],
+        *,
         ignore_index: int,
         class_weights: Tensor | None,
     ) -> list[Tensor]:
+        """Return the summed loss of up-sampled logits for each offset, read at p + offset(p).
+
+        Args:
+            logits: (B, K, h, w).
+            labels: (B, H, W) integer.
+            offsets: one, or None and another, for less than two calls: each (B, 2, H, W), (dx, dy) in pixels, or None.
+            ignore_index: label of the pixels that are left out.
+            class_weights: (K,), or None for 1 each.
+        """
         losses = _cross_entropies(logits, labels, offsets, ignore_index, class_weights)
         if self.label_smoothing:
             uniform = _uniform_cross_entropies(logits, labels, offsets, ignore_index, class_weights)

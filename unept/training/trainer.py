@@ -27,7 +27,7 @@ from ..pictures.figures import draw_samples
 from ..precision import uses_bfloat16
 from ..progress import Progress, step_progress
 from . import run_folder
-from .acceleration import compiled
+from .acceleration import compile_kernels, compiled
 from .batches import build_loader
 from .checkpoint import describe_saved, divergence_advice, save_checkpoint, save_model
 from .depthwise import prepare_for_cpu_bfloat16
@@ -167,13 +167,16 @@ class Trainer:
             return self.scores
 
     def _train_steps(self) -> None:
-        batches, advice = iter(self.loader), memory_advice(self.config, self.local_batch)
+        batches, advice, first = iter(self.loader), memory_advice(self.config, self.local_batch), self.step
         with step_progress(self.config.iterations, self.step, distributed.is_main()) as bar:
             while not self.ended:
                 with self._saved_before_error():
                     batch = next(batches)
-                    with out_of_memory(advice), self.throughput.step(len(batch.images), batch.seconds):
-                        losses = self.train_step(*self.prepare_batch(batch))
+                    with out_of_memory(advice):
+                        if self.step == first:
+                            compile_kernels(self, *self.prepare_batch(batch))
+                        with self.throughput.step(len(batch.images), batch.seconds):
+                            losses = self.train_step(*self.prepare_batch(batch))
                 self.loss_history.append(losses)
                 self.step += 1
                 bar.update()
