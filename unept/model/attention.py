@@ -10,7 +10,7 @@ from .encoding import Shapes
 
 
 def ring_offsets(num_heads: int, num_levels: int, num_points: int) -> Tensor:
-    """Initial sampling offsets: head m looks in direction 2 pi m / M on every level, its first point is the query itself.
+    """Initial sampling offsets: head m looks in direction 2 pi m / M on every level, from the query itself on.
 
     The paper does not state them. Deformable DETR and the released code start one pixel away and have twice the gap
     between points, so that nothing is sampled where the query lies: in small that learned more slowly
