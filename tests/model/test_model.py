@@ -478,7 +478,7 @@ def test_unreachable_hub_names_the_alternatives(monkeypatch):
         ({"backbone": "resnet5"}, "close names: resnet"),
         ({"d_model": 30, "num_heads": 3}, "multiple of 8"),
         ({"num_heads": 5}, "multiple of num_heads"),
-        ({"context_queries": "none"}, "'spatial+learned' or 'spatial+encoder'"),
+        ({"context_queries": "none"}, "'spatial.learned' or 'spatial.encoder'"),
         ({"classes": ["a"]}, "classes has 1 entries"),
         ({"num_levels": 9}, "lower num_levels"),
     ],

@@ -1,14 +1,17 @@
 """Train a model (Sec. 4.2, Training): the loop, its records, evaluations and checkpoints, on one process or many."""
 
 import contextlib
+import copy
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
@@ -19,6 +22,7 @@ from ..data.check import check_before_run
 from ..data.loader import Batch
 from ..data.photometric import distort
 from ..evaluation.evaluator import evaluate_model
+from ..kernels.backend import runs_on_triton
 from ..memory import memory_advice, out_of_memory
 from ..model.loss import Targets, UNEPTLoss
 from ..model.network import UNEPT
@@ -173,8 +177,8 @@ class Trainer:
                 with self._saved_before_error():
                     batch = next(batches)
                     with out_of_memory(advice):
-                        if self.step == first:
-                            compile_kernels(self, *self.prepare_batch(batch))
+                        if self.step == first and runs_on_triton(next(self.model.parameters())):
+                            compile_kernels(partial(self.rehearse, *self.prepare_batch(batch)), self.device)
                         with self.throughput.step(len(batch.images), batch.seconds):
                             losses = self.train_step(*self.prepare_batch(batch))
                 self.loss_history.append(losses)
@@ -268,6 +272,26 @@ class Trainer:
             self.averaged.update_parameters(self.model)
         self.intact = True
         return {name: torch.stack([losses[name] for losses in parts]).sum() for name in parts[0]}
+
+    def rehearse(self, images: Tensor, labels: Tensor) -> None:
+        """Run forward and backward of a copy of the network on a part of a batch, eagerly.
+
+        The network, its gradients and its statistics stay as they are. The copy's batch normalisation takes the running
+        statistics, so that no rank waits here for another.
+
+        Args:
+            images, labels: as `train_step` takes them.
+        """
+        copied = copy.copy(self)
+        network = copied.model = copied.network = copied.forward = copy.deepcopy(self.model)
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        copied.compute_losses = self.loss.losses  # not compiled
+        part = len(images) // self.config.accumulate
+        with torch.no_grad():
+            targets = self.loss.targets(labels, boundaries=network.refines)
+        copied.forward_backward(images[:part], targets.part(0, part), last=True)
 
     def _seed_step(self) -> None:
         """Seed dropout by the run's seed, the step and the rank, so that a run resumes without a random state."""
