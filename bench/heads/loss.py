@@ -59,9 +59,9 @@ class HeadLoss(UNEPTLoss):
         if isinstance(output, HeadOutput) and output.presence is not None:
             losses["presence"] = self._presence_sum(output.presence, targets.labels) / targets.counts[3].clamp(min=1)
             weighted.append(PRESENCE_WEIGHT * losses["presence"])
-        for name, region_sum in self.region_losses.items():
-            losses[name] = region_sum(output.logits, targets.labels) / targets.counts[3].clamp(min=1)
-            weighted.append(self.region_weights[name] * losses[name])
+        for name, mean in self.region_means(output.logits, targets).items():
+            losses[name] = mean
+            weighted.append(self.region_weights[name] * mean)
         return {"loss": torch.stack(weighted).sum(), **losses}
 
     def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from bench import ablation_plan, smp
 from bench.heads import ComparedTrainer, build_network
 from tests.helpers import layouts
 from unept.config import DataConfig, ModelConfig, TrainConfig
+from unept.recipe import RecipeConfig
 
 VIT = "vit_tiny_patch16_224"
 
@@ -19,7 +20,7 @@ def camvid(tmp_path_factory):
     return layouts.write_noisy_camvid(tmp_path_factory.mktemp("camvid"))
 
 
-def train_one_step(build, backbone, camvid, out):
+def train_one_step(build, backbone, camvid, out, **options):
     """Train a step as `bench.ablations` does: the network, its weights before, and the record of the step."""
     config = TrainConfig(
         model=ModelConfig(backbone=backbone, pretrained_backbone=False),
@@ -33,6 +34,7 @@ def train_one_step(build, backbone, camvid, out):
         num_samples=0,
         device="cpu",
         amp="off",
+        **options,
     )
     trainer = ComparedTrainer(build, config, out)
     before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
@@ -45,6 +47,14 @@ def train_one_step(build, backbone, camvid, out):
 
 def changed(model, before):
     return {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+
+
+def test_a_step_learns_by_the_region_losses_of_the_recipe(camvid, tmp_path):
+    pytest.importorskip("segmentation_models_pytorch")
+    build = lambda classes, palette, model: build_network("OCRNet", classes, palette, model.backbone)
+    _, _, record = train_one_step(build, "resnet10t", camvid, tmp_path, recipe=RecipeConfig(lovasz_weight=2.0))
+    parts = record["segmentation"] + 0.4 * record["auxiliary"] + 2 * record["lovasz"]
+    assert record["loss"] == pytest.approx(parts, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["SETR naive", pytest.param("SETR PUP", marks=pytest.mark.slow)])

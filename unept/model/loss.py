@@ -196,7 +196,7 @@ class UNEPTLoss(nn.Module):
             What `forward` returns.
         """
         counts = torch.where(targets.counts == 0, 1, targets.counts)
-        segmentation_count, _, _, image_count = counts.unbind()
+        segmentation_count = counts[0]
         offsets: list[Tensor | None] = [None]
         if output.boundary is not None and output.direction is not None:
             size = (targets.labels.shape[1], targets.labels.shape[2])
@@ -207,11 +207,15 @@ class UNEPTLoss(nn.Module):
         losses = {name: s / segmentation_count for name, s in zip(("segmentation", "refined"), sums, strict=False)}
         if output.boundary is not None and output.direction is not None:
             losses["boundary"], losses["direction"] = self.boundary_losses(output.boundary, output.direction, targets)
-        for name, region_sum in self.region_losses.items():
-            losses[name] = region_sum(output.logits, targets.labels) / image_count
+        losses |= self.region_means(output.logits, targets)
         weights = {**vars(self.weights), **self.region_weights}
         weighted = [weights[name] * loss for name, loss in losses.items()]
         return {"loss": torch.stack(weighted).sum(), **losses}
+
+    def region_means(self, logits: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """The region losses of logits (B, K, h, w) by name, divided by the number of images of `targets`."""
+        image_count = targets.counts[3].clamp(min=1)
+        return {name: total(logits, targets.labels) / image_count for name, total in self.region_losses.items()}
 
     def boundary_losses(self, boundary: Tensor, direction: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """L_bound and L_dir of Eq. 7, divided by the counts of `targets`.

@@ -53,7 +53,6 @@ class LayerSize:
     """Which attention, one of `unept.model.attention_variants.ATTENTIONS`."""
     decoder_self_attention: str | None = None
     """The one of the context queries among themselves; None means `attention`."""
-
     zero_init_residual: bool = False
     """Start with attentions and feed-forward networks that give zero: a layer at first normalises what it is given."""
 

@@ -29,7 +29,8 @@ They still differ from it in these points, which the table in docs/paper.md desc
 - Positions: the decoder's queries have a sine encoding too, not the learned table alone; a pixel's place is
   (i + 0.5) / n, not (i + 1) / n; the learned table starts smaller, and is resized to the image.
 - Attention: that of the context queries among themselves goes over the queries, not over the batch; offsets and weights
-  come from Eq. 3's two factors, not from one linear layer.
+  come from Eq. 3's two factors, not from one linear layer; sampled points start half as far away, the first one at the
+  query itself.
 - Boundaries: targets are computed from augmented labels, with exact distances, and ignored pixels have none; the sum of
   the direction loss has no weights of directions, is divided by the number of true boundary pixels and reaches 32
   pixels; maps are up-sampled without aligned corners; a boundary is a probability above 0.5 in every place.
