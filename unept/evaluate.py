@@ -21,7 +21,8 @@ from .memory import out_of_memory
 from .pictures import charts, drawing
 from .pictures.figures import draw_samples as draw_samples
 from .pictures.figures import draw_worst
-from .pretrained import load_run
+from .presets import PRESETS
+from .pretrained import DEMO, load, load_run
 from .validation import check_range
 
 FILES = ("evaluation.json", "evaluation.csv", "evaluation.png", "confusion.png", "calibration.png")
@@ -34,15 +35,19 @@ class EvaluateConfig:
     """
 
     run: tyro.conf.Positional[Path]
-    """Run folder that unept.train wrote."""
+    """Run folder that unept.train wrote. With --preset also a folder that save_pretrained wrote, ORG/NAME of a
+    repository on the Hugging Face hub, or camvid_tiny, the demo model."""
     others: tyro.conf.Positional[tuple[Path, ...]] = ()
     """More run folders, each of which is evaluated likewise; their means and standard deviations come last."""
     split: Literal["val", "train", "test"] = "val"
     """Part of the data set."""
+    preset: str | None = None
+    """Preset of unept.train whose data set to evaluate on, with its --root. None: that of the run."""
     root: Path | None = None
     """Folder of the data set. None: as in training."""
     out: Path | None = None
-    """Folder for the files; of several runs, each has a folder of its name in it. None: the run folder."""
+    """Folder for the files; of several runs, each has a folder of its name in it. None: the run folder; with --preset
+    the folder `evaluation`."""
     boundary_tolerance: tuple[int, ...] | None = None
     """Distance in pixels within which a boundary counts as found; of further ones the boundary F-score is added. None:
     as in training."""
@@ -62,6 +67,10 @@ class EvaluateConfig:
         if self.worst < 0:
             raise ValueError(f"worst is {self.worst}; give a number of images, or 0 for none")
         check_range("workers", self.workers, 0, 1024)
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                raise ValueError(f"there is no preset {self.preset!r}: give one of {', '.join(PRESETS)}")
+            self.out = self.out or Path("evaluation")
         for tolerance in self.boundary_tolerance or ():
             check_range("boundary_tolerance", tolerance, 0, 1024)
 
@@ -106,7 +115,14 @@ def _result_folders(options: EvaluateConfig) -> list[tuple[Path, Path]]:
 
 
 def _evaluate_run(options: EvaluateConfig, run: Path, out: Path, device: torch.device) -> dict[str, Any]:
-    trained, model = load_run(run, device)
+    if options.preset is None:
+        if str(run) == DEMO.name or (run / "model.safetensors").is_file():
+            raise ValueError(
+                f"{run} is a model without the run that trained it: say with --preset and --root what to evaluate it on"
+            )
+        trained, model = load_run(run, device)
+    else:
+        trained, model = PRESETS[options.preset](), load(run, device)
     dataset = trained.data.build(options.split, options.root)
     config = resolve(options.inference, model)
     distributed.run_on_main(lambda: create_folder(out))

@@ -106,6 +106,26 @@ def test_several_runs_have_a_folder_each_below_out(run_folder, command, tmp_path
     assert "would share one folder below" in err
 
 
+def test_saved_model_on_the_data_set_of_a_preset(run_folder, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, options = run_folder / "model", ("--window", "96", "--refine-scale", "2", "--boundary-tolerance", "2")
+    before = sorted(model.iterdir())
+    assert command(model, "--preset", "shapes", *options)[0] == 0
+    of_preset = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert command(run_folder, *options)[0] == 0
+    of_run = json.loads((run_folder / "evaluation.json").read_text())
+    assert of_preset["iou"] == of_run["iou"]
+    assert of_preset["inference"] == of_run["inference"]
+    assert sorted(model.iterdir()) == before
+    for name in (model, "camvid_tiny"):
+        status, _, err = command(name)
+        assert status == 2
+        assert f"error: {name} is a model without the run that trained it: say with --preset and --root" in err
+    assert "there is no preset 'shape'" in command(model, "--preset", "shape")[2]
+    # The demo model has other classes.
+    assert "but the data set has 8" in command("camvid_tiny", "--preset", "shapes")[2]
+
+
 def test_command_line_wins_over_the_run(run_folder, command, tmp_path):
     options = (
         "--refine-scale",

@@ -194,7 +194,7 @@ def curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     evaluations = [line for line in lines if "mIoU" in line]
     figure = Figure(figsize=(13, 4), dpi=DPI, layout="constrained")
     losses, scores, rates = figure.subplots(1, 3, width_ratios=[3, 3, 2])
-    for name in ("loss", "segmentation", "refined", "boundary", "direction"):
+    for name in ("loss", "segmentation", "refined", "boundary", "direction", "dice", "lovasz"):
         _plot(losses, training, name, linewidth=2 if name == "loss" else 1)
     losses.set(title="loss and its unweighted terms", yscale="log")
     dashed = {"linestyle": "--", "alpha": 0.6}
@@ -210,7 +210,7 @@ def curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if axis is not rates and axis.lines:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     save_figure(figure, path)
 
 
