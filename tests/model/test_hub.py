@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import re
 import shutil
 import sys
 
@@ -13,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import unept
 from unept import predict, train
@@ -376,6 +377,18 @@ def test_checkpoint_path(model, tmp_path, suffix, monkeypatch):
     if suffix == "pth":
         with pytest.raises(ValueError, match=r"does not fit unept_resnet10t with 5 classes \(it holds 3 classes\)"):
             unept.create_model("unept_resnet10t", num_classes=5, checkpoint_path=path, **small)
+
+
+def test_checkpoint_path_of_weights_that_fit_another_network(tmp_path):
+    options = {name: value for name, value in TINY.items() if name != "backbone"}
+    UNEPT(3, **TINY).save_pretrained(tmp_path)
+    for change in ({"context_queries": "spatial+encoder"}, {"spatial_last_relu": False}, {"output_stride": 16}):
+        UNEPT(3, **TINY | change).load_state_dict(load_file(tmp_path / "model.safetensors"))  # it fits
+        name, value = next(iter(change.items()))
+        message = f"this network has {name}={value!r}: give the former"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            unept.create_model("unept_resnet10t", num_classes=3, checkpoint_path=tmp_path, **options | change)
+    unept.create_model("unept_resnet10t", num_classes=3, checkpoint_path=tmp_path, **options | {"dropout": 0.5})
 
 
 class Evil:

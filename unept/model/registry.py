@@ -1,6 +1,7 @@
 """Models by name, as in timm."""
 
 import fnmatch
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "boundary_features": "spatial+decoder",
     },
 }
+# Options that a trained network may be built without: of training, of its start, and names.
+UNSEEN = {"backbone", "dropout", "zero_init_residual", "scale_encoding_std", "classes", "palette"}
+UNSEEN |= {"preprocessing", "evaluation"}
 
 
 def list_models(
@@ -101,7 +105,8 @@ def create_model(
         options: further arguments of `UNEPT`, such as `in_chans`, which replace those of a named size.
 
     Raises:
-        ValueError: the name is unknown, the file holds another network, or the options do not fit together.
+        ValueError: the name is unknown, the file holds another network, the config.json beside it says that its weights
+            were trained with other options, or the options do not fit together.
         FileNotFoundError: there is no such file.
         ConnectionError: the backbone's weights cannot be downloaded.
 
@@ -109,15 +114,17 @@ def create_model(
         >>> create_model("unept_lite0", pretrained=True, num_classes=11)
     """
     options = {**SIZES.get(name, {}), "backbone": _backbone_of(name), **options}
-    state = None if checkpoint_path is None else read_weights(_weights_file(checkpoint_path), "checkpoint_path")
+    weights = None if checkpoint_path is None else _weights_file(checkpoint_path)
+    state = None if weights is None else read_weights(weights, "checkpoint_path")
     downloads = (pretrained or pretrained_backbone) and state is None
     model = UNEPT(num_classes, pretrained_backbone=downloads, **options)
-    if state is None:
+    if weights is None or state is None:
         return model
     if ignore_mismatched_sizes:
         warnings.warn(f"{checkpoint_path}: {load_fitting(model, state).describe()}", stacklevel=2)
     else:
         _load(model, state, f"{checkpoint_path} does not fit {name} with {num_classes} classes")
+        _check_options(model, weights)
     return model
 
 
@@ -142,6 +149,23 @@ def _backbone(name: str) -> str:
         f"there is no model {name!r}{hint}. unept.list_models() lists {', '.join([*BACKBONES, *SIZES])}; {PREFIX} "
         "followed by any name of timm.list_models() works too"
     )
+
+
+def _check_options(model: UNEPT, weights: Path) -> None:
+    """Raise ValueError if the config.json beside weights that fit says that they were trained in another network.
+
+    Shapes do not tell what the context queries see, for instance.
+    """
+    config = weights.with_name("config.json")
+    stored = json.loads(config.read_bytes()) if config.is_file() else {}
+    own = json.loads(json.dumps(model.options, default=str))
+    differing = [k for k in own if k in stored and k not in UNSEEN and own[k] != stored[k]]
+    if differing:
+        raise ValueError(
+            f"{weights} was trained with {', '.join(f'{k}={stored[k]!r}' for k in differing)}, and this network has "
+            f"{', '.join(f'{k}={own[k]!r}' for k in differing)}: give the former as options, or use "
+            "UNEPT.from_pretrained, which reads them from config.json"
+        )
 
 
 def _load(model: UNEPT, state: dict[str, Tensor], failure: str) -> None:
