@@ -18,11 +18,12 @@ from .files import create_folder, write_json
 from .files import json_ready as json_ready
 from .inference import InferenceOptions, resolve
 from .memory import out_of_memory
+from .model.hub import DEMO, REPOSITORY
 from .pictures import charts, drawing
 from .pictures.figures import draw_samples as draw_samples
 from .pictures.figures import draw_worst
 from .presets import PRESETS
-from .pretrained import DEMO, load, load_run
+from .pretrained import load, load_run
 from .validation import check_range
 
 FILES = ("evaluation.json", "evaluation.csv", "evaluation.png", "confusion.png", "calibration.png")
@@ -116,9 +117,14 @@ def _result_folders(options: EvaluateConfig) -> list[tuple[Path, Path]]:
 
 def _evaluate_run(options: EvaluateConfig, run: Path, out: Path, device: torch.device) -> dict[str, Any]:
     if options.preset is None:
-        if str(run) == DEMO.name or (run / "model.safetensors").is_file():
+        if (run / "model.safetensors").is_file() or (str(run) == DEMO.name and not run.exists()):
             raise ValueError(
                 f"{run} is a model without the run that trained it: say with --preset and --root what to evaluate it on"
+            )
+        if not run.exists() and REPOSITORY.fullmatch(str(run)):
+            raise FileNotFoundError(
+                f"{run} does not exist: give a folder that unept.train wrote; if it is a model on the Hugging Face "
+                "hub, say with --preset and --root what to evaluate it on"
             )
         trained, model = load_run(run, device)
     else:

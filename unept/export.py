@@ -95,7 +95,7 @@ def _write(program: torch.export.ExportedProgram, format: Format, path: Path) ->
 
 
 def load(format: Format, path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Load a file that `write` wrote, as a function of images (B, 3, H, W), uint8, that gives the prediction.
+    """Load a file that `write` wrote, as a function of images (B, C, H, W), uint8, that gives the prediction.
 
     Args:
         format: the format in which it was written.
@@ -141,7 +141,7 @@ def check(network: WholeImage, function: Callable[[Tensor], Tensor], size: tuple
             wanted, found = network(images), function(images)
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise ValueError(
-                f"the exported file gives {found.dtype} {tuple(found.shape)} for {batch}x3x{height}x{width}, not "
+                f"the exported file gives {found.dtype} {tuple(found.shape)} for {'x'.join(map(str, shape))}, not "
                 f"{wanted.dtype} {tuple(wanted.shape)}"
             )
         if network.output == "ids":
@@ -186,7 +186,8 @@ def export(options: ExportConfig) -> None:
     write(program, options.format, path)
     cli.say(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
     sizes = f"with H and W over {model.divisor}" if options.size is None else "of {} x {}".format(*options.size)
-    cli.say(f"takes images, uint8 (B, 3, H, W), RGB, {sizes}; gives {_described(network)}")
+    channels = "3, H, W), RGB" if model.in_chans == 3 else f"{model.in_chans}, H, W)"
+    cli.say(f"takes images, uint8 (B, {channels}, {sizes}; gives {_described(network)}")
     left_out = [f"{name} {value}" for name in ("short_side", "long_side", "window") if (value := getattr(config, name))]
     if left_out:
         cli.say(f"not in it, though the model was validated so: {', '.join(left_out)}")

@@ -27,7 +27,7 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
     # The help says what a preset is and what to expect of it; its docstring in unept/presets/ has the rest.
     presets = {name: ((inspect.getdoc(preset) or "").split("\nSize:")[0], preset()) for name, preset in PRESETS.items()}
     if (source := _value(args, "--init-from")) is not None and args[0] in presets:
-        presets[args[0]][1].model = _network(args, source)
+        presets[args[0]][1].model = _network(args, source, presets[args[0]][1].model)
     config = tyro.extras.overridable_config_cli(
         presets,
         prog="python -m unept.train",
@@ -38,23 +38,30 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
     return args[0], config
 
 
-def _network(args: list[str], source: str) -> ModelConfig:
+def _network(args: list[str], source: str, preset: ModelConfig) -> ModelConfig:
     """Return the network of --init-from, unless other options change it.
 
-    A run that continues has it in its folder, so that the trained model may be gone.
+    A run that continues has it in its folder, so that the trained model may be gone. With another --backbone than that
+    of the trained model, the backbone starts as the preset says.
     """
     out = _value(args, "--out")
     resume: Literal["auto", "never"] = "auto" if _value(args, "--resume") == "auto" else "never"
     run = find_run(TrainConfig(out=None if out is None else Path(out), resume=resume), args[0])
-    return network_of(source) if run is None else TrainConfig.from_json(run / "config.json").model
+    if run is not None:
+        return TrainConfig.from_json(run / "config.json").model
+    network = network_of(source)
+    if _value(args, "--backbone") not in (None, network.backbone):
+        network.pretrained_backbone = preset.pretrained_backbone
+    return network
 
 
 def _value(args: list[str], option: str) -> str | None:
-    """Return the value of an option on a command line that is not parsed yet; None if it is not there."""
+    """Return the value of an option on a command line that is not parsed yet; None if it is missing or "None"."""
     for argument, value in zip(args, [*args[1:], ""], strict=True):
         name, separator, inline = argument.partition("=")
         if name.replace("_", "-") == option:
-            return inline if separator else value
+            value = inline if separator else value
+            return None if value in ("", "None") or value.startswith("--") else value
     return None
 
 

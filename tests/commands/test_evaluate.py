@@ -242,6 +242,18 @@ def test_no_such_folder(tmp_path, command):
     )
 
 
+def test_name_that_may_be_of_the_hub(command):
+    status, _, err = command("runs/typo")
+    assert status == 2
+    assert err.startswith("error: runs/typo does not exist: give a folder that unept.train wrote; if it is a model on")
+
+
+def test_run_of_the_name_of_the_demo_model(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "camvid_tiny").mkdir()
+    assert "camvid_tiny is not a run folder" in command("camvid_tiny")[2]
+
+
 def test_run_without_a_model_yet(tmp_path, command):
     (tmp_path / "config.json").write_text(TrainConfig(model=TINY, iterations=600, eval_every=300).to_json())
     status, _, err = command(tmp_path)

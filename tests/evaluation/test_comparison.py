@@ -60,6 +60,9 @@ def test_mean_of_several_runs():
     assert lines[0].split() == ["mean", "of", "3", "runs", "refined", "unrefined"]
     assert lines[1].split() == ["mIoU", "60.00", "±", "10.00", "-"]
     assert lines[2].split() == ["pixAcc", "90.00", "±", "0.00", "-"]
+    further = {"boundary_f_1px": 0.4, "boundary_f_1px_unrefined": 0.25}
+    last = format_means([scores(0.5) | further, scores(0.6) | further]).splitlines()[-1]
+    assert last.split() == ["boundary", "F,", "1", "px", "40.00", "±", "0.00", "25.00", "±", "0.00"]
     with pytest.raises(ValueError, match="there is no mean of runs on different data: CamVid, ADE20K"):
         format_means([scores(0.5), scores(0.5, "ADE20K")])
 

@@ -535,3 +535,11 @@ def test_bad_options_are_refused_before_a_model_is_loaded():
 def test_a_config_cannot_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         InferenceConfig().window = 32
+
+
+@pytest.mark.parametrize("config", [InferenceConfig(), InferenceConfig(flip=True), InferenceConfig(window=64)])
+def test_images_with_other_channels_are_refused(config):
+    options = {"backbone": "resnet10t", "d_model": 32, "num_heads": 2, "num_points": 2, "ffn_dim": 32}
+    model = UNEPT(3, in_chans=4, mean=(0.5,) * 4, std=(0.5,) * 4, **options)
+    with pytest.raises(ValueError, match=r"images have shape \(1, 3, 64, 96\); they must"):
+        infer(model, torch.zeros(1, 3, 64, 96, dtype=torch.uint8), config)

@@ -101,6 +101,9 @@ def test_fine_tuning_on_other_classes(data, trained, tmp_path, capsys):
     assert tuned.classes == [f"thing {k}" for k in range(9)]
     again = train.parse([*command, "--d-model", "32"])[1]
     assert again.model.d_model == 32, "an option comes before what the source says"
+    for backbone, pretrained in (("resnet10t", False), ("resnet18", True)):
+        assert train.parse([*command, "--backbone", backbone])[1].model.pretrained_backbone is pretrained
+    assert not train.parse([*command, "--backbone=resnet18", "--no-pretrained-backbone"])[1].model.pretrained_backbone
 
 
 def test_fine_tuning_on_the_same_classes_keeps_the_classifier(data, trained, tmp_path):
@@ -126,9 +129,13 @@ def test_a_run_continues_without_the_model_that_it_started_from(data, trained, t
             train.train([*command, "--iterations", "2", *options])
 
 
-def test_source_that_does_not_exist(data):
+def test_source_that_does_not_exist(data, capsys):
     with pytest.raises(FileNotFoundError, match="no-run does not exist"):
         train.parse(arguments(data, "--init-from", "no-run"))
+    assert train.parse(arguments(data, "--init-from", "None"))[1].recipe.init_from is None
+    with pytest.raises(SystemExit):
+        train.parse(arguments(data, "--init-from"))
+    assert "--init-from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("frozen", ["--freeze-backbone", "--freeze-stages=2"])

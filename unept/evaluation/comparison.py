@@ -98,6 +98,13 @@ def mean_and_deviation(values: Sequence[float | None], scale: float = 1.0, digit
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
+def mean_scores(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The label and the name of each score of `evaluate_model` over all classes that has an unrefined counterpart."""
+    means = [("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f"), ("boundary IoU", "boundary_iou")]
+    further = [name for name in scores if name.startswith("boundary_f_") and f"{name}_unrefined" in scores]
+    return means + [(f"boundary F, {name.removeprefix('boundary_f_').removesuffix('px')} px", name) for name in further]
+
+
 def format_means(scores: Sequence[Mapping[str, Any]]) -> str:
     """Format the means of several runs' scores (`evaluate_model`) in percent, with their standard deviations.
 
@@ -107,9 +114,8 @@ def format_means(scores: Sequence[Mapping[str, Any]]) -> str:
     datasets = list(dict.fromkeys(score["dataset"] for score in scores))
     if len(datasets) > 1:
         raise ValueError(f"there is no mean of runs on different data: {', '.join(datasets)}")
-    labels = (("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f"), ("boundary IoU", "boundary_iou"))
     lines = [f"{f'mean of {len(scores)} runs':16}  {'refined':>14}  {'unrefined':>14}"]
-    for label, key in labels:
+    for label, key in mean_scores(scores[0]):
         cells = (mean_and_deviation([score[name] for score in scores], 100) for name in (key, f"{key}_unrefined"))
         lines.append("  ".join([f"{label:16}", *(f"{cell or '-':>14}" for cell in cells)]))
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from ..memory import require_memory_for_images
 from ..model.finite import raise_not_a_number
 from ..model.output import SegmentationModel, class_ids
 from .boundary_metrics import BoundaryFScore, BoundaryIoU
+from .comparison import mean_scores
 from .inspection import Inspection
 from .metrics import ConfusionMatrix
 
@@ -204,9 +205,7 @@ def format_table(scores: Mapping[str, Any], classes: Sequence[str]) -> str:
         numbers = [f"{_percent(value):>{n}}" for value, n in zip(values, (6, 8, 10, 12, 6), strict=True)]
         lines.append("  ".join([f"{name:{width}}", *numbers]))
     lines.append("-" * len(header))
-    means = [("mIoU", "mIoU"), ("pixAcc", "pixAcc"), ("boundary F", "boundary_f"), ("boundary IoU", "boundary_iou")]
-    further = [name for name in scores if name.startswith("boundary_f_") and f"{name}_unrefined" in scores]
-    means += [(f"boundary F, {name.removeprefix('boundary_f_').removesuffix('px')} px", name) for name in further]
+    means = mean_scores(scores)
     width = max(len(label) for label, _ in means)
     lines.append(f"{'':{width}}  {'refined':>10}  {'unrefined':>10}")
     for label, key in means:

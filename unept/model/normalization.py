@@ -72,8 +72,14 @@ class NormalizedInput(nn.Module):
         Floating-point images are taken as normalised already and returned as they are.
 
         Raises:
-            TypeError: they are neither.
+            ValueError: they have another number of channels.
+            TypeError: they are neither uint8 nor floating-point.
         """
+        if images.shape[-3] != self.in_chans:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; they must have {self.in_chans} channels, (..., "
+                f"{self.in_chans}, H, W)"
+            )
         if images.dtype == torch.uint8:
             return (images.to(self.mean.dtype) - self.mean) / self.std
         if not images.is_floating_point():
