@@ -80,7 +80,8 @@ def test_lines_of_python_in_readme(tmp_path, monkeypatch):
     """They find a trained model and an image where they say that these are."""
     size = {"d_model": 16, "num_heads": 2, "num_points": 2, "ffn_dim": 16}
     UNEPT(3, "resnet10t", **size).save_pretrained(tmp_path / "runs" / "shapes")
-    to_pil_image(torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8)).save(tmp_path / "street.jpg")
+    (tmp_path / "docs").mkdir()
+    to_pil_image(torch.randint(0, 256, (3, 50, 60), dtype=torch.uint8)).save(tmp_path / "docs" / "street.jpg")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for _, language, text in blocks(README):

@@ -1,4 +1,4 @@
-"""Presets of ADE20K: the rows called "Ours" of Tables 1, 5, 6 and 8, and three that are not in the paper."""
+"""Presets of ADE20K: the rows called "Ours" of Tables 1, 5, 6 and 8, and four that are not in the paper."""
 
 from functools import partial
 

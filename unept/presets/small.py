@@ -98,7 +98,7 @@ def camvid_gpu() -> TrainConfig:
 
 
 def folder() -> TrainConfig:
-    """Your own images: folders of images and of labels with a class list (README); give their root with --root.
+    """Your own images: folders of images and of labels with a class list (docs/train_on_your_data.md); give their root with --root.
 
     The network is the paper's with ResNet-50 and ImageNet weights, its recipe shortened to 20k iterations.
     """
