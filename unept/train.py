@@ -31,6 +31,7 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
     config = tyro.extras.overridable_config_cli(
         presets,
         prog="python -m unept.train",
+        description="Train a model. Without a preset it is shapes; PRESET --help lists the options of a preset.",
         args=[_current_name(argument) for argument in args],
         config=(tyro.conf.OmitArgPrefixes,),
         registry=cli.REGISTRY,
