@@ -46,7 +46,7 @@ def camvid() -> TrainConfig:
     computes in bfloat16 where the CPU multiplies in it, and else in float32; an hour of one core that does. The Lovász
     loss needs segmentation-models-pytorch: pip install -e ".[losses]".
 
-    On the validation images one run (seed 1) reached mIoU 71.6, and 73.3 after refinement. The demo model (74.6 and
+    On the validation images three seeds reached mIoU 71.1, and 72.7 after refinement (bench/results/README.md). The demo model (74.6 and
     75.7) took 2890 steps of an earlier form of this preset, as its card says (unept/assets/camvid_tiny).
     """
     return TrainConfig(
