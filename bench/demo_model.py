@@ -14,6 +14,7 @@ import tyro
 from unept import cli
 from unept.config import TrainConfig
 from unept.evaluation.evaluator import evaluate_model, format_table
+from unept.files import read_json_lines
 from unept.inference import InferenceOptions, resolve
 from unept.model.boundary import StepDirection
 from unept.model.network import UNEPT
@@ -32,7 +33,7 @@ a high-definition ground truth database", Pattern Recognition Letters 30(2), 200
 started from timm's ImageNet weights of `{backbone}`. CamVid is distributed for research: use this model for research,
 and ask the authors of the data about anything else.
 
-The run was `python -m unept.train camvid --root CAMVID` with seed {seed}{changes}.
+The run was `python -m unept.train camvid --root CAMVID` with seed {seed}{changes}{continued}.
 `python -m bench.demo_model` rounded the weights to float16 and then measured the scores above.
 """
 
@@ -74,6 +75,17 @@ def changes(config: TrainConfig) -> str:
     return f" and {', '.join(listed)}" if listed else ""
 
 
+def continued(run: Path) -> str:
+    """Where a run went on with other options (`history.jsonl`), in words."""
+    parts = []
+    for line in read_json_lines(run / "history.jsonl"):
+        changed = {name: values for name, values in line.get("changed", {}).items() if name not in INCIDENTAL}
+        if changed:
+            listed = ", ".join(f"{name} {now} in place of {before}" for name, (before, now) in changed.items())
+            parts.append(f"; it was continued at step {line['step']} with {listed}")
+    return "".join(parts)
+
+
 def make(options: Options) -> None:
     """Write the demo model and its card, and print its scores."""
     config, model = load_run(options.run, torch.device("cpu"))
@@ -91,7 +103,9 @@ def make(options: Options) -> None:
     step = model.evaluation["step"]
     save_model(model.half(), options.out, config, step, scores)
     card = options.out / "README.md"
-    about = ABOUT.format(backbone=config.model.backbone, seed=config.seed, changes=changes(config))
+    about = ABOUT.format(
+        backbone=config.model.backbone, seed=config.seed, changes=changes(config), continued=continued(options.run)
+    )
     card.write_text(card.read_text() + about)
 
 
