@@ -101,6 +101,11 @@ def open_model(
     source = run or newest_run()
     model = load(source or DEMO, choose_device(device))
     config = resolve(inference, model)
+    if model.in_chans != 3:
+        raise ValueError(
+            f"the model takes images of {model.in_chans} channels, and image files are read as RGB: give "
+            "unept.Segmenter arrays of as many channels"
+        )
     if out is not None:
         create_folder(out)
     if source is None:

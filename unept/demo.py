@@ -26,8 +26,9 @@ class DemoConfig:
     """Serve a page that segments images. Needs gradio (pip install gradio)."""
 
     run: Path | None = None
-    """Run folder that unept.train wrote, folder that save_pretrained wrote, ORG/NAME of a repository on the Hugging Face
-    hub, or camvid_tiny, the demo model. None: the newest run folder with a model under runs/, or else the demo model."""
+    """Run folder that unept.train wrote, folder that save_pretrained wrote, ORG/NAME of a repository on the Hugging
+    Face hub, or camvid_tiny, the demo model. None: the newest run folder with a model under runs/, or the demo model if
+    there is none."""
     host: str = "127.0.0.1"
     """Address to serve on. 0.0.0.0 lets other machines in."""
     port: int | None = None

@@ -83,7 +83,8 @@ def write(program: torch.export.ExportedProgram, format: Format, path: Path) -> 
 
 def _write(program: torch.export.ExportedProgram, format: Format, path: Path) -> None:
     if format == "torch-export":
-        torch.export.save(program, path)
+        with explain_failure("saved; --size H W or --format onnx may do"):
+            torch.export.save(program, path)
     elif format == "aoti":
         with torch.no_grad(), explain_failure("compiled by AOTInductor"):
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))

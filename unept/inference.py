@@ -232,7 +232,7 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
     """
     if images.dim() == 3:
         images = images[None]
-    with evaluation_mode(model), _autocast(images.device.type, config.amp):
+    with evaluation_mode(model), _autocast(model, images.device.type, config.amp):
         if _is_plain(images, config):
             return _run(model, images, config)
         padded = _pad(model.normalized(images))
@@ -296,8 +296,10 @@ def read_prediction(output: DenseOutput, size: Sequence[int], config: InferenceC
     return ids[:, : size[0], : size[1]], confidence[:, : size[0], : size[1]]
 
 
-def _autocast(device_type: str, amp: Amp) -> torch.autocast:
-    return torch.autocast(device_type, torch.bfloat16, enabled=uses_bfloat16(amp, device_type))
+def _autocast(model: SegmentationModel, device_type: str, amp: Amp) -> torch.autocast:
+    """Autocast of float32 weights; others compute in their own dtype, which autocast would mix with bfloat16."""
+    is_float32 = getattr(model, "dtype", torch.float32) == torch.float32
+    return torch.autocast(device_type, torch.bfloat16, enabled=is_float32 and uses_bfloat16(amp, device_type))
 
 
 def _run(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> UNEPTOutput:
@@ -424,7 +426,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 def window_maps(model: SegmentationModel, windows: Tensor, config: InferenceConfig) -> Maps:
     """Probabilities of normalised windows (B, 3, 8 h, 8 w), mirrored ones included if `config` flips."""
-    with evaluation_mode(model), _autocast(windows.device.type, config.amp):
+    with evaluation_mode(model), _autocast(model, windows.device.type, config.amp):
         return _probabilities(model, windows, config)
 
 

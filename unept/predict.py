@@ -28,6 +28,7 @@ from .optional import require
 from .outputs import tiled
 from .outputs.formats import Format, Result, Writer, check_packages, read_probabilities
 from .outputs.video import VideoWriter, is_video, open_clip
+from .validation import check_range
 
 
 @dataclass
@@ -41,8 +42,9 @@ class PredictConfig:
     recursive: bool = False
     """Also take the images in subfolders; their results go to subfolders of the same names."""
     run: Path | None = None
-    """Run folder that unept.train wrote, folder that save_pretrained wrote, ORG/NAME of a repository on the Hugging Face
-    hub, or camvid_tiny, the demo model. None: the newest run folder with a model under runs/, or else the demo model."""
+    """Run folder that unept.train wrote, folder that save_pretrained wrote, ORG/NAME of a repository on the Hugging
+    Face hub, or camvid_tiny, the demo model. None: the newest run folder with a model under runs/, or the demo model if
+    there is none."""
     out: Path = Path("predictions")
     """Folder for the results."""
     inference: cli.InferenceArguments = field(default_factory=InferenceOptions)
@@ -66,11 +68,20 @@ class PredictConfig:
             raise ValueError("no image given: name image files, or folders of them")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; it must be between 0 and 1")
-        if self.fps is not None and self.fps <= 0:
-            raise ValueError(f"fps is {self.fps}; give the number of frames per second, more than 0")
+        if self.fps is not None:
+            check_range("fps", self.fps, 0.001, 1000)
         if not self.format:
             raise ValueError(f"format is empty; give some of {', '.join(get_args(Format))}")
         self.format = tuple(dict.fromkeys(self.format))
+
+    def check_classes(self, count: int, clips: Sequence[Path]) -> None:
+        """Raise ValueError if the ids of so many classes do not fit into the 8 bits of the files that are asked for."""
+        if (count > 256 and ("ids" in self.format or clips)) or (count > 255 and self.tiled):
+            raise ValueError(
+                f"the model has {count} classes, and files of class ids hold 8 bits"
+                + (", in those of --tiled with a value for no data" if self.tiled else "")
+                + ": for images, ask for other formats, such as --format overlay coco"
+            )
 
     def check(self, clips: Sequence[Path]) -> None:
         """Raise ValueError if videos, the paths `clips`, or --tiled stand beside options that do not allow them.
@@ -83,9 +94,9 @@ class PredictConfig:
             raise ValueError(f"{what}, whose formats are ids and overlay; leave out {' and '.join(others)}")
         if clips and self.tiled:
             raise ValueError(f"{clips[0]} is a video; --tiled reads images: run the command for each kind")
-        if duplicates := [a for a, b in combinations(clips, 2) if a.stem == b.stem and a != b]:
+        if duplicates := [name_of(a) for a, b in combinations(clips, 2) if name_of(a) == name_of(b) and a != b]:
             raise ValueError(
-                f"several videos are called {duplicates[0].stem} and would share one result: run the command for each "
+                f"several videos are called {duplicates[0]} and would share one result: run the command for each "
                 "of them, with different --out"
             )
         check_packages(self.format)
@@ -93,6 +104,11 @@ class PredictConfig:
             require("av", "a video")
         if self.tiled:
             require("rasterio", "--tiled")
+
+
+def name_of(clip: Path) -> str:
+    """The name of a video or of a folder of frames, without a suffix; that of the folder itself for `.` and `..`."""
+    return (clip.resolve() if clip.is_dir() else clip).stem
 
 
 def describe(ids: Tensor, classes: Sequence[str], count: int = 5) -> str:
@@ -214,6 +230,7 @@ def predict(options: PredictConfig) -> int:
     if others:
         images, missing = cli.find_named_images(others, options.recursive, options.out)
     model, config = cli.open_model(options.run, options.device, options.inference, options.out)
+    options.check_classes(model.num_classes, clips)
     if options.tiled:
         config = tiled.tile_config(config)
     writer = Writer(options.format, options.out, model.classes, model.palette, options.alpha)
@@ -226,7 +243,7 @@ def predict(options: PredictConfig) -> int:
         return predict_image(options, config, model, writer, found)
 
     start = time.perf_counter()
-    everything = [*images, *(FoundImage(path, Path(path.stem)) for path in clips)]
+    everything = [*images, *(FoundImage(path, Path(name_of(path))) for path in clips)]
     failed = cli.process_images(everything, process, failure="segmented")
     for path in writer.finish() if images and not options.tiled else ():
         cli.say(path)

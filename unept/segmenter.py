@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .colors import overlay, to_pil
-from .data.files import image_to_tensor, read_image
+from .data.reading import decode, image_to_tensor, read_image
 from .distributed import choose_device
 from .inference import InferenceConfig, InferenceOptions, predict, resolve
 from .memory import require_memory_for_images
@@ -135,9 +135,14 @@ class Segmenter:
 
 def _one_image(image: Any, channels: int) -> Tensor:
     """Convert a single image of any kind to (1, 3, H, W) uint8; with other channels than 3 an array or a tensor."""
+    if isinstance(image, (str, Path, Image.Image)) and channels != 3:
+        raise ValueError(
+            f"files and PIL images are RGB, and the model takes {channels} channels: give an array (H, W, C)"
+        )
     if isinstance(image, (str, Path)):
         return read_image(Path(image))[None]
     if isinstance(image, Image.Image):
+        decode(image, "the image")
         return image_to_tensor(ImageOps.exif_transpose(image), "the image")[None]
     if not isinstance(image, (np.ndarray, Tensor)):
         raise TypeError(

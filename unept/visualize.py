@@ -41,8 +41,9 @@ class VisualizeConfig:
     recursive: bool = False
     """Also take the images in subfolders; their pictures go to subfolders of the same names."""
     run: Path | None = None
-    """Run folder that unept.train wrote, folder that save_pretrained wrote, ORG/NAME of a repository on the Hugging Face
-    hub, or camvid_tiny, the demo model. None: the newest run folder with a model under runs/, or else the demo model."""
+    """Run folder that unept.train wrote, folder that save_pretrained wrote, ORG/NAME of a repository on the Hugging
+    Face hub, or camvid_tiny, the demo model. None: the newest run folder with a model under runs/, or the demo model if
+    there is none."""
     out: Path = Path("visualizations")
     """Folder for the pictures."""
     pictures: tuple[Picture, ...] = get_args(Picture)

@@ -41,6 +41,14 @@ def noise(*size: int) -> torch.Tensor:
     return torch.randint(0, 256, size, dtype=torch.uint8)
 
 
+def test_backbone_whose_poolings_keep_the_size(tmp_path):
+    """At the paper's stride of 8 this ResNet pools with "same" padding."""
+    sizes = {"d_model": 16, "num_heads": 2, "num_levels": 1, "num_points": 1, "ffn_dim": 16}
+    network = WholeImage(UNEPT(3, "resnet10t", **sizes, num_encoder_layers=1, num_decoder_layers=1).eval(), "ids", None)
+    export.write(export_program(network), "torch-export", tmp_path / "model.pt2")
+    assert export.check(network, export.load("torch-export", tmp_path / "model.pt2", CPU)) == 0
+
+
 @pytest.mark.parametrize("normalised", [True, False])
 def test_attention_in_pytorchs_own_operators(normalised):
     shapes = [5, 7, 3, 4]

@@ -247,6 +247,40 @@ def test_videos(run, command, tmp_path):
     assert err == "error: frames is a video, whose formats are ids and overlay; leave out coco\n"
 
 
+def test_a_folder_of_frames_by_a_dot(run, command, tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    (tmp_path / "frames").mkdir()
+    save_image(tmp_path / "frames" / "0.png", 32, 48)
+    monkeypatch.chdir(tmp_path / "frames")
+    status, *_ = command(".", "--fps", "5", "--run", run[0], "--out", "../of_dot")
+    assert status == 0
+    assert (tmp_path / "of_dot" / "frames_ids.mkv").exists()
+
+
+@pytest.mark.parametrize("fps", ["inf", "nan", "0", "1e308"])
+def test_rates_that_no_video_has(command, fps):
+    status, _, err = command(".", "--fps", fps)
+    assert status == 2
+    assert "fps is" in err
+
+
+def test_more_classes_than_files_of_ids_hold(command, tmp_path):
+    save_image(tmp_path / "a.png", 32, 48)
+    save_run(tmp_path / "many", small_model(num_classes=300))
+    status, _, err = command("a.png", "--run", "many")
+    assert status == 2
+    assert "the model has 300 classes, and files of class ids hold 8 bits: for images, ask for other formats" in err
+    assert command("a.png", "--run", "many", "--format", "overlay", "coco")[0] == 0
+
+
+def test_model_of_other_channels(command, tmp_path):
+    save_image(tmp_path / "a.png", 32, 48)
+    save_run(tmp_path / "gray", small_model(in_chans=1, mean=(0.5,), std=(0.5,)))
+    status, _, err = command("a.png", "--run", "gray")
+    assert (status, "images of 1 channels, and image files are read as RGB" in err) == (2, True)
+    assert not (tmp_path / "predictions").exists()
+
+
 def test_tiled(run, command, tmp_path):
     pytest.importorskip("rasterio")
     save_image(tmp_path / "large.png", 60, 80)

@@ -25,7 +25,7 @@ from unept.inference import InferenceConfig, InferenceOptions, predict_ids, reso
 from unept.model import registry
 from unept.model.network import UNEPT
 from unept.presets import PRESETS
-from unept.pretrained import load, load_run
+from unept.pretrained import DEMO, load, load_run
 from unept.training.checkpoint import save_model
 
 TINY = {"backbone": "resnet10t", "d_model": 32, "num_heads": 2, "num_points": 2, "ffn_dim": 32, "dropout": 0.0}
@@ -335,10 +335,20 @@ def test_weights_do_not_depend_on_the_choice_of_timm():
         assert backbone in known or len(known) == 1, f"{backbone} is one of {known}"
 
 
+def test_demo_model_is_the_smallest_named_size():
+    """With finer logits; so is the network of the preset that it was trained by."""
+    demo = unept.create_model("unept_tiny", num_classes=11, logits_stride=2, checkpoint_path=DEMO)
+    preset = PRESETS["camvid"]().model.options()
+    built = demo.options
+    assert {name: preset[name] for name in registry.SIZES["unept_tiny"]} == registry.SIZES["unept_tiny"]
+    assert {name for name, value in preset.items() if built.get(name, value) != value} <= {"dropout"}
+
+
 def test_a_named_size_is_small_and_its_options_can_be_replaced():
     tiny = unept.create_model("unept_tiny", num_classes=11)
     assert sum(p.numel() for p in tiny.parameters()) < 8e6
     assert (tiny.boundary_stride, tiny.boundaries_see_decoder, tiny.logits_stride) == (1, True, 8)
+    assert tiny.queries_see_encoder
     finer = unept.create_model("unept_tiny", num_classes=11, logits_stride=2, boundary_features="spatial")
     assert (finer.logits_stride, finer.boundaries_see_decoder) == (2, False)
 

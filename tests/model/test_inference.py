@@ -1,5 +1,6 @@
 """Averaging views against a reference at full resolution, flips, windows, and what is held meanwhile."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -543,3 +544,12 @@ def test_images_with_other_channels_are_refused(config):
     model = UNEPT(3, in_chans=4, mean=(0.5,) * 4, std=(0.5,) * 4, **options)
     with pytest.raises(ValueError, match=r"images have shape \(1, 3, 64, 96\); they must"):
         infer(model, torch.zeros(1, 3, 64, 96, dtype=torch.uint8), config)
+
+
+def test_half_precision_weights_are_not_mixed_with_bfloat16():
+    options = {"backbone": "resnet10t", "d_model": 32, "num_heads": 2, "num_points": 2, "ffn_dim": 32}
+    model, images = UNEPT(3, **options).eval(), torch.randint(256, (1, 3, 64, 96)).byte()
+    for config in (InferenceConfig(amp="bf16"), InferenceConfig(amp="bf16", flip=True)):
+        wanted = infer(model, images, dataclasses.replace(config, amp="off")).scores
+        found = infer(copy.deepcopy(model).half(), images, config).scores
+        assert (found.float() - wanted).abs().max() < 0.05 * wanted.abs().max()

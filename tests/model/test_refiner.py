@@ -44,6 +44,21 @@ def test_refines_ids_and_logits_of_any_model():
             refiner.refine(bad, images)
 
 
+def test_what_cannot_be_refined():
+    refiner, ids = Refiner(width=8), torch.zeros(1, 16, 32).long()
+    with pytest.raises(ValueError, match=r"images have shape \(3, 16, 32\); they must be \(B, 3, H, W\)"):
+        refiner.refine(ids[0], torch.zeros(3, 16, 32).byte())
+    with pytest.raises(ValueError, match=r"images have shape \(1, 4, 16, 32\); they must have 3 channels"):
+        refiner.refine(ids, torch.zeros(1, 4, 16, 32).byte())
+    for options, message in (
+        ({"num_directions": 7}, "num_directions is 7; it must be an even number"),
+        ({"mean": [0.5] * 4}, "give one of each per channel"),
+        ({"std": [0, 1, 1]}, "std positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Refiner(width=8, **options)
+
+
 @pytest.mark.parametrize("upsampling", ["bilinear", "subpixel"])
 def test_taken_from_a_model(upsampling):
     sizes = {"d_model": 16, "num_heads": 2, "num_points": 2, "ffn_dim": 16, "boundary_upsampling": upsampling}

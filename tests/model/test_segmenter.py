@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.helpers.models import StandIn
+from tests.helpers.runs import small_model
 from unept import UNEPT, Segmentation, Segmenter, UNEPTOutput, kernels
 from unept.colors import overlay
 from unept.data import DatasetError
@@ -259,3 +260,15 @@ def test_on_a_gpu(model, pixels):
     assert found.ids.device.type == "cpu"
     assert (found.ids == result.ids).float().mean() > 0.99
     torch.testing.assert_close(found.confidence, result.confidence, atol=1e-2, rtol=0)
+
+
+def test_damaged_pil_image_and_model_of_other_channels(tmp_path):
+    noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    with pytest.raises(DatasetError, match=r"the image can.t be read .* the file is damaged"):
+        Segmenter(small_model(), device="cpu")(Image.open(tmp_path / "cut.png"))
+    gray = Segmenter(small_model(in_chans=1, mean=(0.5,), std=(0.5,)), device="cpu")
+    with pytest.raises(ValueError, match="files and PIL images are RGB, and the model takes 1 channels"):
+        gray(tmp_path / "whole.png")
+    assert gray(noise[..., :1]).ids.shape == (64, 64)

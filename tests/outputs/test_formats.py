@@ -91,6 +91,12 @@ def test_polygons(result, tmp_path):
     assert len(features) == len(list(regions(IDS))) == 5
 
 
+def test_polygons_of_more_than_256_classes():
+    pytest.importorskip("rasterio")
+    ids = torch.tensor([[7, 7, 263, 263]])
+    assert sorted(k for k, _ in regions(ids)) == [7, 263]
+
+
 def test_a_missing_package_is_one_clear_line(result, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "rasterio", None)
     with pytest.raises(ValueError, match=r"a polygon needs the package rasterio .*: pip install rasterio$"):

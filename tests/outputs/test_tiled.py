@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers.runs import small_model
 from unept.colors import save_picture, to_pil
@@ -107,6 +108,21 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
             )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ids.tif", "in.tif"]
     assert (tmp_path / "ids.tif").read_text() == "of a run before"
+
+
+def test_images_that_rasterio_reads_otherwise_are_refused(tmp_path):
+    pytest.importorskip("rasterio")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("turned.jpg", "turned.tif"):
+        Image.new("RGB", (40, 24)).save(tmp_path / name, exif=exif)
+        with pytest.raises(DatasetError, match=f"{name} is turned by its EXIF tag: save it upright"):
+            Raster(tmp_path / name)
+    Image.new("1", (40, 24), 1).save(tmp_path / "bits.png")
+    with pytest.raises(DatasetError, match="fewer than 8 bits per pixel"):
+        Raster(tmp_path / "bits.png")
+    Image.new("L", (40, 24), 9).save(tmp_path / "gray.png")
+    assert (Raster(tmp_path / "gray.png").read(0, 0, 24, 40) == 9).all()
 
 
 def test_what_cannot_be_tiled():

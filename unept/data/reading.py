@@ -71,7 +71,7 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def decode(image: Image.Image, path: Path) -> None:
+def decode(image: Image.Image, path: Path | str) -> None:
     """Read the pixels of an image that `open_image` returned.
 
     Raises:
@@ -216,11 +216,11 @@ def _not_an_image(path: Path) -> str:
     return f"{path} can't be read (it is not an image of a known format): convert it to PNG, or remove it"
 
 
-def _damaged(path: Path, error: Exception) -> str:
+def _damaged(path: Path | str, error: Exception) -> str:
     return f"{path} can't be read ({error}): the file is damaged; restore or remove it"
 
 
-def _too_large(path: Path, width: int, height: int) -> str:
+def _too_large(path: Path | str, width: int, height: int) -> str:
     return (
         f"{path} is too large: it has {width}x{height} pixels, and an image may have at most {MAX_PIXELS} and as many "
         "as fit into memory; cut it into parts"

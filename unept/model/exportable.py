@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame
+from timm.layers.pool2d_same import AvgPool2dSame
 from torch import Tensor, nn
 
 from ..kernels import DECOMPOSITIONS, reference
@@ -101,20 +102,25 @@ def export_program(network: WholeImage, size: tuple[int, int] | None = None) -> 
 
 
 def with_fixed_padding(network: WholeImage) -> WholeImage:
-    """A copy whose convolutions with "same" padding have fixed padding.
+    """A copy whose convolutions and average poolings with "same" padding have fixed padding.
 
-    "Same" padding depends on the size of its input, but here all sizes that a convolution meets are multiples of its
-    stride, since the padded image is a multiple of the largest stride.
+    "Same" padding depends on the size of its input, but here all sizes that these meet are multiples of their stride,
+    since the padded image is a multiple of the largest stride.
     """
     network = copy.deepcopy(network)
     for module in network.modules():
-        if isinstance(module, Conv2dSame):
-            reach = zip(module.kernel_size, module.dilation, module.stride, strict=True)
+        if isinstance(module, (Conv2dSame, AvgPool2dSame)):
+            convolves = isinstance(module, Conv2dSame)
+            reach = zip(module.kernel_size, module.dilation if convolves else (1, 1), module.stride, strict=True)
             totals = [max(0, (size - 1) * dilation + 1 - stride) for size, dilation, stride in reach]
             sides = [(total // 2, total - total // 2) for total in reversed(totals)]  # the last axis first
-            fixed = functools.partial(_fixed_convolution, module, sides[0] + sides[1])
+            fixed = functools.partial(_fixed_convolution if convolves else _fixed_pooling, module, sides[0] + sides[1])
             module.forward = fixed  # type: ignore[method-assign]
     return network
+
+
+def _fixed_pooling(module: AvgPool2dSame, padding: tuple[int, ...], x: Tensor) -> Tensor:
+    return torch.nn.AvgPool2d.forward(module, F.pad(x, padding))
 
 
 def _fixed_convolution(module: Conv2dSame, padding: tuple[int, ...], x: Tensor) -> Tensor:

@@ -36,9 +36,13 @@ class Refiner(nn.Module):
         upscale: 8 predicts every pixel (sub-pixel heads), 1 every eighth as the paper does, up-sampled bilinearly.
         mean: of RGB in [0, 1], with which uint8 images are normalised.
         std: the standard deviation likewise.
-        num_directions: m, directions that the direction head tells apart.
+        num_directions: m, the even number of directions that the direction head tells apart.
         widths: channels of the first two convolutions of the branch; None: 32 and `width`.
         last_relu: whether the branch ends in a ReLU.
+
+    Raises:
+        ValueError: `upscale` or `num_directions` is another number, or `mean` and `std` are not one number per channel,
+            the latter positive.
 
     Example:
         >>> refiner = Refiner.load("refiner.safetensors")
@@ -62,10 +66,15 @@ class Refiner(nn.Module):
         super().__init__()
         if upscale not in (1, STRIDE):
             raise ValueError(f"upscale is {upscale}; it must be 1 or {STRIDE}")
+        if num_directions < 2 or num_directions % 2:
+            raise ValueError(f"num_directions is {num_directions}; it must be an even number")
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean is {tuple(mean)} and std {tuple(std)}; give one of each per channel, std positive")
         self.options: dict[str, Any] = {"width": width, "hidden": hidden, "upscale": upscale}
         self.options |= {"mean": [*mean], "std": [*std], "num_directions": num_directions}
         self.options |= {"widths": None if widths is None else [*widths], "last_relu": last_relu}
-        self.branch = SpatialBranch(width, len(mean), widths, last_relu)
+        self.in_chans = len(mean)
+        self.branch = SpatialBranch(width, self.in_chans, widths, last_relu)
         self.boundary_head = PixelHead(width, 1, hidden=hidden, upscale=upscale)
         self.direction_head = PixelHead(width, num_directions, hidden=hidden, upscale=upscale)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1) * 255, persistent=False)
@@ -143,8 +152,10 @@ class Refiner(nn.Module):
             (B, H, W): ids in the dtype of the given ids, int64 for logits.
 
         Raises:
-            ValueError: the prediction is neither, or its batch or size is not that of the images.
+            ValueError: the prediction is neither, its batch or size is not that of the images, or these are no batch.
         """
+        if images.dim() != 4:
+            raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, {self.in_chans}, H, W)")
         size = (images.shape[2], images.shape[3])
         is_logits = prediction.is_floating_point() and prediction.dim() == 4
         fits = len(prediction) == len(images) and (is_logits or prediction.shape[1:] == size)

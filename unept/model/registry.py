@@ -23,7 +23,8 @@ BACKBONES = {
     "unept_lite0": "tf_efficientnet_lite0",
     "unept_dinov3_base": "vit_base_patch16_dinov3",  # its weights come under the licence of DINOv3
 }
-# Names of whole sizes, smaller than the paper's: options of `UNEPT`.
+# Names of whole sizes, smaller than the paper's: options of `UNEPT`. Their context queries see the encoder's output and
+# their residual branches start at zero, since they learn faster then (bench/results/README.md).
 SIZES: dict[str, dict[str, Any]] = {
     "unept_tiny": {
         "backbone": "tf_efficientnet_lite0",
@@ -31,6 +32,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_heads": 4,
         "num_points": 8,
         "ffn_dim": 512,
+        "context_queries": "spatial+encoder",
+        "zero_init_residual": True,
         "boundary_upsampling": "subpixel",
         "boundary_features": "spatial+decoder",
     },
@@ -40,13 +43,15 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_heads": 8,
         "num_points": 8,
         "ffn_dim": 1024,
+        "context_queries": "spatial+encoder",
+        "zero_init_residual": True,
         "boundary_upsampling": "subpixel",
         "boundary_features": "spatial+decoder",
     },
 }
 # Options that a trained network may be built without: of training, of its start, and names.
 UNSEEN = {"backbone", "dropout", "zero_init_residual", "scale_encoding_std", "classes", "palette"}
-UNSEEN |= {"preprocessing", "evaluation"}
+UNSEEN |= {"num_classes", "preprocessing", "evaluation"}
 
 
 def list_models(
@@ -123,8 +128,8 @@ def create_model(
     if ignore_mismatched_sizes:
         warnings.warn(f"{checkpoint_path}: {load_fitting(model, state).describe()}", stacklevel=2)
     else:
-        _load(model, state, f"{checkpoint_path} does not fit {name} with {num_classes} classes")
         _check_options(model, weights)
+        _load(model, state, f"{checkpoint_path} does not fit {name} with {num_classes} classes")
     return model
 
 
@@ -152,9 +157,9 @@ def _backbone(name: str) -> str:
 
 
 def _check_options(model: UNEPT, weights: Path) -> None:
-    """Raise ValueError if the config.json beside weights that fit says that they were trained in another network.
+    """Raise ValueError if the config.json beside weights says that they were trained in another network.
 
-    Shapes do not tell what the context queries see, for instance.
+    Shapes do not tell what the context queries see, for instance. Another number of classes is for `_load` to report.
     """
     config = weights.with_name("config.json")
     stored = json.loads(config.read_bytes()) if config.is_file() else {}
@@ -163,8 +168,8 @@ def _check_options(model: UNEPT, weights: Path) -> None:
     if differing:
         raise ValueError(
             f"{weights} was trained with {', '.join(f'{k}={stored[k]!r}' for k in differing)}, and this network has "
-            f"{', '.join(f'{k}={own[k]!r}' for k in differing)}: give the former as options, or use "
-            "UNEPT.from_pretrained, which reads them from config.json"
+            f"{', '.join(f'{k}={own[k]!r}' for k in differing)}: give the former as options, or "
+            "use UNEPT.from_pretrained, which reads them from config.json; ignore_mismatched_sizes=True takes what fits"
         )
 
 

@@ -167,7 +167,7 @@ def regions(ids: Tensor) -> Iterator[tuple[int, dict[str, Any]]]:
         ValueError: rasterio is not installed.
     """
     features = require("rasterio.features", "a polygon")
-    for geometry, value in features.shapes(ids.to(torch.uint8).numpy(), connectivity=4):
+    for geometry, value in features.shapes(ids.to(torch.int32).numpy(), connectivity=4):
         rings = [[list(point) for point in ring] for ring in geometry["coordinates"]]
         yield int(value), {"type": "Polygon", "coordinates": rings}
 

@@ -17,11 +17,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import ExifTags
 from torch import Tensor
 from tqdm import tqdm
 
 from ..colors import overlay
 from ..data import DatasetError
+from ..data.reading import open_image
 from ..files import temporary_file
 from ..inference import InferenceConfig, Maps, averaged_output, predict_ids, window_maps, window_starts
 from ..model.finite import require_numbers
@@ -198,6 +200,15 @@ def _class_ids(
     return class_ids(output, size, config.refinement)[0, :, left - outer[0] : right - outer[0]].to("cpu", torch.uint8)
 
 
+def _orientation(path: Path) -> int:
+    """The EXIF orientation of an image file; 1, upright, where there is none or PIL cannot open the file."""
+    try:
+        with open_image(path) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DatasetError:
+        return 1
+
+
 class Raster:
     """An image file as rasterio reads it: GeoTIFF and all other formats of GDAL, 8 or 16 bits, gray, RGB or more bands.
 
@@ -224,6 +235,10 @@ class Raster:
             raise DatasetError(f"{path} has pixels of {self.file.dtypes[0]}: save it with 8 or 16 bits per channel")
         if self.file.colorinterp[0] == rasterio.enums.ColorInterp.palette:
             raise DatasetError(f"{path} has a palette: convert it to RGB first")
+        if int(self.file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)) < 8:
+            raise DatasetError(f"{path} has fewer than 8 bits per pixel: save it with 8 or 16 bits per channel")
+        if _orientation(path) != 1:
+            raise DatasetError(f"{path} is turned by its EXIF tag: save it upright, or segment it without --tiled")
         self.bands = (1, 2, 3) if self.file.count >= 3 else (1, 1, 1)
 
     @property

@@ -98,8 +98,9 @@ def camvid_gpu() -> TrainConfig:
 
 
 def folder() -> TrainConfig:
-    """Your own images: folders of images and of labels with a class list (docs/train_on_your_data.md); give their root with --root.
+    """Your own images: folders of images and of labels with a class list; give their root with --root.
 
+    docs/train_on_your_data.md describes the folders.
     The network is the paper's with ResNet-50 and ImageNet weights, its recipe shortened to 20k iterations.
     """
     return TrainConfig(data=DataConfig(dataset="folder", short_side=512), iterations=20_000, eval_every=2000)
