@@ -14,7 +14,7 @@ from unept.data.camvid import CLASSES
 from unept.pretrained import DEMO
 
 STREET = Path(__file__).parents[2] / "docs" / "street.jpg"
-SHA256 = "8924e1bc1068d1e5425aff379280e836fa0b1447729b4408f43849f106ea5c42"
+SHA256 = "1d7ae1618a154968e733c8d7a5c26090c548fc3d354ca2c06847f64522211fab"
 
 
 def test_the_weights_are_those_that_were_measured():
