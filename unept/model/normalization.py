@@ -75,10 +75,10 @@ class NormalizedInput(nn.Module):
             ValueError: they have another number of channels.
             TypeError: they are neither uint8 nor floating-point.
         """
-        if images.shape[-3] != self.in_chans:
+        channels = len(self.mean)  # also of those that only borrow this method
+        if images.dim() < 3 or images.shape[-3] != channels:
             raise ValueError(
-                f"images have shape {tuple(images.shape)}; they must have {self.in_chans} channels, (..., "
-                f"{self.in_chans}, H, W)"
+                f"images have shape {tuple(images.shape)}; they must have {channels} channels, (..., {channels}, H, W)"
             )
         if images.dtype == torch.uint8:
             return (images.to(self.mean.dtype) - self.mean) / self.std
