@@ -2,8 +2,7 @@
 
 Every row of the paper that is called "Ours" has a preset; rows of one network share a preset. Sizes are counted as in
 Table 7 (`pytest tests/model/test_model.py -k size_of`): multiplications of convolutions and linear layers at the size
-of the crop. No training times are given for those of the paper, since none of these runs has been
-made yet.
+of the crop. No training times are given for those of the paper, since none of these runs has been made yet.
 
 Where the paper leaves something open or contradicts itself, these presets read it as follows:
 - Images of ADE20K are resized to a short side of 512 pixels, those of PASCAL-Context to a long side of 520, as in the
