@@ -74,9 +74,9 @@ class PredictConfig:
             raise ValueError(f"format is empty; give some of {', '.join(get_args(Format))}")
         self.format = tuple(dict.fromkeys(self.format))
 
-    def check_classes(self, count: int, clips: Sequence[Path]) -> None:
+    def check_classes(self, count: int) -> None:
         """Raise ValueError if the ids of so many classes do not fit into the 8 bits of the files that are asked for."""
-        if (count > 256 and ("ids" in self.format or clips)) or (count > 255 and self.tiled):
+        if (count > 256 and "ids" in self.format) or (count > 255 and self.tiled):
             raise ValueError(
                 f"the model has {count} classes, and files of class ids hold 8 bits"
                 + (", in those of --tiled with a value for no data" if self.tiled else "")
@@ -230,7 +230,7 @@ def predict(options: PredictConfig) -> int:
     if others:
         images, missing = cli.find_named_images(others, options.recursive, options.out)
     model, config = cli.open_model(options.run, options.device, options.inference, options.out)
-    options.check_classes(model.num_classes, clips)
+    options.check_classes(model.num_classes)
     if options.tiled:
         config = tiled.tile_config(config)
     writer = Writer(options.format, options.out, model.classes, model.palette, options.alpha)

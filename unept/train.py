@@ -58,11 +58,11 @@ def _network(args: list[str], source: str, preset: ModelConfig) -> ModelConfig:
 
 def _value(args: list[str], option: str) -> str | None:
     """Return the value of an option on a command line that is not parsed yet; None if it is missing or "None"."""
-    for argument, value in zip(args, [*args[1:], ""], strict=True):
+    for argument, value in zip(args, [*args[1:], None], strict=True):
         name, separator, inline = argument.partition("=")
         if name.replace("_", "-") == option:
-            value = inline if separator else value
-            return None if value in ("", "None") or value.startswith("--") else value
+            given = inline if separator else value
+            return None if given is None or given == "None" or given.startswith("--") else given
     return None
 
 

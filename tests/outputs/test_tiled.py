@@ -118,6 +118,8 @@ def test_images_that_rasterio_reads_otherwise_are_refused(tmp_path):
         Image.new("RGB", (40, 24)).save(tmp_path / name, exif=exif)
         with pytest.raises(DatasetError, match=f"{name} is turned by its EXIF tag: save it upright"):
             Raster(tmp_path / name)
+    Image.new("RGB", (40, 24)).save(tmp_path / "tag.png", exif=b"Exif\0\0no TIFF")
+    assert Raster(tmp_path / "tag.png").size == (24, 40)
     Image.new("1", (40, 24), 1).save(tmp_path / "bits.png")
     with pytest.raises(DatasetError, match="fewer than 8 bits per pixel"):
         Raster(tmp_path / "bits.png")

@@ -132,6 +132,8 @@ def test_a_run_continues_without_the_model_that_it_started_from(data, trained, t
 def test_source_that_does_not_exist(data, capsys):
     with pytest.raises(FileNotFoundError, match="no-run does not exist"):
         train.parse(arguments(data, "--init-from", "no-run"))
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
+        train.parse(arguments(data, "--init-from="))
     assert train.parse(arguments(data, "--init-from", "None"))[1].recipe.init_from is None
     with pytest.raises(SystemExit):
         train.parse(arguments(data, "--init-from"))

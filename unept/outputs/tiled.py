@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..colors import overlay
 from ..data import DatasetError
-from ..data.reading import open_image
+from ..data.reading import DAMAGED, open_image
 from ..files import temporary_file
 from ..inference import InferenceConfig, Maps, averaged_output, predict_ids, window_maps, window_starts
 from ..model.finite import require_numbers
@@ -205,7 +205,7 @@ def _orientation(path: Path) -> int:
     try:
         with open_image(path) as image:
             return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except DatasetError:
+    except DAMAGED:  # DatasetError is one of them; where only the tag is damaged, the pixels are read as they are
         return 1
 
 
