@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+"""The ops in PyTorch's own, by overload; `decompositions` fills it.
+
+They are not registered with PyTorch: Inductor refuses an op that it could decompose where the variable CI is set.
+"""
 
 
 def register_vmap(op: Any, unbatched: tuple[int, ...] = (), summed: Mapping[int, int] | None = None) -> None:
@@ -71,6 +76,8 @@ def register_autograd(op: Any, setup_context: Callable[..., None], backward: Cal
     function: Any = type(op._name, (torch.autograd.Function,), {**namespace, "generate_vmap_rule": True})
 
     def run(*args: Any) -> Any:
+        if torch.onnx.is_in_onnx_export():
+            return in_pytorch(op, *args)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return op(*args)
         return function.apply(*args)
@@ -97,13 +104,11 @@ def refuse_second_derivatives(backward_op: Any, name: str) -> Callable[..., Any]
     return register_autograd(backward_op, setup_context, backward)
 
 
-def register_decompositions(decompositions: Mapping[Any, Callable[..., Any]], fakes: Mapping[Any, Any]) -> None:
-    """Tell the ONNX exporter what ops are in PyTorch's own; they are not decomposed anywhere else.
+def in_pytorch(op: Any, *args: Any) -> Any:
+    """An op in PyTorch's own, which the ONNX exporter understands.
 
     Args:
-        decompositions: op overload to its computation in PyTorch's own ops.
-        fakes: op overload to its fake. Without it the sizes of its results would be taken from the decomposition.
+        op: a `torch.library.custom_op`.
+        *args: all of its arguments by position.
     """
-    for op, decomposition in decompositions.items():
-        register_decomposition(op)(decomposition)
-        register_decomposition(op, type="meta")(fakes[op])
+    return DECOMPOSITIONS[op._opoverload](*args)

@@ -1,24 +1,24 @@
 """The ops in PyTorch's own, for programs that are to run without this package: ONNX and `torch.export` files.
 
-The ONNX exporter of PyTorch finds them by itself. A program of `torch.export` keeps the ops until it is told otherwise:
+`torch.onnx.export(model)` takes them by itself. A program of `torch.export` keeps the ops until it is told otherwise:
 
     program.run_decompositions({**torch.export.default_decompositions(), **DECOMPOSITIONS})
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import reference
-from ._registration import register_decompositions
-from .bilinear_gather import _bilinear_gather_fake
+from ._registration import DECOMPOSITIONS
+from .bilinear_gather import _bilinear_gather as gather_op
 from .checks import compute_dtype
 from .sparse_attention import differentiable
-from .sparse_attention.op import _sparse_sampling_fake
-from .upsample.argmax import _upsample_argmax_fake
-from .upsample.cross_entropy import _upsample_cross_entropy_fake, _upsample_cross_entropy_pair_fake
+from .sparse_attention.op import _sparse_sampling as attention_op
+from .upsample.argmax import _upsample_argmax as argmax_op
+from .upsample.cross_entropy import _upsample_cross_entropy as cross_entropy_op
+from .upsample.cross_entropy import _upsample_cross_entropy_pair as cross_entropy_pair_op
 
 
 def _sparse_sampling(
@@ -77,21 +77,12 @@ def _upsample_argmax(logits: Tensor, height: int, width: int, offset: Tensor | N
     return reference.upsample_argmax(logits.to(compute_dtype(logits)), (height, width), offset)
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
-    torch.ops.unept.sparse_sampling.default: _sparse_sampling,
-    torch.ops.unept.bilinear_gather.default: _bilinear_gather,
-    torch.ops.unept.upsample_cross_entropy.default: _upsample_cross_entropy,
-    torch.ops.unept.upsample_cross_entropy_pair.default: _upsample_cross_entropy_pair,
-    torch.ops.unept.upsample_argmax.default: _upsample_argmax,
-}
-
-register_decompositions(
-    DECOMPOSITIONS,
-    fakes={
-        torch.ops.unept.sparse_sampling.default: _sparse_sampling_fake,
-        torch.ops.unept.bilinear_gather.default: _bilinear_gather_fake,
-        torch.ops.unept.upsample_cross_entropy.default: _upsample_cross_entropy_fake,
-        torch.ops.unept.upsample_cross_entropy_pair.default: _upsample_cross_entropy_pair_fake,
-        torch.ops.unept.upsample_argmax.default: _upsample_argmax_fake,
-    },
+DECOMPOSITIONS.update(
+    {
+        attention_op._opoverload: _sparse_sampling,
+        gather_op._opoverload: _bilinear_gather,
+        cross_entropy_op._opoverload: _upsample_cross_entropy,
+        cross_entropy_pair_op._opoverload: _upsample_cross_entropy_pair,
+        argmax_op._opoverload: _upsample_argmax,
+    }
 )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import reference as plain
-from .._registration import register_vmap
+from .._registration import in_pytorch, register_vmap
 from ..backend import runs_on_triton
 from . import argmax_triton
 from .tiles_torch import Where, check_maps, visit_tiles
@@ -75,4 +75,6 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int], offset: Tensor | None
         raise ValueError(f"size is {size!r}; it must be (height, width), two ints >= 0, such as labels.shape[-2:]")
     height, width = size
     check_maps(logits, offset, (height, width))
+    if torch.onnx.is_in_onnx_export():
+        return in_pytorch(_upsample_argmax, logits, height, width, offset)
     return _upsample_argmax(logits, height, width, offset)

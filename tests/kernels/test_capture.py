@@ -144,6 +144,21 @@ def test_trace(with_tensor):
         torch.testing.assert_close(found, wanted)
 
 
+def test_pytorch_knows_no_decomposition():
+    # Where the variable CI is set, Inductor refuses to compile what PyTorch could decompose.
+    assert DECOMPOSITIONS
+    assert not torch._decomp.get_decompositions(list(DECOMPOSITIONS))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_a_program(tmp_path):
+    pytest.importorskip("onnxscript")
+    program = torch.export.export(FromImages(), (torch.randn(2, 8, 3, 5),))
+    plain = program.run_decompositions({**torch.export.default_decompositions(), **DECOMPOSITIONS})
+    exported = torch.onnx.export(plain, (), dynamo=True, verbose=False)
+    assert all(node.domain in ("", "pkg.onnxscript.torch_lib.common") for node in exported.model.graph)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_onnx(tmp_path, dynamo):

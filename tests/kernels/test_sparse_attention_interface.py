@@ -75,7 +75,8 @@ def test_opcheck(backend, op):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_without_a_graph_break(backend, compiler):
+def test_compiles_without_a_graph_break(backend, compiler, monkeypatch):
+    monkeypatch.setenv("CI", "true")  # Inductor is stricter there: it refuses an op that it could decompose
     case = make_case(batch=1, queries=5, heads=1).to(backend[1], torch.float32)
     eager = with_gradients(attention, case)
 
