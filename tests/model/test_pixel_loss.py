@@ -145,6 +145,24 @@ def test_region_losses_compare_every_second_pixel_of_the_up_sampled_prediction(n
     assert pair[0].abs().sum() > 0
 
 
+def test_region_losses_compare_each_image_once(monkeypatch):
+    """Also for the gradient: a gradient checkpoint would sort everything a second time."""
+    losses = pytest.importorskip("segmentation_models_pytorch.losses")
+    compared, forward = [], losses.LovaszLoss.forward
+    monkeypatch.setattr(losses.LovaszLoss, "forward", lambda *args: compared.append(args) or forward(*args))
+    logits, labels = torch.randn(3, K, 4, 6, requires_grad=True), torch.randint(K, (3, 32, 48))
+    labels[1] = IGNORED
+    loss = region_loss("lovasz", IGNORED)
+    loss(logits, labels).backward()
+    assert len(compared) == 2
+    assert not logits.grad[1].any()
+    with torch.no_grad():
+        assert not loss(logits, labels).requires_grad
+    half = logits.detach().bfloat16().requires_grad_()
+    loss(half, labels).backward()
+    torch.testing.assert_close(half.grad, logits.grad.bfloat16(), rtol=0.1, atol=2e-3)
+
+
 def test_absent_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch.losses", None)
     with pytest.raises(ValueError, match=r'--dice-weight.*not installed: pip install "unept\[losses\]"'):
