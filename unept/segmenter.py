@@ -8,11 +8,11 @@ from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .colors import overlay, to_pil
-from .data.reading import decode, image_to_tensor, read_image
+from .data.reading import read_image, upright_tensor
 from .distributed import choose_device
 from .inference import InferenceConfig, InferenceOptions, predict, resolve
 from .memory import require_memory_for_images
@@ -142,8 +142,7 @@ def _one_image(image: Any, channels: int) -> Tensor:
     if isinstance(image, (str, Path)):
         return read_image(Path(image))[None]
     if isinstance(image, Image.Image):
-        decode(image, "the image")
-        return image_to_tensor(ImageOps.exif_transpose(image), "the image")[None]
+        return upright_tensor(image, "the image")[None]
     if not isinstance(image, (np.ndarray, Tensor)):
         raise TypeError(
             f"an image is of type {type(image).__name__}; give a path, a PIL image, a uint8 array (H, W, 3) or tensor "

@@ -74,12 +74,21 @@ def test_any_timm_backbone_and_any_image_size(backbone, strides):
         assert output.boundary.shape == (1, 1, h, w)
         assert output.direction.shape == (1, 8, h, w)
         assert all(torch.isfinite(m).all() for m in output[:3])
+    require_all_gradients(model, output)
+
+
+def require_all_gradients(model, output):
+    """What a backbone has beyond the feature maps is frozen: on several processes each parameter needs a gradient."""
     losses = UNEPTLoss()(output, torch.randint(0, 3, (1, 64, 96)))
     losses["loss"].backward()
-    # Layers of a backbone that the feature maps don't need are frozen: on several processes each must have a gradient.
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
         assert parameter.requires_grad or name.startswith("backbone"), name
+
+
+def test_without_an_encoder():
+    model = tiny_model(num_encoder_layers=0).eval()
+    require_all_gradients(model, model(torch.randn(1, 3, 64, 96)))
 
 
 @pytest.mark.parametrize("backbone", ["coatnet_nano_rw_224", "levit_128s", "visformer_tiny"])

@@ -52,11 +52,20 @@ def test_what_cannot_be_refined():
         refiner.refine(ids, torch.zeros(1, 4, 16, 32).byte())
     for options, message in (
         ({"num_directions": 7}, "num_directions is 7; it must be an even number"),
-        ({"mean": [0.5] * 4}, "give one of each per channel"),
-        ({"std": [0, 1, 1]}, "std positive"),
+        ({"mean": [0.5] * 4}, "in_chans is 4, but std has 3 numbers"),
+        ({"std": [0, 1, 1]}, "each number must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
             Refiner(width=8, **options)
+
+
+def test_half_precision_normalises_in_float32():
+    """Rounded to half precision, a mean of 123.675 would move all colours."""
+    refiner = Refiner(width=8).bfloat16()
+    assert refiner.mean.dtype == refiner.std.dtype == torch.float32
+    assert torch.equal(refiner.mean, Refiner(width=8).mean)
+    boundary, direction = refiner(torch.zeros(1, 3, 16, 32, dtype=torch.uint8))
+    assert boundary.dtype == direction.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("upsampling", ["bilinear", "subpixel"])

@@ -90,6 +90,13 @@ def test_images_are_turned_upright(model, pixels, tmp_path):
         assert torch.equal(segmenter(image).image, tensor_of(np.rot90(pixels, -1).copy()))
 
 
+def test_a_damaged_exif_tag_is_named(model, pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF")
+    for image in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
+        with pytest.raises(ValueError, match=r"(a\.png|the image) can.t be read .*the file is damaged"):
+            Segmenter(model)(image)
+
+
 def test_other_modes_of_pil(model, pixels):
     gray, deep = pixels[..., 0], pixels[..., 0].astype(np.uint16) * 256
     segmenter = Segmenter(model)

@@ -97,12 +97,29 @@ def read_image(path: Path) -> Tensor:
 def read_channels_last(path: Path) -> Tensor:
     """As `read_image`, but with the channels innermost in memory, as PIL has them: resampling is faster on these."""
     with open_image(path) as image:
-        decode(image, path)
-        try:
+        return upright_tensor(image, path, in_place=True)
+
+
+def upright_tensor(image: Image.Image, name: str | Path, in_place: bool = False) -> Tensor:
+    """Convert a PIL image as `image_to_tensor` does, turned upright as its EXIF tag says.
+
+    Args:
+        image: the image, whose pixels may not have been read yet.
+        name: what messages call it.
+        in_place: whether `image` itself may be turned, which saves a copy.
+
+    Raises:
+        DatasetError: see `decode` and `image_to_tensor`; or the EXIF tag is damaged.
+    """
+    decode(image, name)
+    try:
+        if in_place:
             ImageOps.exif_transpose(image, in_place=True)
-        except DAMAGED as error:
-            raise DatasetError(_damaged(path, error)) from error
-    return image_to_tensor(image, path)
+        else:
+            image = ImageOps.exif_transpose(image)
+    except DAMAGED as error:
+        raise DatasetError(_damaged(name, error)) from error
+    return image_to_tensor(image, name)
 
 
 def image_to_tensor(image: Image.Image, name: str | Path) -> Tensor:

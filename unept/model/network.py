@@ -184,6 +184,11 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         self.evaluation: dict[str, Any] = {}
         self.set_normalization(self.backbone.mean if mean is None else mean, self.backbone.std if std is None else std)
 
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise uint8 images with this mean and deviation of each channel in [0, 1]; see `NormalizedInput`."""
+        super().set_normalization(mean, std)
+        self.backbone.mean, self.backbone.std = tuple(mean), tuple(std)
+
     def reset_classifier(
         self, num_classes: int, classes: Sequence[str] | None = None, palette: Sequence[Sequence[int]] | None = None
     ) -> None:
@@ -233,7 +238,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
             ValueError: the images have another shape.
             TypeError: they have another dtype.
         """
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
+        if images.dim() != 4:
             raise ValueError(f"images have shape {tuple(images.shape)}; they must be (B, {self.in_chans}, H, W)")
         images = self.normalized(images).to(self.dtype)
         height, width = images.shape[2:]

@@ -10,7 +10,7 @@ from ..validation import check_type
 
 
 class NormalizedInput(nn.Module):
-    """A network that normalises uint8 images itself; `UNEPT` inherits it.
+    """A network that normalises uint8 images itself; `UNEPT` and `Refiner` inherit it.
 
     Mean and deviation stay in float32 when the weights become float16 or bfloat16, whose rounding would move colours by
     up to half a level. They follow from `preprocessing`, so that they are right again after `to_empty`.
@@ -21,7 +21,6 @@ class NormalizedInput(nn.Module):
     """
 
     in_chans: int
-    backbone: Any
     preprocessing: dict[str, Any]
     mean: Tensor
     std: Tensor
@@ -41,7 +40,6 @@ class NormalizedInput(nn.Module):
                 )
             if name == "std" and min(values) <= 0:
                 raise ValueError(f"std is {tuple(values)}; each number must be positive")
-            setattr(self.backbone, name, tuple(values))
             self.preprocessing[name] = list(values)
             if not hasattr(self, name):
                 self.register_buffer(name, torch.zeros(self.in_chans, 1, 1), persistent=False)

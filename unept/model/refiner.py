@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import upsample_argmax
 from .boundary import DIRECTIONS, PixelHead, Refinement, read_at_offset, refinement_offset
 from .loss import Targets, UNEPTLoss
 from .network import UNEPT
+from .normalization import NormalizedInput
 from .output import STRIDE, evaluation_mode, padded_size
 from .spatial import SpatialBranch
 
@@ -22,7 +23,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TWO_PIXELS = Refinement(scale=2)  # what SegFix uses at inference
 
 
-class Refiner(nn.Module):
+class Refiner(NormalizedInput):
     """Spatial branch, boundary head and direction head of UN-EPT without the rest of it.
 
     It sees the image alone, tells where two classes meet and which way the inside of a segment lies, and has the pixels
@@ -68,8 +69,6 @@ class Refiner(nn.Module):
             raise ValueError(f"upscale is {upscale}; it must be 1 or {STRIDE}")
         if num_directions < 2 or num_directions % 2:
             raise ValueError(f"num_directions is {num_directions}; it must be an even number")
-        if len(mean) != len(std) or min(std) <= 0:
-            raise ValueError(f"mean is {tuple(mean)} and std {tuple(std)}; give one of each per channel, std positive")
         self.options: dict[str, Any] = {"width": width, "hidden": hidden, "upscale": upscale}
         self.options |= {"mean": [*mean], "std": [*std], "num_directions": num_directions}
         self.options |= {"widths": None if widths is None else [*widths], "last_relu": last_relu}
@@ -77,10 +76,8 @@ class Refiner(nn.Module):
         self.branch = SpatialBranch(width, self.in_chans, widths, last_relu)
         self.boundary_head = PixelHead(width, 1, hidden=hidden, upscale=upscale)
         self.direction_head = PixelHead(width, num_directions, hidden=hidden, upscale=upscale)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1) * 255, persistent=False)
-
-    normalized = UNEPT.normalized
+        self.preprocessing: dict[str, Any] = {}
+        self.set_normalization(mean, std)
 
     @classmethod
     def from_model(cls, model: UNEPT) -> "Refiner":
@@ -95,14 +92,13 @@ class Refiner(nn.Module):
                 + ("do not exist" if model.boundary_head is None else "see the decoder's features")
                 + ": give a model with context_queries='spatial' and boundary_features='spatial', or train a Refiner"
             )
-        mean, std = ((buffer.flatten() / 255).tolist() for buffer in (model.mean, model.std))
         first: Any = model.boundary_head[0][0]  # its first convolution
         refiner = cls(
             first.in_channels,
             first.out_channels,
             STRIDE // model.boundary_stride,
-            mean,
-            std,
+            model.preprocessing["mean"],
+            model.preprocessing["std"],
             num_directions=model.options["num_directions"],
             widths=model.options["spatial_widths"],
             last_relu=model.options["spatial_last_relu"],
@@ -122,7 +118,7 @@ class Refiner(nn.Module):
             Logits (B, 1, h, w) of "closer to another class than 5 pixels" and (B, 8, h, w) of `DIRECTIONS`, for the
             image padded to multiples of 8, at all of its pixels or at 1/8.
         """
-        images = self.normalized(images).to(next(self.parameters()).dtype)
+        images = self.normalized(images).to(self.dtype)
         height, width = padded_size(images.shape[2:])
         features = self.branch(F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2])))
         return self.boundary_head(features), self.direction_head(features)

@@ -162,7 +162,10 @@ def _check_options(model: UNEPT, weights: Path) -> None:
     Shapes do not tell what the context queries see, for instance. Another number of classes is for `_load` to report.
     """
     config = weights.with_name("config.json")
-    stored = json.loads(config.read_bytes()) if config.is_file() else {}
+    try:
+        stored = json.loads(config.read_bytes()) if config.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{config} is damaged ({error}): restore it, or give the weights without it") from error
     own = json.loads(json.dumps(model.options, default=str))
     differing = [k for k in own if k in stored and k not in UNSEEN and own[k] != stored[k]]
     if differing:

@@ -118,11 +118,21 @@ class Trainer:
         self.skipped_before = 0  # bad samples on all ranks before the run was resumed
 
     def build_datasets(self) -> list[SegmentationDataset]:
-        """Return the training and the validation set, after reading some of their files."""
+        """Return the training and the validation set, after reading some of their files.
+
+        Raises:
+            DatasetError: a dataset breaks a rule, or its images have other channels than the network takes.
+        """
         datasets = [self.config.data.build(split) for split in ("train", "val")]
         for split, dataset in zip(("train", "val"), datasets, strict=True):
             for warning in check_before_run(dataset, split, self.config.data.workers):
                 print(f"warning: {warning}", file=sys.stderr)
+            channels, taken = len(dataset.image(0)), self.config.model.in_chans
+            if channels != taken:
+                raise DatasetError(
+                    f"the images of the split {split} have {channels} channels, and the network takes {taken} "
+                    f"(--in-chans): give --in-chans {channels}, with as many numbers in --mean and --std"
+                )
         return datasets
 
     def build_model(self) -> TrainableModel:
