@@ -28,7 +28,8 @@ def _argmax_torch(logits: Tensor, size: tuple[int, int], offset: Tensor | None) 
     best = torch.empty((logits.shape[0], *size), dtype=torch.int64, device=logits.device)
 
     def visit(where: Where, z: Tensor) -> None:
-        best[where] = z.argmax(1).view(best[where].shape)
+        ids = z.max(1).indices  # which argmax finds 3 to 8 times more slowly along an axis that is not the last
+        best[where] = ids.view(best[where].shape)
 
     visit_tiles(logits, size, offset, visit)
     return best
