@@ -1,5 +1,10 @@
 """What cannot fit into memory is told before the system kills the process."""
 
+import platform
+import resource
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -31,3 +36,31 @@ def test_every_way_to_see_images_asks_for_memory(tmp_path, monkeypatch):
         evaluate_model(Shifted(), Halves(), InferenceConfig(), cpu, boundary_tolerance=3)
     assert len(Segmenter(segmenter.model, window=32)(picture)) == 2
     evaluate_model(Shifted(), Halves(), InferenceConfig(window=32), cpu, boundary_tolerance=3)
+
+
+KEPT = """
+import resource
+from pathlib import Path
+import torch
+from unept.memory import keep_freed_memory, require_memory
+keep_freed_memory()
+def resident():
+    return resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(1 << 26)
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+kept = resident()
+try:
+    require_memory(1 << 60, "")
+except MemoryError:
+    print(pages, kept - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what it likes")
+def test_freed_memory_is_kept_until_it_is_asked_for():
+    command = [sys.executable, "-c", KEPT]
+    pages, returned = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert int(pages) < (1 << 28) // resource.getpagesize() // 10  # 256 MiB come from the system page by page otherwise
+    assert int(returned) > 1 << 27

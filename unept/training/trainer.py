@@ -23,7 +23,7 @@ from ..data.loader import Batch
 from ..data.photometric import distort
 from ..evaluation.evaluator import evaluate_model
 from ..kernels.backend import runs_on_triton
-from ..memory import memory_advice, out_of_memory
+from ..memory import keep_freed_memory, memory_advice, out_of_memory
 from ..model.loss import Targets, UNEPTLoss
 from ..model.network import UNEPT
 from ..model.output import TrainableModel
@@ -163,6 +163,8 @@ class Trainer:
             OSError: the disk is full or not writable.
             Stopped: a signal stopped the run (`StopSignals`), after its state was saved.
         """
+        if self.device.type == "cpu":
+            keep_freed_memory()
         with locked(self.out), self.signals:
             self.setup_run_folder()
             self.loader = self.build_loader()
