@@ -1,13 +1,13 @@
-"""Say what to change when memory runs out, on a GPU or the machine; keep what a step frees for the next one."""
+"""Say what to change when the memory of a GPU or of the machine runs out."""
 
 import contextlib
-import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from .allocator import return_freed_memory
 from .config import TrainConfig
 from .inference import InferenceConfig
 
@@ -21,26 +21,6 @@ def out_of_memory(advice: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise MemoryError(f"out of memory {advice}") from error
         raise
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>: free memory to keep; blocks that the system may give one by one
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory that is freed, in this process, instead of giving it back to the system.
-
-    The next step takes it again. What comes from the system is filled with zeros first, page by page, which is some 7 %
-    of a training step on a CPU. Another C library is left as it is.
-    """
-    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-        _call_glibc("mallopt", parameter, value)
-
-
-def _call_glibc(name: str, *arguments: int) -> None:
-    """Call a function of the C library on ints, if there is one of this name."""
-    function = getattr(ctypes.CDLL(None), name, None)
-    if function is not None:
-        function(*arguments)
 
 
 # What a pixel of an image that is seen whole takes at least: 390 bytes with the demo model, the smallest named size.
@@ -61,7 +41,7 @@ def require_memory(pixels: int, advice: str, meminfo: Path | None = None) -> Non
     """
     meminfo = meminfo or MEMINFO
     if pixels * BYTES_A_PIXEL > _available(meminfo):
-        _call_glibc("malloc_trim", 0)  # which gives back what `keep_freed_memory` has kept
+        return_freed_memory()  # which a training has kept for its steps
         if pixels * BYTES_A_PIXEL > _available(meminfo):
             raise MemoryError(f"out of memory {advice}")
 

@@ -140,9 +140,14 @@ def test_region_losses_compare_every_second_pixel_of_the_up_sampled_prediction(n
     expected = sum(compare(full[b : b + 1, :, ::2, ::2], labels[b : b + 1, ::2, ::2]) for b in range(2))
     found = region_loss(name, IGNORED)(logits, labels)
     torch.testing.assert_close(found, expected)
-    pair = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+    pair = [torch.autograd.grad(loss, logits, create_graph=True)[0] for loss in (found, expected)]
     torch.testing.assert_close(*pair)
     assert pair[0].abs().sum() > 0
+    penalties = [torch.autograd.grad((grad**2).sum(), logits)[0] for grad in pair]
+    torch.testing.assert_close(*penalties)
+    assert penalties[0].abs().sum() > 0
+    found = region_loss(name, IGNORED)(logits, labels)
+    torch.testing.assert_close(torch.autograd.grad(found, logits)[0], pair[1])
 
 
 def test_region_losses_compare_each_image_once(monkeypatch):

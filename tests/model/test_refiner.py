@@ -1,5 +1,6 @@
 """The refinement on its own: any model's ids and logits, a UN-EPT's heads, training on labels, files."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,6 +58,15 @@ def test_what_cannot_be_refined():
     ):
         with pytest.raises(ValueError, match=message):
             Refiner(width=8, **options)
+
+
+def test_another_normalization_is_saved(tmp_path):
+    refiner = Refiner(width=8, mean=np.array([0.1, 0.2, 0.3]), std=torch.tensor([1.0, 2, 3]))
+    refiner.set_normalization([0.5, 0.25, 0.125], [0.5, 1, 2])
+    refiner.save(tmp_path / "refiner.safetensors")
+    loaded = Refiner.load(tmp_path / "refiner.safetensors")
+    assert torch.equal(loaded.mean, refiner.mean)
+    assert torch.equal(loaded.std, refiner.std)
 
 
 def test_half_precision_normalises_in_float32():

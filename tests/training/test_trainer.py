@@ -209,12 +209,6 @@ def test_class_weights(data):
     assert (weights[~present] == weights.max()).all()
 
 
-def test_images_of_other_channels_are_refused_before_the_first_step(data, tmp_path):
-    options = ["--in-chans", "1", "--mean", "0.5", "--std", "0.25", "--no-photometric"]
-    with pytest.raises(DatasetError, match=r"have 3 channels, and the network takes 1 .*give --in-chans 3"):
-        Trainer(configuration(arguments(data, *options)), tmp_path)
-
-
 def test_class_weights_of_another_number_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match=r"class_weights has 2 numbers, but the data set has 8 classes"):
         Trainer(config_of(data, class_weights=(1.0, 2.0)), tmp_path / "run")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from tqdm import tqdm
 
+from ..allocator import keep_no_freed_memory
 from ..signals import shield_worker
 from .base import DatasetError, SegmentationDataset
 from .transforms import eval_transform
@@ -323,10 +324,16 @@ def _make_loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         collate_fn=collate,
-        worker_init_fn=shield_worker,
+        worker_init_fn=_prepare_worker,
         # Without its own generator, every iterator would draw its workers' base seed from the global one.
         generator=torch.Generator(),
     )
+
+
+def _prepare_worker(worker: int) -> None:
+    """Make the process of a loader one that signals spare, and that returns what an image takes after it."""
+    shield_worker(worker)
+    keep_no_freed_memory()
 
 
 def _check_rank(rank: int, world_size: int) -> None:

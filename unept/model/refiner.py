@@ -70,14 +70,14 @@ class Refiner(NormalizedInput):
         if num_directions < 2 or num_directions % 2:
             raise ValueError(f"num_directions is {num_directions}; it must be an even number")
         self.options: dict[str, Any] = {"width": width, "hidden": hidden, "upscale": upscale}
-        self.options |= {"mean": [*mean], "std": [*std], "num_directions": num_directions}
+        self.options["num_directions"] = num_directions
         self.options |= {"widths": None if widths is None else [*widths], "last_relu": last_relu}
         self.in_chans = len(mean)
         self.branch = SpatialBranch(width, self.in_chans, widths, last_relu)
         self.boundary_head = PixelHead(width, 1, hidden=hidden, upscale=upscale)
         self.direction_head = PixelHead(width, num_directions, hidden=hidden, upscale=upscale)
         self.preprocessing: dict[str, Any] = {}
-        self.set_normalization(mean, std)
+        self.set_normalization([*map(float, mean)], [*map(float, std)])
 
     @classmethod
     def from_model(cls, model: UNEPT) -> "Refiner":
@@ -172,7 +172,7 @@ class Refiner(NormalizedInput):
     def save(self, path: str | Path) -> None:
         """Write weights and options into one .safetensors file."""
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, path, metadata={"unept.Refiner": json.dumps(self.options)})
+        save_file(weights, path, metadata={"unept.Refiner": json.dumps({**self.options, **self.preprocessing})})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Refiner":

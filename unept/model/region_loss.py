@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 STEP = 2  # rows and columns from one compared pixel to the next
 
@@ -35,35 +34,40 @@ def region_loss(name: str, ignore_index: int) -> Callable[[Tensor, Tensor], Tens
     compare = {"dice": DiceLoss, "lovasz": LovaszLoss}[name]("multiclass", ignore_index=ignore_index)
 
     def one_image(logits: Tensor, labels: Tensor) -> Tensor:
-        full = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+        full = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
+        if (labels == ignore_index).all():
+            return 0 * full.sum()
         return compare(full[..., ::STEP, ::STEP], labels[:, ::STEP, ::STEP].long())
 
     @torch.compiler.disable
     def total(logits: Tensor, labels: Tensor) -> Tensor:
-        return _SumOverImages.apply(logits, labels, lambda z, y: one_image(z, y) if (y != ignore_index).any() else None)
+        return _Sum.apply(logits if torch.is_grad_enabled() else logits.detach(), labels, one_image)
 
     return total
 
 
-class _SumOverImages(torch.autograd.Function):
-    """The sum of a loss over images, whose gradient is taken with it: a backward need not compute the loss again."""
+class _Sum(torch.autograd.Function):
+    """The sum of the losses of images, whose gradient is taken with them: a backward need not compute them again."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor | None]) -> Tensor:
-        """Sum `loss`, which gives None for an image that has none, of each image's logits and labels."""
-        total = torch.zeros((), device=logits.device)
-        ctx.dtype, ctx.grad = logits.dtype, torch.zeros_like(logits, dtype=torch.float32)
-        for image, z in enumerate(logits.detach().float().split(1)):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                z.requires_grad_(ctx.needs_input_grad[0])
-                value = loss(z, labels[image : image + 1])
-            if value is not None:
-                total += value.detach()
-            if value is not None and value.requires_grad:
-                ctx.grad[image : image + 1] = torch.autograd.grad(value, z)[0]
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        total, grad = torch.zeros((), device=logits.device), torch.zeros_like(logits, dtype=torch.float32)
+        for z, y, out in zip(logits.split(1), labels.split(1), grad.split(1), strict=True):
+            leaf = z.detach().float().requires_grad_(ctx.needs_input_grad[0])
+            with torch.enable_grad():
+                value = loss(leaf, y)
+            total += value.detach()
+            if value.requires_grad:
+                out.copy_(torch.autograd.grad(value, leaf)[0])
+        ctx.loss = loss
+        ctx.save_for_backward(logits, labels, grad)
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None]:
-        return (grad_total * ctx.grad).to(ctx.dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits, labels, grad = ctx.saved_tensors
+        if torch.is_grad_enabled() and len(logits):  # by create_graph=True: a gradient that has a gradient itself
+            pairs = zip(logits.split(1), labels.split(1), strict=True)
+            total = torch.stack([ctx.loss(z, y) for z, y in pairs]).sum()
+            grad = torch.autograd.grad(total, logits, create_graph=True)[0]
+        return (grads[0] * grad).to(logits.dtype), None, None

@@ -165,7 +165,9 @@ def _check_options(model: UNEPT, weights: Path) -> None:
     try:
         stored = json.loads(config.read_bytes()) if config.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{config} is damaged ({error}): restore it, or give the weights without it") from error
+        raise ValueError(f"{config} is damaged ({error}): restore it, or give the weights alone") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{config} is damaged (it must hold options by name): restore it, or give the weights alone")
     own = json.loads(json.dumps(model.options, default=str))
     differing = [k for k in own if k in stored and k not in UNSEEN and own[k] != stored[k]]
     if differing:

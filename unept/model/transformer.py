@@ -201,7 +201,7 @@ class Encoder(LayerStack):
     def __init__(self, num_layers: int, size: LayerSize, scale_encoding_std: float = 0.02):
         super().__init__()
         encoding = torch.randn(size.num_levels, size.d_model) * scale_encoding_std
-        self.scale_encoding = nn.Parameter(encoding) if num_layers else None
+        self.scale_encoding = nn.Parameter(encoding, requires_grad=num_layers > 0)  # without a layer nothing reads it
         self.layers = nn.ModuleList(EncoderLayer(size) for _ in range(num_layers))
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
@@ -214,8 +214,6 @@ class Encoder(LayerStack):
         Returns:
             (B, S, d_model), X_enc.
         """
-        if self.scale_encoding is None:
-            return x
         reference_points = reference_grid(shapes, x.device)
         sizes = [height * width for height, width in shapes]
         scale = torch.cat([e.expand(n, -1) for e, n in zip(self.scale_encoding, sizes, strict=True)])

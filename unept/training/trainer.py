@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
+from ..allocator import freed_memory_kept
 from ..config import TrainConfig
 from ..data import DatasetError, SegmentationDataset
 from ..data.augmentation import build_transform
@@ -23,7 +24,7 @@ from ..data.loader import Batch
 from ..data.photometric import distort
 from ..evaluation.evaluator import evaluate_model
 from ..kernels.backend import runs_on_triton
-from ..memory import keep_freed_memory, memory_advice, out_of_memory
+from ..memory import memory_advice, out_of_memory
 from ..model.loss import Targets, UNEPTLoss
 from ..model.network import UNEPT
 from ..model.output import TrainableModel
@@ -118,21 +119,11 @@ class Trainer:
         self.skipped_before = 0  # bad samples on all ranks before the run was resumed
 
     def build_datasets(self) -> list[SegmentationDataset]:
-        """Return the training and the validation set, after reading some of their files.
-
-        Raises:
-            DatasetError: a dataset breaks a rule, or its images have other channels than the network takes.
-        """
+        """Return the training and the validation set, after reading some of their files."""
         datasets = [self.config.data.build(split) for split in ("train", "val")]
         for split, dataset in zip(("train", "val"), datasets, strict=True):
             for warning in check_before_run(dataset, split, self.config.data.workers):
                 print(f"warning: {warning}", file=sys.stderr)
-            channels, taken = len(dataset.image(0)), self.config.model.in_chans
-            if channels != taken:
-                raise DatasetError(
-                    f"the images of the split {split} have {channels} channels, and the network takes {taken} "
-                    f"(--in-chans): give --in-chans {channels}, with as many numbers in --mean and --std"
-                )
         return datasets
 
     def build_model(self) -> TrainableModel:
@@ -163,9 +154,7 @@ class Trainer:
             OSError: the disk is full or not writable.
             Stopped: a signal stopped the run (`StopSignals`), after its state was saved.
         """
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        with locked(self.out), self.signals:
+        with locked(self.out), self.signals, freed_memory_kept(self.device.type == "cpu"):
             self.setup_run_folder()
             self.loader = self.build_loader()
             if not self.evaluated:
