@@ -57,6 +57,9 @@ from .heads import ComparedTrainer
 from .models import CLASSES, autocast, sample_batch
 
 
+LR, BACKBONE_LR = 1e-3, 9e-4  # at which all networks are compared; the preset camvid, which trains longer, has its own
+
+
 @dataclass
 class Options:
     """Train, measure, and print the results."""
@@ -107,8 +110,8 @@ def make_trainer(job: Job, options: Options) -> Trainer:
         resume="auto",
         iterations=options.iterations,
         batch_size=options.batch_size,
-        lr=base.lr * job.rate,
-        backbone_lr=base.backbone_lr * job.rate,
+        lr=LR * job.rate,
+        backbone_lr=BACKBONE_LR * job.rate,
         schedule="cosine",
         warmup=min(100, options.iterations // 10),
         seed=job.seed,
