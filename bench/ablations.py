@@ -56,7 +56,6 @@ from .harness import DEVICE, device_name, revision, version
 from .heads import ComparedTrainer
 from .models import CLASSES, autocast, sample_batch
 
-
 LR, BACKBONE_LR = 1e-3, 9e-4  # at which all networks are compared; the preset camvid, which trains longer, has its own
 
 
