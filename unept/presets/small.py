@@ -43,11 +43,11 @@ def camvid() -> TrainConfig:
     """CamVid street scenes (Brostow et al. 2009), 11 classes, 480x360: a small network for a CPU.
 
     Give the folder with --root, and the backbone's weights with --backbone-weights where the hub cannot be reached. It
-    computes in bfloat16 where the CPU multiplies in it, and else in float32; two hours of one core that does. The
+    computes in bfloat16 where the CPU multiplies in it, and else in float32; 40 minutes of one core that does. The
     Lovász loss needs segmentation-models-pytorch: pip install -e ".[losses]".
 
-    On the validation images three seeds reached mIoU 71.1 after 1000 steps, 72.7 refined (bench/results/README.md); one
-    of them, continued to 2800 steps, is the demo model: 74.9, and 76.3 refined (unept/assets/camvid_tiny).
+    On the validation images two seeds reached mIoU 73.1, and 74.6 refined (bench/results/README.md). The demo model
+    took 2800 steps at a third of the learning rate: 74.9, and 76.3 refined (unept/assets/camvid_tiny).
     """
     return TrainConfig(
         model=ModelConfig(
@@ -64,7 +64,7 @@ def camvid() -> TrainConfig:
             logits_stride=2,
         ),
         data=DataConfig(dataset="camvid", crop_size=(256, 320), scale=(0.65, 1.75), workers=1),
-        iterations=2800,
+        iterations=1000,
         batch_size=8,
         lr=3e-3,
         backbone_lr=2.7e-3,
