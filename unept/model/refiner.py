@@ -50,9 +50,6 @@ class Refiner(NormalizedInput):
         >>> ids = refiner.refine(other_model(images), images)  # ids (B, H, W) or logits (B, K, h, w) of any model
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         width: int = 128,
