@@ -78,3 +78,42 @@ def test_freed_memory_is_kept_until_it_is_asked_for_or_the_training_ends():
     assert when_asked > 1 << 27
     assert at_the_end > 1 << 27
     assert pages_after > whole // 2
+
+
+LOADED = """
+import resource
+from pathlib import Path
+import torch
+from torchvision import tv_tensors
+from unept.allocator import freed_memory_kept
+from unept.data import SegmentationDataset, evaluation_loader
+
+def resident():
+    return resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
+
+class Large(SegmentationDataset):
+    classes, palette = ("a", "b"), ((0, 0, 0), (255, 255, 255))
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        before = resident()
+        torch.zeros(1 << 26)
+        kept = torch.full((3, 8, 8), min((resident() - before) >> 20, 255), dtype=torch.uint8)
+        return tv_tensors.Image(kept), tv_tensors.Mask(torch.zeros(8, 8, dtype=torch.uint8))
+
+with freed_memory_kept():
+    for workers in (1, 0):  # a process inherits what was kept before it
+        for image, _ in evaluation_loader(Large(), workers=workers):
+            print(int(image.max()))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what it likes")
+def test_a_process_that_loads_images_keeps_none_of_their_memory():
+    """An image of 256 MiB, read in the training's process and in one of its own."""
+    command = [sys.executable, "-c", LOADED]
+    worker, here = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert int(here) > 128
+    assert int(worker) < 32
