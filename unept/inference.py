@@ -233,9 +233,10 @@ def infer(model: SegmentationModel, images: Tensor, config: InferenceConfig) -> 
     if images.dim() == 3:
         images = images[None]
     with evaluation_mode(model), _autocast(model, images.device.type, config.amp):
-        if _is_plain(images, config):
+        if _is_plain(images, config) or not len(images):
             return _run(model, images, config)
         padded = _pad(model.normalized(images))
+        padded = padded if padded.dtype == torch.float64 else padded.float()  # a CPU does not resize half precision
         sizes = _view_sizes(padded, config.resize_ratio(*images.shape[2:]), config.scales)
         total: Maps = []
         for size in sizes:

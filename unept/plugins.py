@@ -41,7 +41,7 @@ def _import(name: str, option: str) -> Any:
             sys.path.append(folder)
             stack.callback(sys.path.remove, folder)
         try:
-            return importlib.import_module(name)
+            module = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise  # the module is there, but not what it imports
@@ -49,3 +49,6 @@ def _import(name: str, option: str) -> Any:
                 f"{option} names the module {name}, which is not found: start the command in its folder, or add that "
                 "to PYTHONPATH"
             ) from error
+        if (getattr(module, "__file__", None) or "").startswith(os.path.join(folder, "")):
+            stack.pop_all()  # the processes of loaders that are not forked look for the module there too
+        return module

@@ -43,7 +43,7 @@ def _network(args: list[str], source: str, preset: ModelConfig) -> ModelConfig:
     """Return the network of --init-from, unless other options change it.
 
     A run that continues has it in its folder, so that the trained model may be gone. With another --backbone than that
-    of the trained model, the backbone starts as the preset says.
+    of the trained model, the backbone starts as the preset says, and images are normalised as it expects.
     """
     out = _value(args, "--out")
     resume: Literal["auto", "never"] = "auto" if _value(args, "--resume") == "auto" else "never"
@@ -53,6 +53,8 @@ def _network(args: list[str], source: str, preset: ModelConfig) -> ModelConfig:
     network = network_of(source)
     if _value(args, "--backbone") not in (None, network.backbone):
         network.pretrained_backbone = preset.pretrained_backbone
+        if network.in_chans == 3:
+            network.mean = network.std = None
     return network
 
 

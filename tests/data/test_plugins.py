@@ -1,7 +1,11 @@
 """Datasets and augmentation that users write: found again by training, evaluation and prediction."""
 
 import importlib.metadata
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -84,6 +88,22 @@ def test_a_dataset_of_ones_own(module, tmp_path, capsys):
     assert Segmenter(out)(image).overlay().size == (48, 40)
     resumed = train.parse([*command, "--resume", "auto"])[1]
     assert Trainer(resumed, out).train()["images"] == 4
+
+
+def test_other_processes_find_the_module_in_the_working_folder(module, monkeypatch):
+    """As the data set goes to other ranks and to loaders that are not forked, which import the module by its name."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".", str(Path.cwd()))])
+    dataset = DataConfig(imports=(module,), dataset=module).build("train")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(len, dataset).result() == 4
+    load_object("json:dumps", "augmentation")
+    assert sys.path.count(str(Path.cwd())) == 1
+    DATASETS.pop(module)
+    sys.modules.pop(module)
+    monkeypatch.setattr("unept.distributed.run_on_main", Mock(side_effect=InterruptedError))  # what rank 0 alone does
+    with pytest.raises(InterruptedError):
+        Trainer(TrainConfig(data=DataConfig(imports=(module,), dataset=module)), Path("run"))
+    assert module in sys.modules
 
 
 def test_modules_that_are_not_there(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import itertools
 import math
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -544,6 +545,43 @@ def test_images_with_other_channels_are_refused(config):
     model = UNEPT(3, in_chans=4, mean=(0.5,) * 4, std=(0.5,) * 4, **options)
     with pytest.raises(ValueError, match=r"images have shape \(1, 3, 64, 96\); they must"):
         infer(model, torch.zeros(1, 3, 64, 96, dtype=torch.uint8), config)
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"scales": (0.5, 1.0)}, {"window": 16}])
+def test_a_batch_without_images(unept, options):
+    assert predict_ids(unept, random_images(0, 33, 47), InferenceConfig(**options)).shape == (0, 33, 47)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_normalised_images_of_other_precisions_are_seen_at_several_scales(unept, dtype):
+    images, config = unept.normalized(random_images(1, 33, 47)), InferenceConfig(scales=(0.5, 1.0), amp="off")
+    wanted = infer(unept, images, config).scores
+    assert (infer(unept, images.to(dtype), config).scores - wanted).abs().max() < 0.02
+
+
+def test_ids_are_the_callers(unept):
+    """They may be written to, and be the labels of a loss that has a gradient."""
+    images = random_images(1, 33, 47)
+    logits = unept(images).logits
+    for ids in (unept.predict(images), predict_ids(unept, images, InferenceConfig())):
+        F.cross_entropy(F.interpolate(logits, ids.shape[1:]), ids).backward(retain_graph=True)
+        ids[:, :4] = 1
+
+
+def test_threads_share_a_vit_whose_positions_are_resized():
+    """It has the embedding of one image's size while it sees it, and its own afterwards."""
+    options = {"d_model": 32, "num_heads": 2, "num_points": 2, "ffn_dim": 32, "position_resize": "bilinear"}
+    model = UNEPT(3, backbone="vit_tiny_patch16_224", **options).eval()
+    images = [random_images(1, 32 + 16 * i, 64 - 8 * i) for i in range(3)]
+    alone = [infer(model, image, InferenceConfig(amp="off")).scores for image in images]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with ThreadPoolExecutor(3) as pool:
+        scores = pool.map(lambda i: infer(model, images[i % 3], InferenceConfig(amp="off")).scores, range(24))
+        for i, found in enumerate(scores):
+            assert torch.equal(found, alone[i % 3])
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_half_precision_weights_are_not_mixed_with_bfloat16():

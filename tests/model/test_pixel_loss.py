@@ -168,6 +168,27 @@ def test_region_losses_compare_each_image_once(monkeypatch):
     torch.testing.assert_close(half.grad, logits.grad.bfloat16(), rtol=0.1, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["dice", "lovasz"])
+def test_region_losses_find_labels_between_the_compared_rows_and_columns(name):
+    """Labels of single points, say: all pixels are compared where none of every second row and column counts."""
+    losses = pytest.importorskip("segmentation_models_pytorch.losses")
+    logits = torch.randn(1, K, 4, 6, requires_grad=True)
+    labels = torch.full((1, 32, 48), IGNORED)
+    labels[0, 9, 11], labels[0, 21, 30] = 0, 1
+    compare = {"dice": losses.DiceLoss, "lovasz": losses.LovaszLoss}[name]("multiclass", ignore_index=IGNORED)
+    full = F.interpolate(logits, scale_factor=8, mode="bilinear", align_corners=False)
+    found = region_loss(name, IGNORED)(logits, labels)
+    torch.testing.assert_close(found, compare(full, labels))
+    found.backward()
+    assert logits.grad.any()
+
+
+def test_lovasz_of_one_class_is_refused():
+    pytest.importorskip("segmentation_models_pytorch.losses")
+    with pytest.raises(ValueError, match="one only: set lovasz_weight to 0"):
+        region_loss("lovasz", IGNORED)(torch.randn(1, 1, 4, 6), torch.zeros(1, 32, 48, dtype=torch.int64))
+
+
 def test_absent_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch.losses", None)
     with pytest.raises(ValueError, match=r'--dice-weight.*not installed: pip install "unept\[losses\]"'):

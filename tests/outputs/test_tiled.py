@@ -39,10 +39,11 @@ def smooth_image(height: int, width: int) -> torch.Tensor:
     [
         ({}, {"window": 32, "window_stride": 16, "refine_scale": 5, "refine_steps": 3}),
         ({"boundary_upsampling": "subpixel", "logits_stride": 2}, {"window": 40, "window_stride": 24, "flip": True}),
+        ({"num_directions": 32}, {"window": 40, "window_stride": 24, "refine_scale": 8}),
         ({}, {"window": 256}),
         ({"context_queries": "learned"}, {"window": 32}),
     ],
-    ids=["refined", "fine", "one-window", "unrefined"],
+    ids=["refined", "fine", "32-directions", "one-window", "unrefined"],
 )
 def test_the_ids_are_those_of_the_whole_image(model_options, config, monkeypatch):
     monkeypatch.setattr("unept.outputs.tiled.BLOCK", 40)

@@ -12,7 +12,7 @@ from unept import UNEPT, train
 from unept.config import TrainConfig
 from unept.recipe import RecipeConfig
 from unept.training import checkpoint
-from unept.training.optimizer import build_optimizer, learning_rate_factor
+from unept.training.optimizer import build_optimizer, learning_rate_factor, without_decay
 from unept.training.trainer import Trainer
 
 
@@ -111,6 +111,21 @@ def test_fine_tuning_on_the_same_classes_keeps_the_classifier(data, trained, tmp
     assert same_weights(UNEPT.from_pretrained(trained / "model").state_dict(), trainer.model.state_dict())
 
 
+def test_fine_tuning_keeps_the_normalisation(data, trained, tmp_path):
+    """One that was set after the model was made stands beside its options."""
+    model = UNEPT.from_pretrained(trained / "model")
+    model.set_normalization([0.1, 0.2, 0.3], [0.2, 0.3, 0.4])
+    model.save_pretrained(tmp_path / "model")
+    command = ["--d-model", "64", "--init-from", str(tmp_path / "model"), "--out", str(tmp_path / "run")]
+    config = train.parse(arguments(data, *command))[1]
+    tuned = Trainer(config, tmp_path / "run").model
+    assert tuned.preprocessing["mean"] == [0.1, 0.2, 0.3]
+    assert torch.equal(tuned.mean, model.mean)
+    assert torch.equal(tuned.std, model.std)
+    other = train.parse(arguments(data, *command, "--backbone", "resnet18"))[1].model
+    assert other.mean is None, "that of the other backbone"
+
+
 def test_a_run_continues_without_the_model_that_it_started_from(data, trained, tmp_path, monkeypatch):
     """Its own config.json says how its network is built, and its checkpoint holds the weights."""
     monkeypatch.chdir(tmp_path)
@@ -200,15 +215,30 @@ def test_groups_of_parameters():
     assert rate[f"{vit}patch_embed.proj.weight"] == (pytest.approx(last[0] / 2**12), 0.1)
     assert rate[f"{vit}pos_embed"][1] == rate[f"{vit}blocks.3.norm1.weight"][1] == 0
     assert optimizer.param_groups[0]["lr"] == 1e-3, "the one that is shown"
+    frozen = build_optimizer(model, TrainConfig(lr=1e-3, backbone_lr=0, weight_decay=0.1, recipe=recipe))
+    sizes = [[len(group["params"]) for group in o.param_groups] for o in (optimizer, frozen)]
+    assert sizes[0] == sizes[1], "a run may continue with another backbone_lr"
 
 
-@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0", "convnext_atto"])
+def test_what_timm_spares_of_weight_decay():
+    """Swin names its tables by their paths, where timm's feature maps have other names for them."""
+    spared = {"swin_tiny_patch4_window7_224": "relative_position_bias_table", "vit_tiny_patch16_224": "pos_embed"}
+    for backbone, ending in spared.items():
+        model = UNEPT(3, backbone, d_model=32, num_heads=2, num_points=2, ffn_dim=32)
+        found = without_decay(model)
+        tables = {name for name, _ in model.named_parameters() if name.endswith(ending)}
+        assert tables
+        assert tables <= found
+        assert not any(name.endswith("qkv.weight") for name in found)
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0", "convnext_atto", "densenet121"])
 def test_layers_are_known(backbone):
     """Stem, then one stage after the other, whatever timm calls the parts when it gives features."""
     network = UNEPT(3, backbone, d_model=32, num_heads=2, num_points=2, ffn_dim=32).backbone
     stages, layers = network.layers(coarse=True), network.layers()
     assert stages.keys() == layers.keys() == dict(network.features.named_parameters()).keys()
-    assert max(stages.values()) in (4, 7)
+    assert max(stages.values()) in (4, 5, 7)
     assert max(layers.values()) >= max(stages.values())
     order = list(stages.values())
     assert order == sorted(order)

@@ -214,6 +214,11 @@ def test_class_weights_of_another_number_are_refused(data, tmp_path):
         Trainer(config_of(data, class_weights=(1.0, 2.0)), tmp_path / "run")
 
 
+def test_class_weights_may_be_whole_numbers(data, tmp_path):
+    trainer = Trainer(config_of(data, class_weights=(1, 2, 3, 4, 5, 6, 7, 8)), tmp_path / "run")
+    assert trainer.loss.class_weights.dtype == torch.float32
+
+
 def test_checkpoint_of_an_older_version_is_continued_exactly(finished, data, tmp_path):
     """It holds the losses since the last record without their names, under "pending"."""
     out = tmp_path / "run"
@@ -308,6 +313,76 @@ def test_bad_images_are_skipped_where_asked_for(data, tmp_path, capsys):
     again = Trainer(dataclasses.replace(config, resume="auto"), tmp_path / "run")
     again.train()
     assert again.skipped_before == counts[0]
+
+
+def test_bad_images_are_skipped_from_the_start(data, tmp_path):
+    """The check before a run leaves them out, and so do automatic class weights; without any image it is an error."""
+    root = shutil.copytree(data, tmp_path / "data")
+    (root / "images" / "train" / "0.png").write_bytes(b"torn")
+    config = config_of(root, iterations=1, class_weights="auto", num_samples=0)
+    with pytest.raises(DatasetError, match=r"0\.png can't be read"):
+        Trainer(config, tmp_path / "run")
+    config.data.on_bad_sample = "skip"
+    Trainer(config, tmp_path / "run").train()
+    for image in (root / "images" / "train").iterdir():
+        image.write_bytes(b"torn")
+    with pytest.raises(DatasetError, match=r"can't be read"):
+        Trainer(config, tmp_path / "other")
+
+
+def test_state_saved_without_memory_is_that_after_the_step_before(data, tmp_path, monkeypatch):
+    """A step that fails in its second part has gone through batch normalisation already."""
+    config = config_of(data, iterations=4, batch_size=4, accumulate=2, checkpoint_every=1, num_samples=0)
+    config.model.backbone = "resnet10t"
+    trainer, parts, forward_backward = Trainer(config, tmp_path / "run"), [], Trainer.forward_backward
+    after: dict[str, torch.Tensor] = {}
+
+    def full(self, *args, **options):
+        parts.append(None)
+        if len(parts) == 3:
+            after.update({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        if len(parts) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward_backward(self, *args, **options)
+
+    monkeypatch.setattr(Trainer, "forward_backward", full)
+    with pytest.raises(MemoryError, match=r"The checkpoint of step 1 is in"):
+        trainer.train()
+    saved = checkpoint.load_latest(tmp_path / "run" / "checkpoints", torch.device("cpu"))
+    assert saved.step == 1
+    assert any("running_mean" in name for name in after)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in saved.model.items())
+
+
+def test_other_batches_go_on_with_the_images_that_were_not_drawn(data, tmp_path, monkeypatch):
+    """Also from a checkpoint of an older version, which does not say how many images its steps have drawn."""
+    out, drawn = tmp_path / "run", []
+    prepare = Trainer.prepare_batch
+    monkeypatch.setattr(Trainer, "prepare_batch", lambda self, b: (drawn.extend(b.images), prepare(self, b))[1])
+    config = config_of(data, iterations=2, batch_size=4, checkpoint_every=1, num_samples=0)
+    Trainer(config, out).train()
+    shutil.copytree(out, tmp_path / "older")
+    for path in checkpoint.checkpoints(tmp_path / "older" / "checkpoints"):
+        state = torch.load(path)
+        assert state.pop("samples") == 4 * state["step"]
+        torch.save(state, path)
+    whole = [image.clone() for image in drawn]
+    drawn.clear()
+    Trainer(dataclasses.replace(config, iterations=4), tmp_path / "whole").train()
+    assert all(torch.equal(a, b) for a, b in zip(drawn, whole, strict=False))
+    following = torch.stack(drawn[8:])
+    for run in (out, tmp_path / "older"):
+        drawn.clear()
+        Trainer(dataclasses.replace(config, iterations=6, batch_size=2, resume="auto"), run).train()
+        assert torch.equal(torch.stack(drawn), following), run
+        last = checkpoint.load_latest(run / "checkpoints", torch.device("cpu"))
+        assert (last.step, last.samples) == (6, 16)
+
+
+def test_what_labels_are_padded_with_is_the_id_that_is_ignored(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("unept.data.folder.ImageFolder.ignore_index", 7)
+    with pytest.raises(DatasetError, match="is 7, but training pads labels with 255"):
+        Trainer(config_of(data), tmp_path / "run")
 
 
 def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ of its own, and add a row to `unept.data.registry.DATASETS`; options, command li
 Letters: H, W height and width of an image, K number of classes.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +16,7 @@ from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
 IGNORE_INDEX = 255
+OnBadSample = Literal["error", "skip"]  # what to do with a sample that cannot be read
 MAX_PROBLEMS = 5  # of the bad samples that `SegmentationDataset.check` finds, how many its error names
 
 
@@ -33,7 +36,7 @@ class SegmentationDataset(Dataset):
     Attributes:
         classes: the K class names, by training id.
         palette: the color (r, g, b) of each class, 0..255.
-        ignore_index: 255.
+        ignore_index: 255, which training pads labels with.
         has_test_server: whether the benchmark has a server that scores predictions of its test split.
     """
 
@@ -71,13 +74,20 @@ class SegmentationDataset(Dataset):
         """The stem for names of files about sample `i`, different for every sample."""
         raise NotImplementedError
 
-    def check(self, sample: int | None = None, workers: int = 0, progress: str | None = None) -> Tensor:
+    def check(
+        self,
+        sample: int | None = None,
+        workers: int = 0,
+        progress: str | None = None,
+        on_bad_sample: OnBadSample = "error",
+    ) -> Tensor:
         """Read all samples, or `sample` of them spread evenly over the dataset, and raise if any breaks a rule.
 
         Args:
             sample: the number of samples to read; None reads all.
             workers: the number of processes that read; 0 reads in this process.
             progress: the title of a progress bar; None shows no bar.
+            on_bad_sample: `"skip"` leaves out samples that break a rule, unless all do.
 
         Returns:
             (256,) int64: the number of pixels of each training id in the samples that were read, zeros without labels.
@@ -93,11 +103,13 @@ class SegmentationDataset(Dataset):
         # With a generator of its own, the loader leaves the global random state as it was.
         loader = DataLoader(reader, batch_size=None, num_workers=workers, generator=torch.Generator())
         bar = tqdm(loader, desc=progress, unit="image", disable=None if progress else True, leave=False)
-        pixels, problems = torch.zeros(256, dtype=torch.int64), []
+        pixels, problems = torch.zeros(256, dtype=torch.int64), list[str]()
         for counts, problem in bar:
             pixels += counts
             if problem:
                 problems.append(problem)
+        if on_bad_sample == "skip" and len(problems) < count:
+            return pixels
         if len(problems) > MAX_PROBLEMS:
             rest = len(problems) - MAX_PROBLEMS
             problems[MAX_PROBLEMS:] = [f"... and {rest} more of the {count} samples that were checked"]

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .base import DatasetError, SegmentationDataset
+from .base import IGNORE_INDEX, DatasetError, OnBadSample, SegmentationDataset
 
 MANY_IGNORED = 0.5  # a larger share of ignored pixels is worth a warning
 
@@ -44,25 +45,38 @@ def check_splits(
         raise DatasetError("\n".join(problems))
 
 
-def check_before_run(dataset: SegmentationDataset, split: str, workers: int = 0, sample: int = 20) -> list[str]:
+def check_before_run(
+    dataset: SegmentationDataset,
+    split: str,
+    workers: int = 0,
+    on_bad_sample: OnBadSample = "error",
+    sample: int = 20,
+) -> list[str]:
     """Read some samples of a split before a run; all of them if those of the split train hold a single class.
 
     Args:
         dataset: the dataset.
         split: the name of the split.
         workers: the number of processes that read all samples, where that is needed.
+        on_bad_sample: `"skip"` leaves out samples that cannot be read.
         sample: the number of samples to read.
 
     Returns:
         The warnings of `check_pixels`.
 
     Raises:
-        DatasetError: as `check_splits`.
+        DatasetError: as `check_splits`; or the `ignore_index` of the dataset is another than what training pads with.
     """
-    pixels, every = dataset.check(sample=sample), len(dataset) <= sample
+    if dataset.ignore_index != IGNORE_INDEX:
+        raise DatasetError(
+            f"the ignore_index of {dataset.description} is {dataset.ignore_index}, but training pads labels with "
+            f"{IGNORE_INDEX}: give it masks that hold {IGNORE_INDEX} where a pixel does not count"
+        )
+    options: dict[str, Any] = {} if on_bad_sample == "error" else {"on_bad_sample": on_bad_sample}
+    pixels, every = dataset.check(sample=sample, **options), len(dataset) <= sample
     classes = pixels[: len(dataset.classes)]
     if split == "train" and not every and len(classes) > 1 and classes.count_nonzero() < 2:
-        pixels, every = dataset.check(workers=workers, progress=f"check {split}"), True
+        pixels, every = dataset.check(workers=workers, progress=f"check {split}", **options), True
     return check_pixels(dataset, pixels, split, every)
 
 

@@ -8,7 +8,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from ..allocator import keep_no_freed_memory
 from ..signals import shield_worker
-from .base import DatasetError, SegmentationDataset
+from .base import DatasetError, OnBadSample, SegmentationDataset
 from .transforms import eval_transform
 
 Transform = Callable[[Any, Any], tuple[Tensor, ...]]
-OnBadSample = Literal["error", "skip"]
 
 
 class TrainingSampler(Sampler):
@@ -228,6 +227,7 @@ def training_loader(
     world_size: int = 1,
     pin_memory: bool | None = None,
     on_bad_sample: OnBadSample = "error",
+    start_sample: int | None = None,
 ) -> _Loader:
     """Create an endless loader of `Batch`es.
 
@@ -246,8 +246,11 @@ def training_loader(
             there is CUDA.
         on_bad_sample: `"error"` raises DatasetError for a sample that can't be read. `"skip"` replaces it by the next
             one that can be read, so that sample n stays a function of (seed, n), and raises only if there is none.
+        start_sample: the number of samples that all ranks together have drawn before, where batches had other sizes;
+            None: those of `start_step` batches.
     """
-    start_sample = start_step * batch_size * world_size
+    if start_sample is None:
+        start_sample = start_step * batch_size * world_size
     sampler = TrainingSampler(len(dataset), seed, start_sample, rank, world_size)
     samples = TransformedDataset(dataset, transform, on_bad_sample)
     return _make_loader(samples, sampler, batch_size, workers, pin_memory, _collate)

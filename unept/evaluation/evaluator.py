@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .. import distributed
 from ..data import DatasetError, SegmentationDataset, evaluation_loader
-from ..data.loader import OnBadSample
+from ..data.base import OnBadSample
 from ..inference import InferenceConfig, infer, read_prediction
 from ..memory import require_memory_for_images
 from ..model.finite import raise_not_a_number

@@ -1,10 +1,11 @@
 """Backbones and pyramid features (Sec. 3.1.2, 4.2): any timm model that gives feature maps."""
 
+import contextlib
 import difflib
 import inspect
 import math
 import pickle
-import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch.func import functional_call
 from ..validation import check_choice
 from .finite import require_finite
 from .trial import REFUSALS, find_divisor
+
+POSITIONS = threading.Lock()  # held while a ViT has the position embedding of one image's size
 
 RESNET50 = (
     "resnet50.tv_in1k"  # the paper's (Sec. 4.2); timm's own choice of weights for `resnet50` is of another recipe
@@ -224,16 +227,29 @@ class Backbone(nn.Module):
         Args:
             coarse: number stages instead of layers; blocks of a ViT in either case.
         """
-        names = [name for name, _ in self.features.named_parameters()]
-        known = {name: re.sub(r"([a-z])_(\d+)\.", r"\1.\2.", name.removeprefix("model.")) for name in names}
         probe = _probe(self.name)
+        known = self._own_names(probe)
         if not hasattr(probe, "group_matcher"):
             raise ValueError(
                 f"timm does not say what the layers of {self.name} are: train without layer_decay and freeze_stages"
             )
-        pairs = [(known[name], name) for name in names]
+        pairs = [(own, name) for name, own in known.items()]
         grouped = group_with_matcher(iter(pairs), probe.group_matcher(coarse=coarse), return_values=True)
         return {name: layer for layer, members in grouped.items() for name in members}
+
+    def without_decay(self) -> set[str]:
+        """Return the names in `features` of the parameters that timm's model says weight decay should spare."""
+        probe = _probe(self.name)
+        spared: set[str] = set(probe.no_weight_decay()) if hasattr(probe, "no_weight_decay") else set()
+        known = self._own_names(probe)
+        return {name for name, own in known.items() if own in spared or own.rpartition(".")[2] in spared}
+
+    def _own_names(self, probe: nn.Module) -> dict[str, str]:
+        """The names in timm's plain model of the parameters of `features`, which writes some of the dots as `_`."""
+        plain = {name.replace(".", "_"): name for name, _ in probe.named_parameters()}
+        names = [name for name, _ in self.features.named_parameters()]
+        own = {name: name.removeprefix("model.") for name in names}
+        return {name: plain.get(own[name].replace(".", "_"), own[name]) for name in names}
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the feature maps.
@@ -258,7 +274,11 @@ class Backbone(nn.Module):
         """Feature maps of a ViT that is given its position embedding in the size of the images, so that timm resizes
         nothing.
         """
-        vit: Any = self.features.model
+        # The embedding stands in the ViT meanwhile, where another thread would find it.
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else POSITIONS:
+            return self._with_positions_in_place(self.features.model, images)
+
+    def _with_positions_in_place(self, vit: Any, images: Tensor) -> list[Tensor]:
         grid = vit.patch_embed.grid_size
         size = [n // stride for n, stride in zip(images.shape[2:], vit.patch_embed.patch_size, strict=True)]
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens

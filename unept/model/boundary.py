@@ -90,6 +90,11 @@ def mirrored_directions(num_directions: int) -> list[int]:
     return [(num_directions // 2 - k) % num_directions for k in range(num_directions)]
 
 
+def step_length(num_directions: int) -> int:
+    """Pixels, along the longer axis, of a step of scale 1: as many as keep the directions apart."""
+    return max(1, math.ceil(num_directions / 8))
+
+
 def direction_steps(bins: Tensor, num_directions: int) -> Tensor:
     """Steps of whole pixels in the directions of bins (B, H, W): (B, 2, H, W) int16, (dx, dy).
 
@@ -100,7 +105,7 @@ def direction_steps(bins: Tensor, num_directions: int) -> Tensor:
     angle = bins * (2 * math.pi / num_directions) - math.pi
     step = torch.stack([angle.cos(), angle.sin()], dim=1)
     if num_directions > 8:
-        step = step / step.abs().amax(dim=1, keepdim=True) * math.ceil(num_directions / 8)
+        step = step / step.abs().amax(dim=1, keepdim=True) * step_length(num_directions)
     return step.round().to(torch.int16)
 
 

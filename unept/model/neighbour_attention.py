@@ -35,7 +35,7 @@ def neighbour_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, valid: T
 def _chunks(q: Tensor, index: Tensor) -> list[slice]:
     """Ranges of queries whose gathered keys fill about `CHUNK_ELEMENTS`."""
     batch, heads, queries, dim = q.shape
-    step = max(1, CHUNK_ELEMENTS // (batch * heads * dim * index.shape[1]))
+    step = max(1, CHUNK_ELEMENTS // max(1, batch * heads * dim * index.shape[1]))
     return [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
 
 

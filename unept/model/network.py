@@ -293,6 +293,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         refinement = Refinement(refine_scale, refine_steps, refine_direction) if refine else None
         with evaluation_mode(self):
             output = self(images)
+        with torch.no_grad():  # not in inference mode, whose results take part in no loss and are not written to
             require_numbers(output.logits)
             return class_ids(output, images.shape[2:], refinement)
 

@@ -158,8 +158,9 @@ class Refiner(NormalizedInput):
                 f"give integer ids {(len(images), *size)}, or floating-point logits ({len(images)}, K, h, w)"
             )
         with evaluation_mode(self):
-            padded = padded_size(size)
-            offset = refinement_offset(*self(images), padded, refinement)[:, :, : size[0], : size[1]]
+            boundary, direction = self(images)
+        with torch.no_grad():  # not in inference mode, whose results take part in no loss and are not written to
+            offset = refinement_offset(boundary, direction, padded_size(size), refinement)[:, :, : size[0], : size[1]]
             if is_logits:
                 return upsample_argmax(prediction, size, offset.contiguous())
             return read_at_offset(prediction[:, None], offset)[:, 0]

@@ -15,7 +15,7 @@ def region_loss(name: str, ignore_index: int) -> Callable[[Tensor, Tensor], Tens
 
     Each image is up-sampled and compared alone, so that the full-size logits of one image are held at a time, and that
     the loss of a batch does not depend on how it is split. The pixels of every second row and column stand for all, at
-    a quarter of the time: Lovász sorts them once per class.
+    a quarter of the time: Lovász sorts them once per class. Where none of those counts, all pixels are compared.
 
     Args:
         name: `"dice"` or `"lovasz"`.
@@ -35,9 +35,13 @@ def region_loss(name: str, ignore_index: int) -> Callable[[Tensor, Tensor], Tens
 
     def one_image(logits: Tensor, labels: Tensor) -> Tensor:
         full = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-        if (labels == ignore_index).all():
-            return 0 * full.sum()
-        return compare(full[..., ::STEP, ::STEP], labels[:, ::STEP, ::STEP].long())
+        if name == "lovasz" and logits.shape[1] == 1:
+            raise ValueError("the lovasz loss compares classes, and there is one only: set lovasz_weight to 0")
+        for step in (STEP, 1):  # labels of single points may lie between the compared rows and columns
+            compared = labels[:, ::step, ::step]
+            if (compared != ignore_index).any():
+                return compare(full[..., ::step, ::step], compared.long())
+        return 0 * full.sum()
 
     @torch.compiler.disable
     def total(logits: Tensor, labels: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ..data import DatasetError
 from ..data.reading import DAMAGED, open_image
 from ..files import temporary_file
 from ..inference import InferenceConfig, Maps, averaged_output, predict_ids, window_maps, window_starts
+from ..model.boundary import step_length
 from ..model.finite import require_numbers
 from ..model.output import STRIDE, SegmentationModel, class_ids, padded_size
 from ..optional import require
@@ -87,8 +88,6 @@ def predict_rows(
     height, width = padded_size(source.size)
     rows = min(config.window, height)
     starts = window_starts(height, rows, config.window_stride)
-    reach = config.refine_scale * config.refine_steps if config.refine else 0
-    margin = padded_size((reach + STRIDE, 0))[0]  # a pixel is up-sampled from maps up to STRIDE pixels away
     band = _Band(width, device)
     done = 0
     bar = tqdm(starts, desc="predict", unit="row of windows", disable=None if progress is None else not progress)
@@ -96,6 +95,7 @@ def predict_rows(
         band.grow(top + rows)
         for left, maps in _row_of_windows(model, source, config, device, (top, rows, width)):
             band.add(maps, top, left, rows)
+        margin = band.margin(config)
         end = height if following == height else following - margin
         if end > done:
             first = max(0, done - margin)
@@ -147,6 +147,13 @@ class _Band:
             parts.append(m[:, :, rows, columns])
         *maps, count = parts
         return [m / F.interpolate(count, m.shape[2:]) for m in maps]
+
+    def margin(self, config: InferenceConfig) -> int:
+        """Rows and columns beyond a pixel that its class id may depend on, a multiple of `STRIDE`."""
+        reach = config.refine_scale * config.refine_steps if config.refine and len(self.maps) > 1 else 0
+        if reach and config.refine_direction == "best":
+            reach *= step_length(self.maps[1].shape[1] - 1)
+        return padded_size((reach + STRIDE, 0))[0]  # a pixel is up-sampled from maps up to STRIDE pixels away
 
     def forget(self, top: int) -> None:
         """Drop the rows above `top`."""

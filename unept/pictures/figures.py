@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..colors import as_rgb
 from ..data import SegmentationDataset
-from ..data.loader import OnBadSample, read_sample, report_skipped
+from ..data.base import OnBadSample
+from ..data.loader import read_sample, report_skipped
 from ..evaluation.evaluator import check_classes
 from ..evaluation.inspection import ImageScore
 from ..inference import InferenceConfig, infer, predict_ids

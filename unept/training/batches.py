@@ -9,7 +9,7 @@ from ..data.loader import Transform, training_loader
 
 
 def build_loader(
-    config: TrainConfig, dataset: SegmentationDataset, transform: Transform, batch_size: int, start_step: int
+    config: TrainConfig, dataset: SegmentationDataset, transform: Transform, batch_size: int, start_sample: int
 ) -> Any:
     """Return the endless loader of this rank's training batches.
 
@@ -18,7 +18,7 @@ def build_loader(
         dataset: the training set.
         transform: what makes a training sample of an image and its labels.
         batch_size: number of images per batch of this rank.
-        start_step: number of steps that the run has taken; the loader goes on with the next.
+        start_sample: number of images that all ranks have drawn before; the loader goes on with the next.
     """
     data = config.data
     return training_loader(
@@ -26,7 +26,7 @@ def build_loader(
         transform,
         batch_size=batch_size,
         seed=config.seed,
-        start_step=start_step,
+        start_sample=start_sample,
         workers=data.workers,
         rank=distributed.rank(),
         world_size=distributed.world_size(),

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..data import SegmentationDataset
+from ..data.base import OnBadSample
+from ..data.loader import read_sample
 
 
 def class_weights(config: TrainConfig, dataset: SegmentationDataset) -> Tensor | None:
@@ -18,16 +20,18 @@ def class_weights(config: TrainConfig, dataset: SegmentationDataset) -> Tensor |
     if chosen == "none":
         return None
     if chosen == "auto":
-        return balanced_class_weights(dataset)
+        return balanced_class_weights(dataset, on_bad_sample=config.data.on_bad_sample)
     if len(chosen) != len(dataset.classes):
         raise ValueError(
             f"class_weights has {len(chosen)} numbers, but the data set has {len(dataset.classes)} classes: give one "
             f"for each of {', '.join(dataset.classes)}, or auto"
         )
-    return torch.tensor(chosen)
+    return torch.tensor(chosen, dtype=torch.float32)
 
 
-def balanced_class_weights(dataset: SegmentationDataset, sample: int = 1000) -> Tensor:
+def balanced_class_weights(
+    dataset: SegmentationDataset, sample: int = 1000, on_bad_sample: OnBadSample = "error"
+) -> Tensor:
     """Return the inverse square root of each class's share of the pixels that are not ignored, (K,) float32.
 
     The weights are scaled so that their mean over the pixels is 1. A class that does not occur has the weight of the
@@ -36,6 +40,7 @@ def balanced_class_weights(dataset: SegmentationDataset, sample: int = 1000) -> 
     Args:
         dataset: the images and their labels.
         sample: how many labels are read, spread evenly over the data set.
+        on_bad_sample: `"skip"` reads the next one in place of a sample that cannot be read.
 
     Raises:
         DatasetError: a label cannot be read.
@@ -44,7 +49,8 @@ def balanced_class_weights(dataset: SegmentationDataset, sample: int = 1000) -> 
     num_classes, count = len(dataset.classes), min(sample, len(dataset))
     pixels = torch.zeros(num_classes, dtype=torch.float64)
     for i in range(count):
-        labels = dataset[i * len(dataset) // count][1].as_subclass(Tensor)
+        _, (_, mask), _ = read_sample(dataset, i * len(dataset) // count, on_bad_sample)
+        labels = mask.as_subclass(Tensor)
         pixels += labels[labels != dataset.ignore_index].bincount(minlength=num_classes)
     if not pixels.any():
         raise ValueError(f"all pixels of {count} labels are ignored: class weights need labelled pixels")

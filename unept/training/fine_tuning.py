@@ -23,7 +23,8 @@ def network_of(source: str) -> ModelConfig:
     Raises:
         FileNotFoundError, ValueError: see `unept.pretrained.load`.
     """
-    options = load(source, CPU).options
+    model = load(source, CPU)
+    options = {**model.options, **{name: model.preprocessing[name] for name in ("mean", "std")}}
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     kept: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name in names

@@ -24,13 +24,17 @@ def build_optimizer(model: TrainableModel, config: TrainConfig) -> torch.optim.A
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         inside = backbone.get(id(parameter))
-        lr = config.lr if inside is None else config.backbone_lr * scales.get(inside, 1.0)
         decay = 0.0 if name in spared else config.weight_decay
-        groups.setdefault((inside is not None, lr, decay), []).append(parameter)
+        scale = 1.0 if inside is None else scales.get(inside, 1.0)
+        groups.setdefault((inside is not None, scale, decay), []).append(parameter)
     ordered = sorted(groups.items(), key=lambda group: group[0][0])  # stable: the order of the parameters is kept
+    rates = (config.lr, config.backbone_lr)
     on_gpu = all(parameter.is_cuda for parameter in model.parameters())
     return torch.optim.AdamW(
-        [{"params": params, "lr": lr, "weight_decay": decay} for (_, lr, decay), params in ordered],
+        [
+            {"params": params, "lr": rates[inside] * scale, "weight_decay": decay}
+            for (inside, scale, decay), params in ordered
+        ],
         betas=config.betas,
         fused=on_gpu or None,
     )
@@ -50,10 +54,9 @@ def layer_scales(model: TrainableModel, factor: float) -> dict[str, float]:
 
 def without_decay(model: TrainableModel) -> set[str]:
     """Return the names of the biases, of the parameters of normalisations, and of those that timm's model names."""
-    special: set[str] = set()
-    for module in model.backbone.modules():
-        special |= set(module.no_weight_decay()) if hasattr(module, "no_weight_decay") else set()
-    return {name for name, p in model.named_parameters() if p.dim() <= 1 or name.rpartition(".")[2] in special}
+    backbone = model.backbone  # of another network it may be any module
+    special = {f"backbone.features.{name}" for name in getattr(backbone, "without_decay", set[str])()}
+    return {name for name, p in model.named_parameters() if p.dim() <= 1 or name in special}
 
 
 def clip_gradients(model: TrainableModel, norm: float) -> None:

@@ -128,6 +128,8 @@ def open_run_folder(config: TrainConfig, folder: Path, classes: Sequence[str], r
         if state is not None:
             check_same_classes(state, classes, folder)
             check_steps(config, state.step, folder)
+            if state.samples is None:
+                state.samples = state.step * changed.get("batch_size", (config.batch_size,))[0]
     step = -1 if state is None else state.step
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     remove_temporary_files(*(folder / part for part in ("checkpoints", "samples", "model")))

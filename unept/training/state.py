@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
@@ -28,11 +29,35 @@ class Resumable(Protocol):
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     step: int
+    samples: int
     best: float
     stale: int
     evaluated: bool
     skipped_before: int
     loss_history: list[dict[str, Tensor]]
+
+
+class RunningStatistics:
+    """What batch normalisation knew before a step that fails: its forward has changed it, not the weights.
+
+    Args:
+        model: the network that is trained; it stays on its device.
+    """
+
+    def __init__(self, model: nn.Module):
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._now = [buffer for norm in norms for buffer in norm.buffers()]
+        self._before = [buffer.clone() for buffer in self._now]
+
+    def keep(self) -> None:
+        """Copy the statistics."""
+        if self._now:
+            torch._foreach_copy_(self._before, self._now)
+
+    def restore(self) -> None:
+        """Put the copies back."""
+        if self._now:
+            torch._foreach_copy_(self._now, self._before)
 
 
 @dataclass
@@ -59,6 +84,8 @@ class TrainingState:
     """State dict of the average of the weights; None if the run keeps none."""
     stale: int = 0
     """Number of evaluations since the best one."""
+    samples: int | None = None
+    """Images drawn for these steps, on all ranks; None in a checkpoint of an older version."""
     evaluated: bool = True
     """False if an evaluation is due at this step and has not been completed."""
 
@@ -67,6 +94,7 @@ class TrainingState:
         """Take the state of a trainer; tensors are not copied. `skipped` is as the field of that name."""
         return TrainingState(
             step=trainer.step,
+            samples=trainer.samples,
             classes=list(trainer.model.classes),
             model=trainer.model.state_dict(),
             optimizer=trainer.optimizer.state_dict(),
@@ -96,6 +124,7 @@ class TrainingState:
                 f"unept builds: continue with the version that wrote it, or train in another folder. {error}"
             ) from error
         trainer.step, trainer.best, trainer.stale = self.step, self.best, self.stale
+        trainer.samples = self.samples or 0
         trainer.skipped_before = self.skipped
         trainer.evaluated = self.evaluated
         trainer.loss_history = [
@@ -116,7 +145,7 @@ class TrainingState:
         fields = dict(stored)
         if (pending := fields.pop("pending", None)) is not None:
             fields["loss_history"] = [dict(zip(OLD_LOSS_NAMES, losses.unbind(), strict=False)) for losses in pending]
-        fields = {"averaged": None, "stale": 0, "evaluated": True, **fields}
+        fields = {"averaged": None, "stale": 0, "samples": None, "evaluated": True, **fields}
         return TrainingState(**{field.name: fields[field.name] for field in dataclasses.fields(TrainingState)})
 
     def check_finite(self) -> None:

@@ -29,6 +29,7 @@ from ..model.loss import Targets, UNEPTLoss
 from ..model.network import UNEPT
 from ..model.output import TrainableModel
 from ..pictures.figures import draw_samples
+from ..plugins import import_modules
 from ..precision import uses_bfloat16
 from ..progress import Progress, step_progress
 from . import run_folder
@@ -44,7 +45,7 @@ from .lock import locked
 from .losses import Losses, average_over_ranks, build_loss, reduce_losses
 from .optimizer import average_weights, build_optimizer, build_scheduler, clip_gradients
 from .recorder import Recorder
-from .state import TrainingState
+from .state import RunningStatistics, TrainingState
 from .throughput import Throughput, peak_memory
 from .trackers import check_tracker, start_tracker
 
@@ -70,6 +71,7 @@ class Trainer:
         averaged: the average of its weights (`TrainConfig.ema`), or None.
         needs_state: whether the network was made without pretrained weights, as a checkpoint holds them all.
         step: optimiser steps completed.
+        samples: images drawn for them, on all ranks.
         best: highest validation mIoU so far, -1 before the first evaluation.
         stale: number of evaluations since that one.
         scores: result of the last evaluation (`evaluate_model`); empty before the first.
@@ -81,6 +83,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, out: Path, device: torch.device | None = None, augmentation: Any = None):
+        import_modules(config.data.imports)  # on every rank, as rank 0 hands the data sets to the others
         self.config, self.out, self.augmentation = config, out, augmentation
         self.device = device or distributed.choose_device(config.device)
         self.local_batch = distributed.run_on_main(
@@ -107,7 +110,8 @@ class Trainer:
         self.averaged = average_weights(self.model, config.ema) if config.ema else None
         self.inference = config.inference()
         self.boundary_tolerance: float | Sequence[float] = config.boundary_tolerance
-        self.step = 0
+        self.step, self.samples = 0, 0
+        self.statistics = RunningStatistics(self.model)
         self.best, self.stale = -1.0, 0
         self.evaluated = True  # False while an evaluation that is due at this step has not been completed
         self.intact = True  # False while the optimiser changes the weights
@@ -122,7 +126,7 @@ class Trainer:
         """Return the training and the validation set, after reading some of their files."""
         datasets = [self.config.data.build(split) for split in ("train", "val")]
         for split, dataset in zip(("train", "val"), datasets, strict=True):
-            for warning in check_before_run(dataset, split, self.config.data.workers):
+            for warning in check_before_run(dataset, split, self.config.data.workers, self.config.data.on_bad_sample):
                 print(f"warning: {warning}", file=sys.stderr)
         return datasets
 
@@ -175,6 +179,7 @@ class Trainer:
         batches, advice, first = iter(self.loader), memory_advice(self.config, self.local_batch), self.step
         with step_progress(self.config.iterations, self.step, distributed.is_main()) as bar:
             while not self.ended:
+                self.statistics.keep()
                 with self._saved_before_error():
                     batch = next(batches)
                     with out_of_memory(advice):
@@ -184,6 +189,7 @@ class Trainer:
                             losses = self.train_step(*self.prepare_batch(batch))
                 self.loss_history.append(losses)
                 self.step += 1
+                self.samples += self.config.batch_size
                 bar.update()
                 self._after_step(bar)
 
@@ -212,7 +218,7 @@ class Trainer:
     def build_loader(self) -> Any:
         """Return the endless loader of this rank's training batches, from the next step on."""
         transform = build_transform(self.config.data, self.model.backbone.mean, self.augmentation)
-        return build_loader(self.config, self.train_set, transform, self.local_batch, self.step)
+        return build_loader(self.config, self.train_set, transform, self.local_batch, self.samples)
 
     @contextlib.contextmanager
     def _saved_before_error(self) -> Iterator[None]:
@@ -223,6 +229,7 @@ class Trainer:
             # The other ranks do not know of the error, so they cannot take part in the reductions of saving.
             if distributed.world_size() == 1 and self.intact:
                 self.optimizer.zero_grad(set_to_none=True)
+                self.statistics.restore()
                 self.save()
             if isinstance(error, MemoryError):
                 raise MemoryError(f"{error}. {describe_saved(self.out)}") from error
