@@ -136,11 +136,13 @@ def find_named_images(paths: Sequence[Path], recursive: bool, out: Path) -> tupl
         The images, and the exit status: 1 if a path is missing or a folder holds no image, else 0.
 
     Raises:
-        FileNotFoundError, ValueError: see `find_images`.
+        FileNotFoundError, ValueError: see `find_images`; or `out` is one of the folders.
     """
-    found = find_images(paths, recursive)
     results = out.resolve()
-    if recursive and results not in [path.resolve() for path in paths]:
+    if any(path.is_dir() and path.resolve() == results for path in paths):
+        raise ValueError(f"the results in {out} would be images of the next run: give another folder with --out")
+    found = find_images(paths, recursive)
+    if recursive:
         found = found._replace(images=[i for i in found.images if results not in i.path.resolve().parents])
     for line in found.problems:
         say(f"error: {line}", sys.stderr)

@@ -91,9 +91,10 @@ class ModelConfig:
     zero_init_residual: bool = False
     """Start with attentions and feed-forward networks that give zero."""
     in_chans: int = 3
-    """Number of channels of an image. Others than 3 need mean and std, and --no-photometric."""
+    """Number of channels of an image. Others than 3 need --no-photometric."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel, of images in [0, 1]. None: that of the backbone's pretrained weights."""
+    """Mean of each channel, of images in [0, 1]. None: that of the backbone's pretrained weights,
+    whose average every channel has if they are not 3."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel, likewise."""
 

@@ -95,7 +95,10 @@ def evaluate_run(options: EvaluateConfig) -> None:
     with distributed.process_group(device):
         scores = [_evaluate_run(options, run, out, device) for run, out in folders]
         if len(scores) > 1 and distributed.is_main():
-            print(f"\n{format_means(scores)}")
+            if len(datasets := dict.fromkeys(score["dataset"] for score in scores)) == 1:
+                print(f"\n{format_means(scores)}")
+            else:
+                cli.say(f"\nThere is no mean of runs on different data: {', '.join(datasets)}")
 
 
 def _result_folders(options: EvaluateConfig) -> list[tuple[Path, Path]]:

@@ -38,7 +38,7 @@ class PredictConfig:
     """
 
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, folders of them, and video files."""
+    """Image files, folders of them, and video files; before options of several values."""
     recursive: bool = False
     """Also take the images in subfolders; their results go to subfolders of the same names."""
     run: Path | None = None

@@ -34,9 +34,13 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
             says which.
         ValueError: its config.json or its model cannot be read by this version.
     """
+    if (folder / "model.safetensors").is_file() or (str(folder) == DEMO.name and not folder.exists()):
+        raise ValueError(
+            f"{folder} is a model without the run that trained it, whose options are needed here: give a folder that "
+            "unept.train wrote"
+        )
     if not (folder / "config.json").is_file():
-        what = "is not a run folder" if folder.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}: give a folder that unept.train wrote, with config.json and model/")
+        raise FileNotFoundError(f"{folder} {_no_run(folder)}")
     config = TrainConfig.from_json(folder / "config.json")
     if not has_model(folder):
         raise FileNotFoundError(
@@ -49,6 +53,15 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
         model = _read_model(complete_folder(folder / "model"), device)
     model.preprocessing = {**config.inference().protocol(), **model.preprocessing}  # old versions saved none
     return config, model
+
+
+def _no_run(path: Path) -> str:
+    """What a path is that is no run folder, and what to give."""
+    if path.is_file():
+        inside = [str(folder) for folder in path.parents if (folder / "config.json").is_file()][:1]
+        return f"is a file: give the folder of a run or of a model{', here '.join(['', *inside])}"
+    what = "is not a run folder" if path.is_dir() else "does not exist"
+    return f"{what}: give a folder that unept.train wrote, with config.json and model/"
 
 
 def load(source: str | Path, device: torch.device) -> UNEPT:

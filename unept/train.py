@@ -1,6 +1,7 @@
 """Train a model (Sec. 4.2, Training): `python -m unept.train [PRESET] [--options]`."""
 
 import inspect
+import itertools
 import sys
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from . import cli, distributed
 from .config import RENAMED, ModelConfig, TrainConfig
 from .data import check_splits
 from .evaluation.evaluator import format_table
+from .model.backbone import close_names
 from .presets import PRESETS
 from .pretrained import has_model
 from .training.fine_tuning import network_of
@@ -23,20 +25,45 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
     """Return the name of the preset and the configuration that a command line asks for; None reads `sys.argv`."""
     args = list(sys.argv[1:] if args is None else args)
     if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
+        _require_no_preset(args)
         args.insert(0, "shapes")
+    elif args[0] not in (*PRESETS, "-h", "--help"):
+        close = close_names(args[0], PRESETS)
+        raise ValueError(
+            f"there is no preset {args[0]!r}{close}: give one that python -m unept.train --help lists, or only options"
+        )
+    name, *options = args
     # The help says what a preset is and what to expect of it; its docstring in unept/presets/ has the rest.
-    presets = {name: ((inspect.getdoc(preset) or "").split("\nSize:")[0], preset()) for name, preset in PRESETS.items()}
-    if (source := _value(args, "--init-from")) is not None and args[0] in presets:
-        presets[args[0]][1].model = _network(args, source, presets[args[0]][1].model)
-    config = tyro.extras.overridable_config_cli(
-        presets,
-        prog="python -m unept.train",
-        description="Train a model. Without a preset it is shapes; PRESET --help lists the options of a preset.",
-        args=[_current_name(argument) for argument in args],
+    about = {name: (inspect.getdoc(preset) or "").split("\nSize:")[0] for name, preset in PRESETS.items()}
+    if name not in PRESETS:
+        tyro.extras.overridable_config_cli(
+            {name: (about[name], preset()) for name, preset in PRESETS.items()},
+            prog="python -m unept.train",
+            description="Train a model. Without a preset it is shapes; PRESET --help lists the options of a preset.",
+            args=args,
+            config=(tyro.conf.OmitArgPrefixes,),
+            registry=cli.REGISTRY,
+        )
+    preset = PRESETS[name]()
+    if (source := _value(options, "--init-from")) is not None:
+        preset.model = _network(args, source, preset.model)
+    config = tyro.cli(
+        TrainConfig,
+        default=preset,
+        prog=f"python -m unept.train {name}",
+        description=about[name],
+        args=[_current_name(argument) for argument in options],
         config=(tyro.conf.OmitArgPrefixes,),
         registry=cli.REGISTRY,
     )
-    return args[0], config
+    return name, config
+
+
+def _require_no_preset(args: list[str]) -> None:
+    """Raise ValueError if a preset stands behind other options, where it is no option's value."""
+    for before, argument in itertools.pairwise(args):
+        if argument in PRESETS and not before.startswith("-"):
+            raise ValueError(f"the preset comes first: python -m unept.train {argument} {args[0]} ...")
 
 
 def _network(args: list[str], source: str, preset: ModelConfig) -> ModelConfig:
@@ -59,13 +86,14 @@ def _network(args: list[str], source: str, preset: ModelConfig) -> ModelConfig:
 
 
 def _value(args: list[str], option: str) -> str | None:
-    """Return the value of an option on a command line that is not parsed yet; None if it is missing or "None"."""
-    for argument, value in zip(args, [*args[1:], None], strict=True):
+    """Return the last value of an option on a command line that is not parsed yet; None if it is missing or "None"."""
+    found = None
+    for argument, value in zip(args, [*args[1:], None], strict=False):
         name, separator, inline = argument.partition("=")
         if name.replace("_", "-") == option:
             given = inline if separator else value
-            return None if given is None or given == "None" or given.startswith("--") else given
-    return None
+            found = None if given is None or given == "None" or given.startswith("--") else given
+    return found
 
 
 def _current_name(argument: str) -> str:

@@ -87,6 +87,16 @@ def test_several_runs_end_in_their_mean(run_folder, command, tmp_path):
     assert len(last) == 5
 
 
+def test_runs_on_different_data_have_no_mean(run_folder, command, tmp_path, monkeypatch):
+    """Their results are there all the same."""
+    save_run(tmp_path / "other", num_classes=8)
+    descriptions = iter(["shapes, 8 classes", "others, 8 classes"])
+    monkeypatch.setattr("unept.data.shapes.Shapes.description", property(lambda self: next(descriptions)))
+    status, out, _ = command(run_folder, tmp_path / "other", "--window", "96")
+    assert status == 0
+    assert "There is no mean of runs on different data: shapes, 8 classes, others, 8 classes" in out
+
+
 def test_several_runs_have_a_folder_each_below_out(run_folder, command, tmp_path):
     other, out = tmp_path / "other", tmp_path / "out"
     save_run(other, num_classes=8)

@@ -193,6 +193,8 @@ def test_a_corrupt_image_does_not_stop_the_others(run, command, tmp_path):
         (["a.png", "other/a.png"], "error: a.png and other/a.png would share one result"),
         (["a.png", "--run", "nowhere"], "error: nowhere does not exist"),
         (["a.png", "--run", "empty"], "error: empty is not a run folder"),
+        (["a.png", "--run", "a.png"], "error: a.png is a file: give the folder of a run or of a model"),
+        (["other", "--out", "other"], "error: the results in other would be images of the next run: give another"),
         (
             ["a.png", "--run", "camvid_tiny", "--out", "a.png"],
             "error: the folder a.png can't be created (a file",

@@ -15,6 +15,7 @@ from unept import submission
 from unept.config import TrainConfig
 from unept.data import build_dataset
 from unept.model.network import UNEPT
+from unept.pretrained import DEMO
 
 # What each benchmark's files call its classes, by training id; written down apart from the code.
 FILE_IDS = {
@@ -184,6 +185,8 @@ def test_bad_input(tmp_path, command, monkeypatch):
     status, _, err = command(tmp_path / "run")
     assert status == 2
     assert err.startswith(f"error: {tmp_path}/run does not exist")
+    for model in ("camvid_tiny", DEMO):
+        assert "is a model without the run that trained it" in command(model)[2]
     write("camvid", tmp_path, "val")
     save_run(tmp_path / "run", "ade20k", tmp_path)
     status, _, err = command(tmp_path / "run", "--split", "val")

@@ -37,6 +37,25 @@ def test_help_explains_every_option(preset, capsys):
         assert explanation in words
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["campus", "--lr", "1"], r"there is no preset 'campus'; close names: camvid.*train --help lists"),
+        (["--root", "d", "folder"], r"the preset comes first: python -m unept\.train folder --root \.\.\."),
+    ],
+)
+def test_presets_that_are_not_found(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train.parse(arguments)
+
+
+def test_errors_of_options_point_to_the_help_of_the_preset(capsys):
+    for options in (["--lr", "-1"], ["--crop-size", "4", "4"], ["--no-such-option"]):
+        with pytest.raises(SystemExit):
+            train.parse(["camvid", *options])
+        assert "python -m unept.train camvid --help" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_missing_folder_is_one_line_on_the_command_line(tmp_path):
     command = [sys.executable, "-m", "unept.train", "camvid", "--root", str(tmp_path / "nowhere")]

@@ -110,7 +110,7 @@ def test_a_query_outside_the_image(runs, command, tmp_path, query):
         (["missing.png"], "there is no image or folder missing.png"),
         (["--compare", "x"], "--compare takes two or more run folders"),
         (["a.png", "--samples", "3"], "samples is 3; give a number of images, together with --compare"),
-        (["--compare", "x", "y"], "there is no x/evaluation.json: measure the run first"),
+        (["--compare", "x", "y"], "there is no x/evaluation.json: measure it first with"),
     ],
     ids=str,
 )

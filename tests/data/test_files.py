@@ -8,6 +8,7 @@ from torchvision import tv_tensors
 
 from unept.colors import default_palette
 from unept.data import DATASETS, DatasetError, FileDataset, ImageFolder, build_dataset, evaluation_loader
+from unept.data.check import check_before_run
 from unept.data.files import read_image
 
 WIDTH, HEIGHT = 12, 8
@@ -85,7 +86,14 @@ def test_labels_without_an_image_and_foreign_files_are_left_out(folder):
     label(0).save(folder / "labels/train/other.png")
     (folder / "images/train/notes.txt").write_text("")
     (folder / "images/train/._frame0.png").write_text("")
-    assert len(build_dataset("folder", folder)) == 3
+    assert build_dataset("folder", folder, "val").warnings == []
+    (folder / "images/train/more").mkdir()
+    picture().save(folder / "images/train/more/frame9.png")
+    dataset = build_dataset("folder", folder)
+    assert len(dataset) == 3
+    told = "\n".join(check_before_run(dataset, "train"))
+    assert f"1 subfolders of {folder}/images/train hold images, more the first of them: they are left out" in told
+    assert f"1 labels in {folder}/labels/train have no image, other.png the first of them: they are left out" in told
 
 
 def test_camvid_ignores_void(camvid):
@@ -130,6 +138,10 @@ def test_no_images(folder):
 def test_image_without_a_label(folder):
     (folder / "labels/train/frame1.png").unlink()
     with pytest.raises(DatasetError, match=r"1 of 3 images .* no label.*frame1\.png: add .*labels/train/frame1\.png"):
+        build_dataset("folder", folder)
+    for file in (folder / "labels/train").iterdir():
+        file.rename(file.with_stem(f"{file.stem}_mask"))
+    with pytest.raises(DatasetError, match=r"If frame0_mask\.png is its label: --label-suffix _mask$"):
         build_dataset("folder", folder)
 
 

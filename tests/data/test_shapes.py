@@ -77,3 +77,5 @@ def test_shapes_end_and_refuse_bad_options():
         Shapes(size=8)
     with pytest.raises(ValueError, match="length is 0"):
         Shapes(length=0)
+    with pytest.raises(ValueError, match="split is 'training'; it must be"):
+        Shapes(split="training")

@@ -1,11 +1,12 @@
 """Two evaluated runs side by side: their classes, and runs that can't be compared."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.runs import CLASSES, save_evaluation, save_run, small_model
-from unept.evaluation.comparison import compare_classes, format_means, short_names
+from unept.evaluation.comparison import compare_classes, format_means, load_evaluation, short_names
 
 
 def test_comparison_of_classes(tmp_path):
@@ -30,8 +31,12 @@ def test_a_run_without_an_evaluation_has_that_of_its_model(tmp_path):
     assert rows == [("sand", (0.25, 0.125)), ("sky", (0.5, 0.5))]
     assert means == (pytest.approx(1.25 / 3), 0.3125)
     save_run(tmp_path / "c", small_model())
-    with pytest.raises(FileNotFoundError, match="measure the run first"):
+    with pytest.raises(FileNotFoundError, match=r"measure it first with `python -m unept\.evaluate [^ ]*c`"):
         compare_classes(tmp_path / "a", tmp_path / "c")
+    assert compare_classes(tmp_path / "a", tmp_path / "b" / "model")[1] == means, "a model without its run"
+    with pytest.raises(FileNotFoundError, match=r"unept\.evaluate ([^ ]*model) --preset PRESET --root ROOT --out \1`"):
+        compare_classes(tmp_path / "a", tmp_path / "c" / "model")
+    assert load_evaluation(Path("camvid_tiny"))["mIoU"] > 0.7
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,14 @@ def test_damaged_and_foreign_folders(saved, tmp_path):
     edit_config(foreign, lambda stored: stored.update(d_model=64))
     with pytest.raises(ValueError, match=r"do not fit the network that its config.json describes"):
         load(foreign, CPU)
+    for options in ({"num_classes": 5}, {"in_chans": 4}):
+        (name,) = options
+        with pytest.raises(RuntimeError, match=rf"with {name}={options[name]}.*: ignore_mismatched_sizes=True takes"):
+            UNEPT.from_pretrained(saved, **options)
+        with pytest.warns(UserWarning, match="of another shape"):
+            assert UNEPT.from_pretrained(saved, **options, ignore_mismatched_sizes=True).options[name] == options[name]
+    with pytest.raises(FileNotFoundError, match=rf"is a file: give the folder of a run or of a model, here {saved}$"):
+        load(saved / "model.safetensors", CPU)
     (foreign / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"foreign has no config\.json of a model"):
         load(foreign, CPU)

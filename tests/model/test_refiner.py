@@ -52,12 +52,14 @@ def test_what_cannot_be_refined():
     with pytest.raises(ValueError, match=r"images have shape \(1, 4, 16, 32\); they must have 3 channels"):
         refiner.refine(ids, torch.zeros(1, 4, 16, 32).byte())
     for options, message in (
+        ({"width": 0}, "width is 0, hidden 128 and widths None; each must be at least 1"),
+        ({"widths": (8, 0)}, r"widths \(8, 0\); each must be"),
         ({"num_directions": 7}, "num_directions is 7; it must be an even number"),
         ({"mean": [0.5] * 4}, "in_chans is 4, but std has 3 numbers"),
         ({"std": [0, 1, 1]}, "each number must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
-            Refiner(width=8, **options)
+            Refiner(**{"width": 8, **options})
 
 
 def test_another_normalization_is_saved(tmp_path):

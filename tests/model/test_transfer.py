@@ -118,7 +118,10 @@ def test_other_numbers_of_channels(tmp_path):
     with pytest.raises(ValueError, match=r"images have shape \(1, 3, 40, 56\); they must have 5 channels"):
         network(IMAGES)
     with pytest.raises(ValueError, match=r"in_chans is 5, but mean has 3 numbers: give mean and std"):
-        UNEPT(3, **SMALL, in_chans=5)
+        UNEPT(3, **SMALL, in_chans=5, mean=[0.5] * 3)
+    plain = UNEPT(3, **SMALL, in_chans=5)
+    assert plain.preprocessing["mean"] == pytest.approx([(0.485 + 0.456 + 0.406) / 3] * 5), "the backbone's average"
+    assert plain.preprocessing["std"] == pytest.approx([(0.229 + 0.224 + 0.225) / 3] * 5)
 
 
 def test_lists_of_models():

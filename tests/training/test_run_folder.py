@@ -119,6 +119,9 @@ def test_every_option_that_a_message_names_may_change(tmp_path):
     parts = (TrainConfig, DataConfig, ModelConfig, RecipeConfig)
     known = {field.name for part in parts for field in dataclasses.fields(part)}
     assert known >= ADVISED_TO_CHANGE | FREE_TO_CHANGE
+    page = (Path(__file__).parents[2] / "docs" / "train_on_your_data.md").read_text()
+    told = page[page.index("**Other options.**") : page.index("may be changed when a run continues")]
+    assert {name.replace("-", "_") for name in re.findall(r"`--([a-z-]+)`", told)} == ADVISED_TO_CHANGE
 
 
 def test_changes_are_kept_in_the_history_and_the_rest_is_strict(tmp_path, capsys):

@@ -354,6 +354,15 @@ def test_state_saved_without_memory_is_that_after_the_step_before(data, tmp_path
     assert all(torch.equal(tensor, after[name]) for name, tensor in saved.model.items())
 
 
+@pytest.mark.parametrize("parts", [{"batch_size": 1}, {"batch_size": 2, "accumulate": 2}])
+def test_a_single_value_of_a_channel_has_advice(data, tmp_path, parts):
+    config = config_of(data, num_samples=0, **parts)
+    config.data.crop_size = (32, 32)
+    message = "sees 1 image of 32x32 pixels at once.*a larger --batch-size, a larger --crop-size, or fewer parts"
+    with pytest.raises(ValueError, match=message):
+        Trainer(config, tmp_path / "run").train()
+
+
 def test_other_batches_go_on_with_the_images_that_were_not_drawn(data, tmp_path, monkeypatch):
     """Also from a checkpoint of an older version, which does not say how many images its steps have drawn."""
     out, drawn = tmp_path / "run", []

@@ -100,12 +100,13 @@ def check_pixels(dataset: SegmentationDataset, pixels: Tensor, split: str, every
         every: whether all samples were read; otherwise a class without a pixel may have some in the others.
 
     Returns:
-        Warnings: classes without a pixel, and a large share of ignored pixels.
+        Warnings: those of the dataset, classes without a pixel, and a large share of ignored pixels.
 
     Raises:
         DatasetError: if all pixels are ignored; or if all samples of the split train were read and hold one class.
     """
     K = len(dataset.classes)
+    warnings = [*dataset.warnings]
     counts, ignored = pixels[:K].tolist(), int(pixels[dataset.ignore_index])
     found = [k for k in range(K) if counts[k]]
     missing = [name for name, count in zip(dataset.classes, counts, strict=True) if not count]
@@ -116,7 +117,6 @@ def check_pixels(dataset: SegmentationDataset, pixels: Tensor, split: str, every
             f"{where} have no pixel of any class: all {ignored} pixels are ignored. Check the ids in the labels "
             "against the class list; the dataset folder maps ids with --label-ids, such as 0=0 255=1"
         )
-    warnings = []
     if len(found) == 1 < K:
         message = (
             f"{where} have pixels of one class only, {dataset.classes[found[0]]!r}, none of {_shown(missing)}, and "

@@ -111,7 +111,7 @@ def pair_with_labels(files: list[Path], labels: Path, image_ending: str = "", la
     exact = label_ending.lower().endswith(LABEL_SUFFIXES)
     existing: dict[str, list[Path]] = {}
     for path in sorted(labels.iterdir()):
-        if path.suffix.lower() in LABEL_SUFFIXES and not path.name.startswith("."):
+        if _is_label(path):
             existing.setdefault(path.name if exact else path.stem, []).append(path)
     pairs: list[Pair] = []
     missing: list[tuple[Path, str]] = []
@@ -127,6 +127,28 @@ def pair_with_labels(files: list[Path], labels: Path, image_ending: str = "", la
     if missing:
         raise DatasetError(_no_label(missing, len(files), labels, exact))
     return pairs
+
+
+def left_out(pairs: list[Pair], images: Path, labels: Path, label_ending: str = "") -> list[str]:
+    """Messages about what `find_pairs` has left out: subfolders that hold images, and labels without an image."""
+    messages = []
+    if subfolders := [folder for folder in _folders_in(images) if _images_below(folder)]:
+        messages.append(f"{len(subfolders)} subfolders of {images} hold images, {subfolders[0].name} the first of them")
+    paired = {path for pair in pairs for path in pair}
+    exact = label_ending.lower().endswith(LABEL_SUFFIXES)
+    alone = [
+        path
+        for path in sorted(labels.iterdir())
+        if _is_label(path) and path not in paired and (path.name if exact else path.stem).endswith(label_ending)
+    ]
+    if alone:
+        messages.append(f"{len(alone)} labels in {labels} have no image, {alone[0].name} the first of them")
+    return [f"{message}: they are left out" for message in messages]
+
+
+def _is_label(path: Path) -> bool:
+    """Whether a file may be a label, by its name."""
+    return path.suffix.lower() in LABEL_SUFFIXES and not path.name.startswith(".")
 
 
 def require_folder(folder: Path) -> None:
@@ -167,13 +189,17 @@ def _images_below(folder: Path) -> list[Path]:
 def _no_label(missing: list[tuple[Path, str]], count: int, labels: Path, exact: bool) -> str:
     """The message for images, with the names that their labels must have, of a folder with `count` images."""
     file, name = missing[0]
-    lossy = next((path for path in labels.iterdir() if path.stem == name and path.suffix.lower() in LOSSY), None)
+    there = sorted(labels.iterdir())
+    lossy = next((path for path in there if path.stem == name and path.suffix.lower() in LOSSY), None)
+    longer = next((path for path in there if _is_label(path) and path.name.startswith((f"{name}_", f"{name}-"))), None)
     message = (
         f"{len(missing)} of {count} images in {file.parent} have no label, the first being {file.name}: "
         f"add {labels / name}{'' if exact else '.png'}, or remove the image"
     )
     if lossy is not None:
         message += f". {lossy.name} is no label: JPEG changes class ids at the edges; save labels as PNG"
+    elif longer is not None and not exact:
+        message += f". If {longer.name} is its label: --label-suffix {longer.stem.removeprefix(name)}"
     return message
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from .base import IGNORE_INDEX, DatasetError
 from .class_list import read_class_list
 from .files import FileDataset, LabelFormat
-from .finding import find_pairs
+from .finding import find_pairs, left_out
 from .reading import MAX_LABEL_ID
 
 
@@ -57,12 +57,11 @@ class ImageFolder(FileDataset):
         if not root.is_dir():
             raise DatasetError(f"there is no folder {root}: give the root folder of the dataset")
         classes = read_class_list(root / classes_file)
+        folders = root / images.replace("{split}", split), root / labels.replace("{split}", split)
+        pairs = find_pairs(*folders, label_ending=label_suffix)
+        self.warnings = left_out(pairs, *folders, label_suffix)
         super().__init__(
-            pairs=find_pairs(
-                root / images.replace("{split}", split),
-                root / labels.replace("{split}", split),
-                label_ending=label_suffix,
-            ),
+            pairs=pairs,
             classes=classes.names,
             palette=classes.palette,
             label_ids=training_ids(classes.names, label_ids, ignore_id),

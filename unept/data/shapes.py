@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision import tv_tensors
 
+from ..validation import check_choice
 from .base import SPLITS, DatasetError, SegmentationDataset
 
 Color = tuple[int, int, int]
@@ -79,6 +80,7 @@ class Shapes(SegmentationDataset):
     ):
         if root is not None:
             raise DatasetError(f"shapes is made in memory and has no files, but root is {root}: omit it")
+        check_choice("split", split, *SPLITS)
         if size < 16:
             raise ValueError(f"size is {size} pixels; it must be at least 16")
         if length is not None and length < 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import complete_folder
+from ..model.hub import DEMO
 from ..validation import check_type
 
 
@@ -22,6 +23,10 @@ def load_evaluation(run: Path) -> dict[str, Any]:
     """
     path = run / "evaluation.json"
     model = complete_folder(run / "model") / "config.json"
+    if str(run) == DEMO.name and not run.exists():
+        model = DEMO / "config.json"
+    elif (run / "model.safetensors").is_file():
+        model = run / "config.json"
     try:
         if path.is_file():
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -30,9 +35,10 @@ def load_evaluation(run: Path) -> dict[str, Any]:
             record = {"classes": known.get("classes"), **(known.get("evaluation") or {})}
             if "iou" not in record:
                 missing = run / "evaluation.json"
-                raise FileNotFoundError(
-                    f"there is no {missing}: measure the run first with `python -m unept.evaluate {run}`"
-                )
+                how = f"python -m unept.evaluate {run}"
+                if model.parent == run:  # a model without its run
+                    how += f" --preset PRESET --root ROOT --out {run}"
+                raise FileNotFoundError(f"there is no {missing}: measure it first with `{how}`")
         kinds = {"classes": list[str], "iou": list[float | None], "mIoU": float, "split": str}
         for key, kind in kinds.items():
             check_type(key, record[key], kind)

@@ -177,6 +177,14 @@ class HubMixin(
             if not strict or isinstance(error, DamagedWeights):
                 raise
             raise ValueError(f"config.json of {model_id} cannot be used: {error}") from error
+        except RuntimeError as error:
+            changed = [f"{name}={value}" for name, value in options.items() if name in config and value != config[name]]
+            if not changed:
+                raise
+            raise RuntimeError(
+                f"the weights of {model_id} do not fit a network with {', '.join(changed)}: "
+                f"ignore_mismatched_sizes=True takes those that fit. {error}"
+            ) from error
         require_finite(model.state_dict(), f"{model_id}/model.safetensors")
         return model if chosen == torch.float32 else model.to(chosen)
 

@@ -72,7 +72,8 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         classes: names of the K classes, kept in config.json.
         palette: an (r, g, b) for each class, kept there too.
         in_chans: number of channels of an image, C.
-        mean: mean of each channel in [0, 1]; None means the backbone's, which exists for 3 channels.
+        mean: mean of each channel in [0, 1]; None means the backbone's, whose average every channel has if they are not
+            3.
         std: standard deviation, likewise.
 
     Attributes:
@@ -182,7 +183,11 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         self.divisor = math.lcm(STRIDE, self.backbone.divisor)
         self.preprocessing: dict[str, Any] = {"input": "uint8 RGB"}
         self.evaluation: dict[str, Any] = {}
-        self.set_normalization(self.backbone.mean if mean is None else mean, self.backbone.std if std is None else std)
+        own = [
+            values if in_chans == len(values) else (sum(values) / len(values),) * in_chans
+            for values in (self.backbone.mean, self.backbone.std)
+        ]
+        self.set_normalization(own[0] if mean is None else mean, own[1] if std is None else std)
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise uint8 images with this mean and deviation of each channel in [0, 1]; see `NormalizedInput`."""

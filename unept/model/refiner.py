@@ -62,6 +62,8 @@ class Refiner(NormalizedInput):
         last_relu: bool = True,
     ):
         super().__init__()
+        if min(width, hidden, *(widths or ())) < 1:
+            raise ValueError(f"width is {width}, hidden {hidden} and widths {widths}; each must be at least 1")
         if upscale not in (1, STRIDE):
             raise ValueError(f"upscale is {upscale}; it must be 1 or {STRIDE}")
         if num_directions < 2 or num_directions % 2:

@@ -311,7 +311,7 @@ class Trainer:
         """Add the gradients of one part of the batch; with the last part, average them over the ranks."""
         accumulates = isinstance(self.network, DistributedDataParallel) and not last
         with self.network.no_sync() if accumulates else contextlib.nullcontext():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp), _advised(images):
                 output = self.forward(images)
             losses = self.compute_losses(output, targets)
             losses["loss"].backward()
@@ -436,3 +436,19 @@ class Trainer:
         if self.config.data.on_bad_sample == "error":
             return 0
         return self.skipped_before + distributed.sum_over_ranks(self.loader.skipped, self.device)
+
+
+@contextlib.contextmanager
+def _advised(images: Tensor) -> Iterator[None]:
+    """Say what to do where batch normalisation has a single value per channel, whose deviation is zero."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        height, width = images.shape[2:]
+        raise ValueError(
+            f"batch normalisation needs more than one value per channel, but the network sees {len(images)} image of "
+            f"{width}x{height} pixels at once, of which a map of the backbone has one: give a larger --batch-size, a "
+            "larger --crop-size, or fewer parts with --accumulate"
+        ) from error
