@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,6 +139,9 @@ def size_bucket(lanes: int, turns: int = 1) -> int:
     return (lanes >= 1 << 14) + (lanes >= 1 << 18) + 3 * ((turns > 32) + (turns > 256))
 
 
+CHOOSING = threading.RLock()  # held while a kernel is tuned: Triton keeps the launch in the tuner meanwhile
+
+
 class Tuner(triton.runtime.autotuner.Autotuner):
     """Triton's autotuner, which compiles a pool side by side before it is timed, and fits what is not tuned too.
 
@@ -173,6 +177,13 @@ class Tuner(triton.runtime.autotuner.Autotuner):
         key = (_forced, *map(kwargs.get, self.keys), *[getattr(kwargs[name], "dtype", None) for name in self.pointers])
         chosen = self.chosen.get(key)
         if chosen is not None:
+            return self.fn.run(*args, **kwargs, **chosen)
+        with CHOOSING:
+            return self._first_run(key, *args, **kwargs)
+
+    def _first_run(self, key: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+        """Choose the configuration, unless another thread has done so meanwhile, and launch the kernel in it."""
+        if (chosen := self.chosen.get(key)) is not None:
             return self.fn.run(*args, **kwargs, **chosen)
         self.nargs = dict(zip(self.arg_names, args, strict=False))
         if _forced is None and TUNES and not INTERPRETED:

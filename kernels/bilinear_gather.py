@@ -108,7 +108,7 @@ def _backward_torch(
         grad_y = (1 - fx) * (v10 - v00) + fx * (v11 - v01)
         grad_points = torch.stack([grad_x, grad_y], 1).view(points.shape)
         if padding == "border":
-            x, y = points.unbind(-1)
+            x, y = points.to(grad_points.dtype).unbind(-1)  # in half precision W - 1 may be another number
             not_clamped = torch.stack([(x > 0) & (x < W - 1), (y > 0) & (y < H - 1)], -1)
             grad_points = torch.where(not_clamped, grad_points, 0)
         grad_points = grad_points.to(points.dtype)

@@ -139,8 +139,8 @@ def test_a_line_that_does_not_fit_on_the_disk_is_not_begun(tmp_path, monkeypatch
 
 
 def test_a_class_that_does_not_occur_is_null_in_json(tmp_path):
-    value = {"iou": [0.5, float("nan")], "inference": {"scales": (1.0,)}}
-    expected = {"iou": [0.5, None], "inference": {"scales": [1.0]}}
+    value = {"iou": [0.5, float("nan")], "rate": float("inf"), "inference": {"scales": (1.0,)}}
+    expected = {"iou": [0.5, None], "rate": None, "inference": {"scales": [1.0]}}
     assert json.loads(json.dumps(json_ready(value), allow_nan=False)) == expected
     write_json(tmp_path / "value.json", value)
     assert json.loads((tmp_path / "value.json").read_text()) == expected

@@ -28,8 +28,8 @@ from .pretrained import load_run as load_run
 # The options of a command's `inference` field: without the field's name, and left out rather than given as None.
 InferenceArguments = tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[InferenceOptions]]
 
-# Errors of the disk, after which no other file could be written either.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# Errors of the disk or the folder, after which no other file could be written either.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
 

@@ -166,7 +166,10 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 def sum_over_ranks(count: int, device: torch.device) -> int:
     """Sum a count over the ranks; the host waits for the result."""
-    return round(mean_over_ranks(torch.tensor(float(count), device=device)).item() * world_size())
+    total = torch.tensor(count, device=device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return int(total)
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:

@@ -24,6 +24,7 @@ from .files import create_folder, temporary_file
 from .inference import InferenceOptions, resolve
 from .model.boundary import StepDirection
 from .model.exportable import WholeImage, explain_failure, export_program
+from .validation import check_range
 
 Format = Literal["onnx", "torch-export", "aoti"]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".aoti.pt2"}
@@ -63,6 +64,10 @@ class ExportConfig:
     """The file. None: model.onnx, model.pt2 or model.aoti.pt2 in the run folder, or here if the model is of the hub."""
     device: cli.Device = "auto"
     """auto: CUDA where there is a device."""
+
+    def __post_init__(self) -> None:
+        for side in self.size or ():
+            check_range("size", side, 1, 1 << 16)
 
 
 # --- the formats ------------------------------------------------------------------------------------------------------

@@ -170,12 +170,12 @@ def result_path(folder: Path, name: Path, ending: str) -> Path:
 
 
 def json_ready(value: Any) -> Any:
-    """Return the value with None in the place of every NaN, which JSON does not have, and lists for tuples."""
+    """Return the value with None for NaN and infinity, which JSON does not have, and lists for tuples."""
     if isinstance(value, dict):
         return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [json_ready(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -182,7 +182,7 @@ def predict_clip(options: PredictConfig, config: InferenceConfig, model: UNEPT, 
 
 
 def predict_tiled(options: PredictConfig, config: InferenceConfig, model: UNEPT, found: FoundImage) -> Iterator[str]:
-    """Segment an image window by window into NAME_ids.tif and NAME_overlay.tif, as the formats say.
+    """Segment an image window by window into NAME_ids.tif and, if the formats say so, NAME_overlay.tif.
 
     Yields:
         A line that says where they are and which classes were found.

@@ -66,12 +66,16 @@ class _Normalise(torch.autograd.Function):
 
 def normalise(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Normalise (B, C, H, W) by the statistics of all processes' batches, and update the running statistics."""
-    assert norm.num_batches_tracked is not None
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shift = x.new_zeros(norm.num_features, dtype=dtype)  # near the mean, as the running mean is where there is one
+    if norm.running_mean is not None:
+        shift += norm.running_mean
+    weight = shift.new_ones(len(shift)) if norm.weight is None else norm.weight
+    bias = shift.new_zeros(len(shift)) if norm.bias is None else norm.bias
+    out, mean, variance, count = _Normalise.apply(x, weight, bias, shift, norm.eps)
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return out
     norm.num_batches_tracked.add_(1)
-    shift = norm.running_mean.to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=True)
-    out, mean, variance, count = _Normalise.apply(x, norm.weight, norm.bias, shift, norm.eps)
     with torch.no_grad():
         # Without a momentum the running statistics are averages, and the weight of a batch stays on the device.
         count_so_far = norm.num_batches_tracked.to(norm.running_mean.dtype)

@@ -73,6 +73,8 @@ class VisualizeConfig:
             raise ValueError("nothing to draw: name image files or folders of them, or two runs with --compare")
         if self.compare is not None and len(self.compare) < 2:
             raise ValueError("--compare takes two or more run folders")
+        if self.compare is not None and len({run.resolve() for run in self.compare}) < len(self.compare):
+            raise ValueError(f"--compare names a run twice: {', '.join(map(str, self.compare))}")
         if self.samples < 0 or (self.samples and self.compare is None):
             raise ValueError(f"samples is {self.samples}; give a number of images, together with --compare")
         if not self.pictures:

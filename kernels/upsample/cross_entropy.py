@@ -313,6 +313,7 @@ def upsample_cross_entropy(
             of such a pixel is NaN.
     """
     _check(logits, target, offset, class_weights)
+    class_weights = None if class_weights is None else class_weights.detach()  # logits alone have a gradient
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(map(repr, REDUCTIONS))}")
 
@@ -355,4 +356,5 @@ def upsample_cross_entropy_pair(
         TypeError, ValueError: see `upsample_cross_entropy`.
     """
     _check(logits, target, offset, class_weights)
+    class_weights = None if class_weights is None else class_weights.detach()  # logits alone have a gradient
     return _run_pair(logits, target, offset, class_weights, ignore_index, backend_argument())

@@ -69,6 +69,12 @@ def test_class_ids_in_pytorchs_own_operators(shifted):
     assert torch.equal(DECOMPOSITIONS[op](*arguments), op(*arguments))
 
 
+def test_size_has_a_range():
+    for size in ((-8, 64), (64, 0)):
+        with pytest.raises(ValueError, match=r"size is -?\d+; it must be from 1 to 65536"):
+            export.ExportConfig(Path("run"), size=size)
+
+
 @pytest.mark.parametrize("size", [(64, 96), (70, 90), (33, 41), (128, 128)])
 def test_whole_image_predicts_as_the_model_does(model, size):
     images = noise(2, 3, *size)

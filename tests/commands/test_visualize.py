@@ -109,6 +109,7 @@ def test_a_query_outside_the_image(runs, command, tmp_path, query):
         (["a.png", "--run", "nowhere"], "nowhere does not exist"),
         (["missing.png"], "there is no image or folder missing.png"),
         (["--compare", "x"], "--compare takes two or more run folders"),
+        (["--compare", "x", "./x"], "--compare names a run twice: x, x"),
         (["a.png", "--samples", "3"], "samples is 3; give a number of images, together with --compare"),
         (["--compare", "x", "y"], "there is no x/evaluation.json: measure it first with"),
     ],

@@ -139,6 +139,18 @@ def test_points_that_are_no_numbers_or_far_away(backend):
         assert (grad_points[0, p, 1] == 0) == (clamped == "y")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_point_inside_the_map_has_a_gradient_in_half_precision(backend, dtype):
+    """W - 1 = 2049 is 2048 in float16, and 257 is 256 in bfloat16: there a point lies inside all the same."""
+    last = {torch.float16: 2049, torch.bfloat16: 257}[dtype]
+    features = torch.arange(last + 1.0, device=backend[1]).expand(1, 1, 2, -1).to(dtype).contiguous()
+    points = torch.tensor([[[last - 1.0, 0.5]]], device=backend[1], dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        features[..., -1] = 0
+    bilinear_gather(features, points, "border").sum().backward()
+    assert points.grad[0, 0, 0].item() == pytest.approx(1 - last, rel=1e-2)
+
+
 def test_infinities_outside_the_map_do_not_leak(backend):
     features = torch.full((1, 1, 2, 2), float("inf"), device=backend[1])
     assert bilinear_gather(features, torch.tensor([[[5.0, 5.0]]], device=backend[1])).item() == 0

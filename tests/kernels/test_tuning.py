@@ -1,6 +1,8 @@
 """Choices by measurement: made once, kept on disk, and none where nothing can be measured."""
 
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +52,24 @@ def test_the_fastest_is_chosen_once_for_each_key(timed):
     assert timed == ["slow", "fast"]
     _autotune.fastest("op", CANDIDATES, ("b",))
     assert timed == ["slow", "fast"] * 2
+
+
+def test_threads_tune_one_after_the_other(monkeypatch):
+    """Triton keeps the launch that it tunes in the tuner, where a second thread would take it away."""
+    monkeypatch.setattr(_autotune, "INTERPRETED", False)
+    kernel = SimpleNamespace(arg_names=["seconds", "x"], __name__="kernel", fn=lambda: None, launched=[])
+    kernel.run = lambda *_, seconds, BLOCK, **__: (time.sleep(seconds), kernel.launched.append((seconds, BLOCK)))
+    configs = [triton.Config({"BLOCK": block}) for block in (16, 32)]
+    options = {"reset_to_zero": [], "restore_value": None, "do_bench": lambda run, **_: (run(), [1.0] * 3)[1]}
+    tuner = _autotune.Tuner(kernel, kernel.arg_names, configs, ["seconds"], **options)
+    tuner.chosen, tuner.pointers = {}, ["x"]
+    with ThreadPoolExecutor(2) as pool:
+        launch = {"grid": (1,), "warmup": False, "x": torch.zeros(1)}
+        runs = [pool.submit(tuner.run, seconds=seconds, **launch) for seconds in (0.2, 0.02, 0.2, 0.02)]
+        for run in runs:
+            run.result()
+    timed = [(seconds, block) for seconds in (0.02, 0.2) for block in (16, 32)]
+    assert sorted(kernel.launched) == sorted([*timed, *[(seconds, 16) for seconds in (0.02, 0.02, 0.2, 0.2)]])
 
 
 def test_the_choice_outlives_the_process(timed):

@@ -98,6 +98,18 @@ def test_reductions(backend, reduction, weighted):
     assert_matches_reference(make_inputs(backend[1], offset="float", weighted=weighted), reduction)
 
 
+def test_class_weights_have_no_gradient(backend):
+    """As those of `F.cross_entropy`; a part of one would be wrong."""
+    logits = torch.randn(1, 3, 2, 2, device=backend[1], requires_grad=True)
+    target, weights = torch.randint(3, (1, 8, 8), device=backend[1]), torch.ones(3, device=backend[1])
+    weights.requires_grad_()
+    upsample_cross_entropy(logits, target, class_weights=weights).backward()
+    offset = torch.zeros(1, 2, 8, 8, dtype=torch.int16, device=backend[1])
+    sum(map(torch.sum, upsample_cross_entropy_pair(logits, target, offset, class_weights=weights))).backward()
+    assert weights.grad is None
+    assert logits.grad.any()
+
+
 @pytest.mark.parametrize("offset", [None, "float"])
 @pytest.mark.parametrize(
     ("shape", "size"),

@@ -89,6 +89,22 @@ def test_a_file_keeps_its_coordinates(tmp_path):
         assert np.array_equal(file.read()[:, 10, 20], model.palette[ids[10, 20]])
 
 
+def test_a_file_keeps_its_control_points(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    corners = [(0, 0), (0, 70), (50, 0), (50, 70)]
+    points = [rasterio.control.GroundControlPoint(row, col, 10 + col / 70, 50 - row / 50) for row, col in corners]
+    with rasterio.open(tmp_path / "in.tif", "w", driver="GTiff", height=50, width=70, count=3, dtype="uint8") as file:
+        file.write(smooth_image(50, 70).numpy())
+        file.gcps = points, rasterio.crs.CRS.from_epsg(4326)
+    paths = tmp_path / "ids.tif", tmp_path / "overlay.tif"
+    predict_file(small_model(), Raster(tmp_path / "in.tif"), InferenceConfig(window=32), CPU, *paths)
+    for path in paths:
+        with rasterio.open(path) as file:
+            found, crs = file.gcps
+            assert crs.to_epsg() == 4326
+            assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
+
+
 def test_files_are_written_whole_or_not_at_all(tmp_path):
     """The image ends in the middle of its rows."""
     pytest.importorskip("rasterio")

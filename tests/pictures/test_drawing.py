@@ -6,6 +6,7 @@ from PIL import Image
 
 from tests.helpers.figures import on_save
 from unept.pictures import drawing
+from unept.pictures.charts import confusion_matrix
 
 PALETTE = [[200, 0, 0], [0, 150, 0], [10, 20, 250]]
 CLASSES = ["roof", "lawn", "pool"]
@@ -30,6 +31,18 @@ def test_panel_shows_every_column(tmp_path):
     drawing.sample_panel([full, full], CLASSES, PALETTE, tmp_path / "panel.png")
     for color in (*PALETTE, [77, 77, 77], [51, 51, 51]):  # image and boundary
         assert has_color(tmp_path / "panel.png", color), color
+
+
+def test_names_are_no_formulas(tmp_path, monkeypatch):
+    """A $ in the name of a file or of a class is drawn as it is."""
+    classes, drawn = ["price $5", "a$^$b", "$x$"], []
+    monkeypatch.setattr("matplotlib.mathtext.MathTextParser.parse", lambda *args, **_: drawn.append(args))
+    named = sample(refined=torch.full((6, 8), 2))._replace(name="a$^$b.png $x$")
+    drawing.sample_panel([named], classes, PALETTE, tmp_path / "panel.png")
+    drawing.class_bars({"iou": [0.5, 0.25, 1.0], "mIoU": 0.5}, classes, tmp_path / "bars.png")
+    drawing.class_comparison([(n, (0.5, 0.25)) for n in classes], ["a$^$b", "$x$"], (0.5, 0.5), tmp_path / "both.png")
+    confusion_matrix(torch.eye(3), classes, tmp_path / "confusion.png")
+    assert not drawn
 
 
 def test_panel_of_a_model_without_boundaries_is_narrower(tmp_path):

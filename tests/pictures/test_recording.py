@@ -1,13 +1,15 @@
 """What is recorded of the network: computed from planted numbers, and compared with the network's own."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from tests.helpers.figures import on_save
 from tests.helpers.runs import small_model
-from unept.inference import InferenceConfig
+from unept.inference import InferenceConfig, infer
 from unept.model.attention import SparseSamplingAttention
 from unept.model.network import UNEPT
 from unept.model.transformer import reference_grid
@@ -276,6 +278,36 @@ def test_recording_leaves_the_network_as_it_was(vit):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
     torch.testing.assert_close(vit(image[None]).logits, before)
     vit.eval()
+
+
+def test_other_threads_may_use_the_network_meanwhile(vit):
+    """They are not recorded, nor does a recording break them; two recordings do not mix."""
+    vit.eval()
+    image, other, config = noise(48, 64), noise(32, 32), InferenceConfig(amp="off")
+    expected, logits = recorded(vit, image, (40.0, 30.0)), infer(vit, other, config).scores
+    blocks, done = vit.backbone.features.model.blocks, threading.Event()
+    fused = [block.attn.fused_attn for block in blocks]
+
+    def use() -> int:
+        count = 0
+        while not (done.is_set() and count):
+            torch.testing.assert_close(infer(vit, other, config).scores, logits)
+            recorded(vit, other)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(1) as pool:
+        used = pool.submit(use)
+        try:
+            for _ in range(4):
+                found = recorded(vit, image, (40.0, 30.0))
+                assert found.points.query == expected.points.query
+                assert found.points.shapes == expected.points.shapes
+                assert [m.shape for m in found.attention] == [m.shape for m in expected.attention]
+        finally:
+            done.set()
+        assert used.result()
+    assert [block.attn.fused_attn for block in blocks] == fused
 
 
 def test_a_map_lies_on_the_image_where_the_network_saw_it():

@@ -60,6 +60,20 @@ def test_a_mean_far_from_zero_leaves_the_variance_its_digits():
     torch.testing.assert_close(synchronised[0](images), plain[0](images), rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=["plain", "untracked"])
+def test_layers_without_weights_or_running_statistics(options):
+    plain = nn.BatchNorm2d(6, **options).double()
+    synchronised = copy.deepcopy(plain)
+    synchronise(synchronised)
+    assert type(synchronised) is not type(plain)
+    images = torch.randn(3, 6, 5, 4, dtype=torch.float64) + 3
+    for _ in range(2):
+        wanted, found = results(plain, images), results(synchronised, images)
+        assert wanted.keys() == found.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10, msg=name)
+
+
 class Collectives(TorchDispatchMode):
     """Counts collectives, and whatever reads a number from the device."""
 

@@ -321,7 +321,12 @@ def predict_file(
 
         def create(path: Path, **options: Any) -> Any:
             temporary = stack.enter_context(temporary_file(path))
-            return stack.enter_context(_open(temporary, "w", **profile, **options))
+            file = stack.enter_context(_open(temporary, "w", **profile, **options))
+            if source.file.gcps[0]:
+                file.gcps = source.file.gcps
+            if source.file.rpcs is not None:
+                file.rpcs = source.file.rpcs
+            return file
 
         ids_file = create(ids_path, count=1, nodata=NO_DATA)
         ids_file.write_colormap(1, {k: (*color, 255) for k, color in enumerate(model.palette)})

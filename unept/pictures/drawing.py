@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.text import Text
 from torch import Tensor
 
 from ..colors import Palette, colorize
@@ -374,6 +375,12 @@ def _to_array(picture: Tensor) -> np.ndarray:
 
 
 def save_figure(figure: Figure, path: Path, **options: Any) -> None:
-    """Write a figure as the suffix of the path says, whole or not at all."""
+    """Write a figure as the suffix of the path says, whole or not at all.
+
+    Names of files and classes may hold $, which is no formula; those of logarithmic axes are the only ones.
+    """
+    if not any("log" in (axes.get_xscale(), axes.get_yscale()) for axes in figure.axes):
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
     with temporary_file(path) as temporary:
         figure.savefig(temporary, **options)

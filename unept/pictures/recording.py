@@ -10,7 +10,8 @@ is its (height, width) in pixels of the image, so a point at the fraction f of a
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from ..inference import InferenceConfig, infer
 from ..model.attention import SparseSamplingAttention
 from ..model.network import UNEPT
 from ..model.output import padded_size
+
+RECORDING = threading.Lock()  # one recording at a time, as each changes how the backbone's attention computes
 
 Attention = Literal["decoder", "decoder-self", "encoder"]
 
@@ -79,6 +82,10 @@ def record(
     """
     size = (image.shape[1], image.shape[2])
     seen: dict[str, Any] = {}
+    thread = threading.get_ident()  # others may use the model meanwhile
+
+    def own(note: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: note(*args) if threading.get_ident() == thread else None
 
     def note_view(module: nn.Module, args: tuple) -> None:
         view = args[0].shape[2:]
@@ -95,19 +102,24 @@ def record(
         seen["points"] = points_of_query(module, *args, covered=seen["covered"], position=query)
 
     once = dataclasses.replace(config, scales=(1.0,), flip=False, window=0, window_stride=0, compile="off")
-    with contextlib.ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(note_view).remove)
-        stack.callback(model.backbone.register_forward_hook(note_features).remove)
+    with RECORDING, contextlib.ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(own(note_view)).remove)
+        stack.callback(model.backbone.register_forward_hook(own(note_features)).remove)
         if attention is not None:
-            stack.callback(attention.register_forward_hook(note_points).remove)
-        maps = stack.enter_context(_record_attention(model.backbone))
+            stack.callback(attention.register_forward_hook(own(note_points)).remove)
+        maps = stack.enter_context(_record_attention(model.backbone, own))
         infer(model, image, once)
     return Recording(seen["covered"], seen["features"], maps, seen.get("points"))
 
 
 @contextlib.contextmanager
-def _record_attention(backbone: nn.Module) -> Iterator[list[Tensor]]:
-    """A list to which each of timm's attention modules appends its softmax, averaged over heads, (B', T, T)."""
+def _record_attention(
+    backbone: nn.Module, own: Callable[[Callable[..., None]], Callable[..., None]]
+) -> Iterator[list[Tensor]]:
+    """A list to which each of timm's attention modules appends its softmax, averaged over heads, (B', T, T).
+
+    `own` makes a hook one that notes the calls of this thread alone.
+    """
     maps: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -115,7 +127,7 @@ def _record_attention(backbone: nn.Module) -> Iterator[list[Tensor]]:
 
     found: list[Any] = [m for m in backbone.modules() if hasattr(m, "fused_attn") and hasattr(m, "attn_drop")]
     fused = [module.fused_attn for module in found]
-    handles = [module.attn_drop.register_forward_hook(note) for module in found]
+    handles = [module.attn_drop.register_forward_hook(own(note)) for module in found]
     try:
         for module in found:
             module.fused_attn = False  # a fused attention never materialises its weights
