@@ -14,7 +14,7 @@ from unept.data.camvid import CLASSES
 from unept.pretrained import DEMO
 
 STREET = Path(__file__).parents[2] / "docs" / "street.jpg"
-SHA256 = "1d7ae1618a154968e733c8d7a5c26090c548fc3d354ca2c06847f64522211fab"
+SHA256 = "7f6fed0b9f621af0a8937fdacf7dd498f65425cc0f4a25e85c62484e2c1da37d"
 
 
 def test_the_weights_are_those_that_were_measured():
