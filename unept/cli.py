@@ -28,8 +28,8 @@ from .pretrained import load_run as load_run
 # The options of a command's `inference` field: without the field's name, and left out rather than given as None.
 InferenceArguments = tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[InferenceOptions]]
 
-# Errors of the disk or the folder, after which no other file could be written either.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+# Errors of the disk, after which no other file could be written either.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
@@ -127,7 +127,9 @@ def say(text: object, file: TextIO | None = None) -> None:
     file.flush()
 
 
-def find_named_images(paths: Sequence[Path], recursive: bool, out: Path) -> tuple[list[FoundImage], int]:
+def find_named_images(
+    paths: Sequence[Path], recursive: bool, out: Path, writes_images: bool = True
+) -> tuple[list[FoundImage], int]:
     """Find the images that a command is given (`find_images`); report on stderr what is left out.
 
     Results in a folder `out` below the folders are not among them.
@@ -136,13 +138,13 @@ def find_named_images(paths: Sequence[Path], recursive: bool, out: Path) -> tupl
         The images, and the exit status: 1 if a path is missing or a folder holds no image, else 0.
 
     Raises:
-        FileNotFoundError, ValueError: see `find_images`; or `out` is one of the folders.
+        FileNotFoundError, ValueError: see `find_images`; or `out` is one of the folders, and the results are images.
     """
     results = out.resolve()
-    if any(path.is_dir() and path.resolve() == results for path in paths):
+    if writes_images and any(path.is_dir() and path.resolve() == results for path in paths):
         raise ValueError(f"the results in {out} would be images of the next run: give another folder with --out")
     found = find_images(paths, recursive)
-    if recursive:
+    if recursive and results not in [path.resolve() for path in paths]:
         found = found._replace(images=[i for i in found.images if results not in i.path.resolve().parents])
     for line in found.problems:
         say(f"error: {line}", sys.stderr)
@@ -184,8 +186,9 @@ def process_images(images: Sequence[FoundImage], process: Callable[[FoundImage],
         except OSError as error:
             if error.errno is None or error.errno in DISK_ERRORS:
                 raise
+            advice = "make the folder writable" if error.errno in (errno.EACCES, errno.EPERM) else "rename it"
             reason = os.strerror(error.errno)
-            say(f"error: the results of {image.path} can't be written ({reason}): rename it", sys.stderr)
+            say(f"error: the results of {image.path} can't be written ({reason}): {advice}", sys.stderr)
             failed += 1
     if failed:
         say(f"error: {failed} of {len(images)} images could not be {failure}", sys.stderr)

@@ -228,7 +228,9 @@ def predict(options: PredictConfig) -> int:
     images: list[FoundImage] = []
     missing = 0
     if others:
-        images, missing = cli.find_named_images(others, options.recursive, options.out)
+        images, missing = cli.find_named_images(
+            others, options.recursive, options.out, writes_images=not {"ids", "overlay"}.isdisjoint(options.format)
+        )
     model, config = cli.open_model(options.run, options.device, options.inference, options.out)
     options.check_classes(model.num_classes)
     if options.tiled:

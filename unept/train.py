@@ -3,18 +3,20 @@
 import inspect
 import itertools
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from . import cli, distributed
-from .config import RENAMED, ModelConfig, TrainConfig
+from .config import RENAMED, DataConfig, ModelConfig, TrainConfig
 from .data import check_splits
 from .evaluation.evaluator import format_table
 from .model.backbone import close_names
 from .presets import PRESETS
 from .pretrained import has_model
+from .recipe import RecipeConfig
 from .training.fine_tuning import network_of
 from .training.interruption import Stopped
 from .training.run_folder import find_run, reserved
@@ -61,8 +63,11 @@ def parse(args: list[str] | None = None) -> tuple[str, TrainConfig]:
 
 def _require_no_preset(args: list[str]) -> None:
     """Raise ValueError if a preset stands behind other options, where it is no option's value."""
+    parts = (TrainConfig, ModelConfig, DataConfig, RecipeConfig)
+    switches = {f"--{field.name.replace('_', '-')}" for part in parts for field in fields(part) if field.type is bool}
     for before, argument in itertools.pairwise(args):
-        if argument in PRESETS and not before.startswith("-"):
+        is_value = before.startswith("-") and "=" not in before and before not in switches and before[:5] != "--no-"
+        if argument in PRESETS and not is_value:
             raise ValueError(f"the preset comes first: python -m unept.train {argument} {args[0]} ...")
 
 
@@ -82,6 +87,8 @@ def _network(args: list[str], source: str, preset: ModelConfig) -> ModelConfig:
         network.pretrained_backbone = preset.pretrained_backbone
         if network.in_chans == 3:
             network.mean = network.std = None
+    if _value(args, "--in-chans") not in (None, str(network.in_chans)):
+        network.mean = network.std = None
     return network
 
 

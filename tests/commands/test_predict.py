@@ -74,6 +74,14 @@ def test_inference_options_reach_the_network(run, command, tmp_path, monkeypatch
     assert (seen[0].scales, seen[0].flip, seen[0].window, seen[0].refine) == ((0.5, 1.0), True, 32, False)
 
 
+def test_results_that_are_no_images_may_lie_beside_the_images(run, command, tmp_path):
+    (tmp_path / "images").mkdir()
+    save_image(tmp_path / "images" / "a.png")
+    for recursive in ((), ("--recursive",)):
+        assert command("images", "--run", run, "--out", "images", "--format", "probabilities", *recursive)[0] == 0
+    assert [path.name for path in sorted((tmp_path / "images").iterdir())] == ["a.png", "a_probabilities.npz"]
+
+
 def test_folders_and_files(run, command, tmp_path):
     (tmp_path / "photos").mkdir()
     for name in ("photos/b.jpg", "photos/a.PNG", "c.png"):

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,11 +43,18 @@ def test_help_explains_every_option(preset, capsys):
     [
         (["campus", "--lr", "1"], r"there is no preset 'campus'; close names: camvid.*train --help lists"),
         (["--root", "d", "folder"], r"the preset comes first: python -m unept\.train folder --root \.\.\."),
+        (["--no-flip", "folder", "--root", "d"], r"the preset comes first: python -m unept\.train folder --no-flip"),
+        (["--check-data", "camvid"], r"the preset comes first: python -m unept\.train camvid --check-data"),
+        (["--lr=1e-3", "camvid"], r"the preset comes first: python -m unept\.train camvid"),
     ],
 )
 def test_presets_that_are_not_found(arguments, message):
     with pytest.raises(ValueError, match=message):
         train.parse(arguments)
+
+
+def test_a_value_that_is_named_as_a_preset_is_none():
+    assert train.parse(["--tracker", "none", "--out", "camvid"])[1].out == Path("camvid")
 
 
 def test_errors_of_options_point_to_the_help_of_the_preset(capsys):

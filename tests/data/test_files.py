@@ -86,7 +86,7 @@ def test_labels_without_an_image_and_foreign_files_are_left_out(folder):
     label(0).save(folder / "labels/train/other.png")
     (folder / "images/train/notes.txt").write_text("")
     (folder / "images/train/._frame0.png").write_text("")
-    assert build_dataset("folder", folder, "val").warnings == []
+    assert build_dataset("folder", folder, "val").warnings() == []
     (folder / "images/train/more").mkdir()
     picture().save(folder / "images/train/more/frame9.png")
     dataset = build_dataset("folder", folder)
@@ -94,6 +94,15 @@ def test_labels_without_an_image_and_foreign_files_are_left_out(folder):
     told = "\n".join(check_before_run(dataset, "train"))
     assert f"1 subfolders of {folder}/images/train hold images, more the first of them: they are left out" in told
     assert f"1 labels in {folder}/labels/train have no image, other.png the first of them: they are left out" in told
+
+
+def test_labels_of_all_splits_in_one_folder_are_not_left_out(folder):
+    for label_file in (folder / "labels/val").iterdir():
+        label_file.rename(folder / "labels/train" / f"val_{label_file.name}")
+    assert build_dataset("folder", folder, labels="labels/train").warnings() == []
+    (folder / "labels/train").rename(folder / "images/train/labels")
+    assert build_dataset("folder", folder, labels="images/train/labels").warnings() == []
+    assert "3 labels" not in build_dataset("folder", folder, labels="images/{split}/labels").warnings()[0]
 
 
 def test_camvid_ignores_void(camvid):

@@ -100,7 +100,7 @@ def test_other_processes_find_the_module_in_the_working_folder(module, monkeypat
     assert sys.path.count(str(Path.cwd())) == 1
     DATASETS.pop(module)
     sys.modules.pop(module)
-    monkeypatch.setattr("unept.distributed.run_on_main", Mock(side_effect=InterruptedError))  # what rank 0 alone does
+    monkeypatch.setattr("unept.distributed.run_on_main", Mock(side_effect=[None, InterruptedError]))  # on rank 0
     with pytest.raises(InterruptedError):
         Trainer(TrainConfig(data=DataConfig(imports=(module,), dataset=module)), Path("run"))
     assert module in sys.modules

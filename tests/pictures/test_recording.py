@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -308,6 +309,25 @@ def test_other_threads_may_use_the_network_meanwhile(vit):
             done.set()
         assert used.result()
     assert [block.attn.fused_attn for block in blocks] == fused
+
+
+def test_one_recording_at_a_time(vit, monkeypatch):
+    """Each changes how the backbone's attention computes, and back."""
+    inside = []
+
+    def slow(*args):
+        inside.append(None)
+        time.sleep(0.02)
+        assert len(inside) == 1
+        found = infer(*args)
+        inside.pop()
+        return found
+
+    monkeypatch.setattr("unept.pictures.recording.infer", slow)
+    vit.eval()
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: recorded(vit, noise(32, 32)), range(6)):
+            assert len(found.attention) == len(vit.backbone.features.model.blocks)
 
 
 def test_a_map_lies_on_the_image_where_the_network_saw_it():

@@ -124,6 +124,14 @@ def test_fine_tuning_keeps_the_normalisation(data, trained, tmp_path):
     assert torch.equal(tuned.std, model.std)
     other = train.parse(arguments(data, *command, "--backbone", "resnet18"))[1].model
     assert other.mean is None, "that of the other backbone"
+    five = train.parse(arguments(data, *command, "--in-chans", "5", "--no-photometric"))[1].model
+    assert five.mean is None, "the average of the backbone's"
+    plain = ["--d-model", "64", "--init-from", str(trained / "model")]
+    assert train.parse(arguments(data, *plain))[1].model.mean is None
+    tuned.save_pretrained(tmp_path / "tuned")
+    with pytest.warns(UserWarning, match="of another shape"):
+        five = UNEPT.from_pretrained(tmp_path / "tuned", in_chans=5, ignore_mismatched_sizes=True)
+    assert len(five.preprocessing["mean"]) == 5
 
 
 def test_a_run_continues_without_the_model_that_it_started_from(data, trained, tmp_path, monkeypatch):

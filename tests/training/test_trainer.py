@@ -16,7 +16,7 @@ from tests.helpers import layouts
 from tests.helpers.training import arguments, configuration, loss_curve, read_records
 from unept import pretrained, train
 from unept.config import TrainConfig
-from unept.data import DatasetError
+from unept.data import DatasetError, check_splits
 from unept.files import read_json_lines
 from unept.model.network import UNEPT
 from unept.signals import SIGNALS
@@ -392,6 +392,8 @@ def test_what_labels_are_padded_with_is_the_id_that_is_ignored(data, tmp_path, m
     monkeypatch.setattr("unept.data.folder.ImageFolder.ignore_index", 7)
     with pytest.raises(DatasetError, match="is 7, but training pads labels with 255"):
         Trainer(config_of(data), tmp_path / "run")
+    with pytest.raises(DatasetError, match="is 7, but training pads labels with 255"):
+        check_splits(config_of(data).data.build)
 
 
 def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkeypatch):
@@ -415,7 +417,7 @@ def test_kill_while_the_model_is_saved_leaves_a_model(finished, tmp_path, monkey
     [
         ({"seed": 5}, r"seed \(was 0, now 5\)"),
         # It does not change the training, but which model is the best.
-        ({"refine": False, "refine_steps": 2}, r"refine \(was True, now False\), refine_steps \(was 1, now 2\)"),
+        ({"refine": False, "refine_steps": 2}, r"other options: refine \(was True, now False\)\. Give"),
     ],
     ids=["recipe", "protocol"],
 )

@@ -6,7 +6,6 @@ of its own, and add a row to `unept.data.registry.DATASETS`; options, command li
 Letters: H, W height and width of an image, K number of classes.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -38,14 +37,12 @@ class SegmentationDataset(Dataset):
         classes: the K class names, by training id.
         palette: the color (r, g, b) of each class, 0..255.
         ignore_index: 255, which training pads labels with.
-        warnings: what is odd about the files that were found; said when they are checked.
         has_test_server: whether the benchmark has a server that scores predictions of its test split.
     """
 
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     ignore_index: int = IGNORE_INDEX
-    warnings: Sequence[str] = ()
     has_test_server: bool = False
 
     @property
@@ -62,6 +59,10 @@ class SegmentationDataset(Dataset):
     def labelled(self) -> bool:
         """Whether there are labels; without them only `image`, `name` and `check` are available."""
         return True
+
+    def warnings(self) -> list[str]:
+        """What is odd about the files that were found; said when they are checked."""
+        return []
 
     def __len__(self) -> int:
         raise NotImplementedError

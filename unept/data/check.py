@@ -65,13 +65,8 @@ def check_before_run(
         The warnings of `check_pixels`.
 
     Raises:
-        DatasetError: as `check_splits`; or the `ignore_index` of the dataset is another than what training pads with.
+        DatasetError: as `check_splits`.
     """
-    if dataset.ignore_index != IGNORE_INDEX:
-        raise DatasetError(
-            f"the ignore_index of {dataset.description} is {dataset.ignore_index}, but training pads labels with "
-            f"{IGNORE_INDEX}: give it masks that hold {IGNORE_INDEX} where a pixel does not count"
-        )
     options: dict[str, Any] = {} if on_bad_sample == "error" else {"on_bad_sample": on_bad_sample}
     pixels, every = dataset.check(sample=sample, **options), len(dataset) <= sample
     classes = pixels[: len(dataset.classes)]
@@ -103,10 +98,16 @@ def check_pixels(dataset: SegmentationDataset, pixels: Tensor, split: str, every
         Warnings: those of the dataset, classes without a pixel, and a large share of ignored pixels.
 
     Raises:
-        DatasetError: if all pixels are ignored; or if all samples of the split train were read and hold one class.
+        DatasetError: if all pixels are ignored; if all samples of the split train were read and hold one class; or if
+            the `ignore_index` of the dataset is another than what training pads with.
     """
+    if dataset.ignore_index != IGNORE_INDEX:
+        raise DatasetError(
+            f"the ignore_index of {dataset.description} is {dataset.ignore_index}, but training pads labels with "
+            f"{IGNORE_INDEX}: give it masks that hold {IGNORE_INDEX} where a pixel does not count"
+        )
     K = len(dataset.classes)
-    warnings = [*dataset.warnings]
+    warnings = dataset.warnings()
     counts, ignored = pixels[:K].tolist(), int(pixels[dataset.ignore_index])
     found = [k for k in range(K) if counts[k]]
     missing = [name for name, count in zip(dataset.classes, counts, strict=True) if not count]

@@ -129,17 +129,23 @@ def pair_with_labels(files: list[Path], labels: Path, image_ending: str = "", la
     return pairs
 
 
-def left_out(pairs: list[Pair], images: Path, labels: Path, label_ending: str = "") -> list[str]:
-    """Messages about what `find_pairs` has left out: subfolders that hold images, and labels without an image."""
+def left_out(pairs: list[Pair], images: Path, labels: Path, label_ending: str | None = "") -> list[str]:
+    """Messages about what `find_pairs` has left out: subfolders that hold images, and labels without an image.
+
+    Labels are not looked at where `label_ending` is None, nor are the folders that hold them.
+    """
     messages = []
-    if subfolders := [folder for folder in _folders_in(images) if _images_below(folder)]:
-        messages.append(f"{len(subfolders)} subfolders of {images} hold images, {subfolders[0].name} the first of them")
+    with_labels = {labels.resolve(), *labels.resolve().parents}
+    subfolders = [folder for folder in _folders_in(images) if folder.resolve() not in with_labels]
+    if found := [folder for folder in subfolders if _has_images(folder)]:
+        messages.append(f"{len(found)} subfolders of {images} hold images, {found[0].name} the first of them")
     paired = {path for pair in pairs for path in pair}
-    exact = label_ending.lower().endswith(LABEL_SUFFIXES)
+    ending = label_ending or ""
+    exact = ending.lower().endswith(LABEL_SUFFIXES)
     alone = [
         path
-        for path in sorted(labels.iterdir())
-        if _is_label(path) and path not in paired and (path.name if exact else path.stem).endswith(label_ending)
+        for path in (sorted(labels.iterdir()) if label_ending is not None else ())
+        if _is_label(path) and path not in paired and (path.name if exact else path.stem).endswith(ending)
     ]
     if alone:
         messages.append(f"{len(alone)} labels in {labels} have no image, {alone[0].name} the first of them")
@@ -184,6 +190,11 @@ def _images_below(folder: Path) -> list[Path]:
     for subfolder in _folders_in(folder):
         images += _images_below(subfolder)
     return images
+
+
+def _has_images(folder: Path) -> bool:
+    """Whether there is an image in a folder or below it."""
+    return bool(_images_in(folder)) or any(map(_has_images, _folders_in(folder)))
 
 
 def _no_label(missing: list[tuple[Path, str]], count: int, labels: Path, exact: bool) -> str:

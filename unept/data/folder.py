@@ -57,17 +57,21 @@ class ImageFolder(FileDataset):
         if not root.is_dir():
             raise DatasetError(f"there is no folder {root}: give the root folder of the dataset")
         classes = read_class_list(root / classes_file)
-        folders = root / images.replace("{split}", split), root / labels.replace("{split}", split)
-        pairs = find_pairs(*folders, label_ending=label_suffix)
-        self.warnings = left_out(pairs, *folders, label_suffix)
+        self.folders = root / images.replace("{split}", split), root / labels.replace("{split}", split)
+        # Of labels of all splits in one folder, most belong to the images of others.
+        self.label_ending = label_suffix if "{split}" in labels else None
         super().__init__(
-            pairs=pairs,
+            pairs=find_pairs(*self.folders, label_ending=label_suffix),
             classes=classes.names,
             palette=classes.palette,
             label_ids=training_ids(classes.names, label_ids, ignore_id),
             label_colors=classes.colors,
             label_format=label_format,
         )
+
+    def warnings(self) -> list[str]:
+        """Which subfolders and labels have been left out."""
+        return left_out(self.pairs, *self.folders, self.label_ending)
 
 
 def training_ids(classes: Sequence[str], label_ids: Sequence[str], ignore_id: Sequence[int]) -> dict[int, int]:

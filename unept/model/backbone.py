@@ -38,6 +38,24 @@ def _probe(name: str) -> nn.Module:
     return timm.create_model(name, pretrained=False)
 
 
+def _pretraining(name: str) -> Any:
+    """What timm knows about the training of a model's weights."""
+    return timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+
+
+def own_normalization(name: str, channels: int = 3) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that a timm model's weights were trained with, per channel of images in [0, 1].
+
+    Where there are not 3 channels, each has their average.
+    """
+    own = _pretraining(name)
+    mean, std = (
+        tuple(values) if channels == len(values) else (sum(values) / len(values),) * channels
+        for values in (own.mean, own.std)
+    )
+    return mean, std
+
+
 def close_names(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the known names that a wrong one resembles; empty if there are none."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -125,7 +143,7 @@ class Backbone(nn.Module):
         channels: number of channels of each feature map.
         strides: image pixels per pixel of each feature map, along each axis.
         divisor: the sides of images must be multiples of it.
-        mean: mean per RGB channel, of images in [0, 1], that the weights were trained with.
+        mean: mean per channel, of images in [0, 1] (`own_normalization`).
         std: standard deviation, likewise.
 
     Raises:
@@ -182,11 +200,9 @@ class Backbone(nn.Module):
         self.channels: list[int] = self.features.feature_info.channels()
         self.strides: list[int] = self.features.feature_info.reduction()
         self.channels_last = getattr(self.features, "output_fmt", "NCHW") == "NHWC"
-        preprocessing = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
-        own_size = max(preprocessing.input_size[1:])
+        own_size = max(_pretraining(name).input_size[1:])
         self.divisor = find_divisor(self.features, math.lcm(*self.strides), own_size, name, in_chans, image_size)
-        self.mean: tuple[float, ...] = tuple(preprocessing.mean)
-        self.std: tuple[float, ...] = tuple(preprocessing.std)
+        self.mean, self.std = own_normalization(name, in_chans)
 
     @staticmethod
     def _create(name: str, pretrained: bool, options: dict) -> nn.Module:

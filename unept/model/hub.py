@@ -160,6 +160,10 @@ class HubMixin(
             for name in ("classes", "palette"):  # those of the stored model name other classes
                 if options.get(name) == config.get(name):
                     options.pop(name, None)
+        if options.get("in_chans", 3) != config.get("in_chans", 3):
+            for name in ("mean", "std"):
+                if options.get(name) == config.get(name):
+                    options.pop(name, None)
         strict = strict and not ignore_mismatched_sizes
         try:
             _check_stored(Path(model_id), options, config, complete=strict)

@@ -183,11 +183,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
         self.divisor = math.lcm(STRIDE, self.backbone.divisor)
         self.preprocessing: dict[str, Any] = {"input": "uint8 RGB"}
         self.evaluation: dict[str, Any] = {}
-        own = [
-            values if in_chans == len(values) else (sum(values) / len(values),) * in_chans
-            for values in (self.backbone.mean, self.backbone.std)
-        ]
-        self.set_normalization(own[0] if mean is None else mean, own[1] if std is None else std)
+        self.set_normalization(self.backbone.mean if mean is None else mean, self.backbone.std if std is None else std)
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise uint8 images with this mean and deviation of each channel in [0, 1]; see `NormalizedInput`."""

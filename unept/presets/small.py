@@ -46,8 +46,8 @@ def camvid() -> TrainConfig:
     computes in bfloat16 where the CPU multiplies in it, and else in float32; 40 minutes of one core that does. The
     Lovász loss needs segmentation-models-pytorch: pip install -e ".[losses]".
 
-    On the validation images three seeds reached mIoU 73.1, and 74.6 refined (bench/results/README.md). With --iterations
-    2800, in two hours, one reached 76.7 and 78.2: the demo model (unept/assets/camvid_tiny).
+    On the validation images three seeds reached mIoU 73.1, and 74.6 refined (bench/results/README.md). With
+    --iterations 2800, in two hours, one reached 76.7 and 78.2: the demo model (unept/assets/camvid_tiny).
     """
     return TrainConfig(
         model=ModelConfig(

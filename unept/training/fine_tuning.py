@@ -7,6 +7,7 @@ import torch
 
 from .. import distributed
 from ..config import ModelConfig
+from ..model.backbone import own_normalization
 from ..model.transfer import load_fitting
 from ..pretrained import load
 from ..recipe import RecipeConfig
@@ -24,7 +25,10 @@ def network_of(source: str) -> ModelConfig:
         FileNotFoundError, ValueError: see `unept.pretrained.load`.
     """
     model = load(source, CPU)
-    options = {**model.options, **{name: model.preprocessing[name] for name in ("mean", "std")}}
+    options, own = dict(model.options), own_normalization(model.options["backbone"], model.in_chans)
+    for name, values in zip(("mean", "std"), own, strict=True):
+        if model.preprocessing[name] != [*values]:  # set after the model was made, or another timm's
+            options[name] = model.preprocessing[name]
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     kept: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name in names

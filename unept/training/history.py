@@ -15,6 +15,7 @@ FREE_TO_CHANGE |= {"init_from", "patience", "grad_checkpointing", "tracker"}
 FREE_TO_CHANGE |= {"check_data", "on_bad_sample"}  # a file was found to be bad meanwhile
 # Options that change the result from there on. They are the way out that a message names: of too little memory, of a
 # loss that is not finite, of a number of processes that does not divide the batch, of a run that has ended too early.
+# Those of the refinement act in evaluations alone, and a preset of another version may have others.
 ADVISED_TO_CHANGE = {
     "accumulate",
     "batch_size",
@@ -24,6 +25,9 @@ ADVISED_TO_CHANGE = {
     "compile",
     "window",
     "window_stride",
+    "refine_scale",
+    "refine_steps",
+    "refine_direction",
 }
 ADVISED_TO_CHANGE |= {"lr", "backbone_lr", "warmup", "iterations", "clip_grad"}
 

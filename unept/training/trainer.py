@@ -83,7 +83,8 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, out: Path, device: torch.device | None = None, augmentation: Any = None):
-        import_modules(config.data.imports)  # on every rank, as rank 0 hands the data sets to the others
+        distributed.run_on_main(lambda: import_modules(config.data.imports))  # what is not found is told once
+        import_modules(config.data.imports)  # as rank 0 hands the data sets to the others
         self.config, self.out, self.augmentation = config, out, augmentation
         self.device = device or distributed.choose_device(config.device)
         self.local_batch = distributed.run_on_main(
