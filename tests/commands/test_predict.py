@@ -78,7 +78,7 @@ def test_results_that_are_no_images_may_lie_beside_the_images(run, command, tmp_
     (tmp_path / "images").mkdir()
     save_image(tmp_path / "images" / "a.png")
     for recursive in ((), ("--recursive",)):
-        assert command("images", "--run", run, "--out", "images", "--format", "probabilities", *recursive)[0] == 0
+        assert command("images", "--run", run[0], "--out", "images", "--format", "probabilities", *recursive)[0] == 0
     assert [path.name for path in sorted((tmp_path / "images").iterdir())] == ["a.png", "a_probabilities.npz"]
 
 
