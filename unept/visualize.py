@@ -73,8 +73,6 @@ class VisualizeConfig:
             raise ValueError("nothing to draw: name image files or folders of them, or two runs with --compare")
         if self.compare is not None and len(self.compare) < 2:
             raise ValueError("--compare takes two or more run folders")
-        if self.compare is not None and len({run.resolve() for run in self.compare}) < len(self.compare):
-            raise ValueError(f"--compare names a run twice: {', '.join(map(str, self.compare))}")
         if self.samples < 0 or (self.samples and self.compare is None):
             raise ValueError(f"samples is {self.samples}; give a number of images, together with --compare")
         if not self.pictures:
@@ -207,8 +205,10 @@ def visualize(options: VisualizeConfig) -> int:
 
     Raises:
         FileNotFoundError, ValueError: see `draw_class_bars`, `draw_comparisons`, `find_images`, `unept.cli.open_model`,
-            `draw_image` and `sampling_layer`.
+            `draw_image` and `sampling_layer`; or a run is compared with itself.
     """
+    if options.compare is not None and len({run.resolve() for run in options.compare}) < len(options.compare):
+        raise ValueError(f"--compare names a run twice: {', '.join(map(str, options.compare))}")
     if options.compare is not None and (options.images or options.samples):
         return draw_comparisons(options)
     if options.compare is not None:
