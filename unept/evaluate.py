@@ -98,7 +98,8 @@ def evaluate_run(options: EvaluateConfig) -> None:
             if len(datasets := dict.fromkeys(score["dataset"] for score in scores)) == 1:
                 print(f"\n{format_means(scores)}")
             else:
-                cli.say(f"\nThere is no mean of runs on different data: {', '.join(datasets)}")
+                cli.say("")
+                cli.say(f"There is no mean of runs on different data: {', '.join(datasets)}")
 
 
 def _result_folders(options: EvaluateConfig) -> list[tuple[Path, Path]]:

@@ -94,7 +94,7 @@ def test_runs_on_different_data_have_no_mean(run_folder, command, tmp_path, monk
     monkeypatch.setattr("unept.data.shapes.Shapes.description", property(lambda self: next(descriptions)))
     status, out, _ = command(run_folder, tmp_path / "other", "--window", "96")
     assert status == 0
-    assert "There is no mean of runs on different data: shapes, 8 classes, others, 8 classes" in out
+    assert "\n\nThere is no mean of runs on different data: shapes, 8 classes, others, 8 classes\n" in out
 
 
 def test_several_runs_have_a_folder_each_below_out(run_folder, command, tmp_path):

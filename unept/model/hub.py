@@ -183,7 +183,7 @@ class HubMixin(
             raise ValueError(f"config.json of {model_id} cannot be used: {error}") from error
         except RuntimeError as error:
             changed = [f"{name}={value}" for name, value in options.items() if name in config and value != config[name]]
-            if not changed:
+            if not changed or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise RuntimeError(
                 f"the weights of {model_id} do not fit a network with {', '.join(changed)}: "
