@@ -132,7 +132,7 @@ def find_named_images(
 ) -> tuple[list[FoundImage], int]:
     """Find the images that a command is given (`find_images`); report on stderr what is left out.
 
-    Results in a folder `out` below the folders are not among them; they may lie in a folder of images itself unless they
+    Results in a folder `out` below the folders are not among them; in a folder of images itself they may lie unless they
     are images too (`writes_images`).
 
     Returns:
