@@ -132,8 +132,8 @@ def find_named_images(
 ) -> tuple[list[FoundImage], int]:
     """Find the images that a command is given (`find_images`); report on stderr what is left out.
 
-    Results in a folder `out` below the folders are not among them; in a folder of images itself they may lie unless they
-    are images too (`writes_images`).
+    Results in a folder `out` below the folders are not among them; in a folder of images itself they may lie
+    unless they are images too (`writes_images`).
 
     Returns:
         The images, and the exit status: 1 if a path is missing or a folder holds no image, else 0.
