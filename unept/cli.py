@@ -142,10 +142,11 @@ def find_named_images(
         FileNotFoundError, ValueError: see `find_images`; or `out` is one of the folders, and the results are images.
     """
     results = out.resolve()
-    if writes_images and any(path.is_dir() and path.resolve() == results for path in paths):
+    among_images = any(path.is_dir() and path.resolve() == results for path in paths)
+    if writes_images and among_images:
         raise ValueError(f"the results in {out} would be images of the next run: give another folder with --out")
     found = find_images(paths, recursive)
-    if recursive and results not in [path.resolve() for path in paths]:
+    if recursive and not among_images:
         found = found._replace(images=[i for i in found.images if results not in i.path.resolve().parents])
     for line in found.problems:
         say(f"error: {line}", sys.stderr)

@@ -18,7 +18,7 @@ from .files import create_folder, write_json
 from .files import json_ready as json_ready
 from .inference import InferenceOptions, resolve
 from .memory import out_of_memory
-from .model.hub import DEMO, REPOSITORY
+from .model.hub import REPOSITORY, saved_model
 from .pictures import charts, drawing
 from .pictures.figures import draw_samples as draw_samples
 from .pictures.figures import draw_worst
@@ -121,7 +121,7 @@ def _result_folders(options: EvaluateConfig) -> list[tuple[Path, Path]]:
 
 def _evaluate_run(options: EvaluateConfig, run: Path, out: Path, device: torch.device) -> dict[str, Any]:
     if options.preset is None:
-        if (run / "model.safetensors").is_file() or (str(run) == DEMO.name and not run.exists()):
+        if saved_model(run) is not None:
             raise ValueError(
                 f"{run} is a model without the run that trained it: say with --preset and --root what to evaluate it on"
             )

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from .config import TrainConfig
 from .files import complete_folder
 from .memory import out_of_memory
-from .model.hub import DEMO, REPOSITORY, DamagedWeights
+from .model.hub import DEMO, REPOSITORY, DamagedWeights, saved_model
 from .model.network import UNEPT
 from .precision import uses_bfloat16
 
@@ -34,7 +34,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
             says which.
         ValueError: its config.json or its model cannot be read by this version.
     """
-    if (folder / "model.safetensors").is_file() or (str(folder) == DEMO.name and not folder.exists()):
+    if saved_model(folder) is not None:
         raise ValueError(
             f"{folder} is a model without the run that trained it, whose options are needed here: give a folder that "
             "unept.train wrote"
@@ -58,8 +58,9 @@ def load_run(folder: Path, device: torch.device) -> tuple[TrainConfig, UNEPT]:
 def _no_run(path: Path) -> str:
     """What a path is that is no run folder, and what to give."""
     if path.is_file():
-        inside = [str(folder) for folder in path.parents if (folder / "config.json").is_file()][:1]
-        return f"is a file: give the folder of a run or of a model{', here '.join(['', *inside])}"
+        inside = next((folder for folder in path.parents if (folder / "config.json").is_file()), None)
+        here = "" if inside is None else f", here {inside}"
+        return f"is a file: give the folder of a run or of a model{here}"
     what = "is not a run folder" if path.is_dir() else "does not exist"
     return f"{what}: give a folder that unept.train wrote, with config.json and model/"
 
@@ -80,10 +81,8 @@ def load(source: str | Path, device: torch.device) -> UNEPT:
         ValueError: its config.json or its weights cannot be read by this version.
     """
     folder = Path(source)
-    if str(source) == DEMO.name and not folder.exists():
-        folder = DEMO
-    if (folder / "model.safetensors").is_file():
-        return _read_model(folder, device)
+    if (saved := saved_model(source)) is not None:
+        return _read_model(saved, device)
     if not folder.exists() and REPOSITORY.fullmatch(str(source)):
         return _read_model(str(source), device)
     return load_run(folder, device)[1]

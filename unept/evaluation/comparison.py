@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import complete_folder
-from ..model.hub import DEMO
+from ..model.hub import saved_model
 from ..validation import check_type
 
 
@@ -22,11 +22,8 @@ def load_evaluation(run: Path) -> dict[str, Any]:
         ValueError: if the file is damaged.
     """
     path = run / "evaluation.json"
-    model = complete_folder(run / "model") / "config.json"
-    if str(run) == DEMO.name and not run.exists():
-        model = DEMO / "config.json"
-    elif (run / "model.safetensors").is_file():
-        model = run / "config.json"
+    alone = saved_model(run)  # without its run
+    model = (alone or complete_folder(run / "model")) / "config.json"
     try:
         if path.is_file():
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -36,7 +33,7 @@ def load_evaluation(run: Path) -> dict[str, Any]:
             if "iou" not in record:
                 missing = run / "evaluation.json"
                 how = f"python -m unept.evaluate {run}"
-                if model.parent == run:  # a model without its run
+                if alone is not None:
                     how += f" --preset PRESET --root ROOT --out {run}"
                 raise FileNotFoundError(f"there is no {missing}: measure it first with `{how}`")
         kinds = {"classes": list[str], "iou": list[float | None], "mIoU": float, "split": str}

@@ -30,6 +30,17 @@ DIGEST = "weights_sha256"
 UNSAVED_OPTIONS = ("pretrained_backbone", "backbone_weights")
 
 
+def saved_model(source: str | Path) -> Path | None:
+    """The folder of a saved model that a source names without the run that trained it; `camvid_tiny` names `DEMO`.
+
+    None where the source is something else: a run folder, a repository of the hub, or nothing.
+    """
+    folder = Path(source)
+    if str(source) == DEMO.name and not folder.exists():
+        return DEMO
+    return folder if (folder / "model.safetensors").is_file() else None
+
+
 class NotAModel(FileNotFoundError):
     """A folder or repository is there, but holds no model."""
 
@@ -105,8 +116,7 @@ class HubMixin(
             RuntimeError: weights do not fit, and `ignore_mismatched_sizes` was not given.
         """
         source = str(pretrained_model_name_or_path)
-        if source == DEMO.name and not Path(source).exists():
-            source = str(DEMO)
+        source = str(saved_model(source) or source)
         if not Path(source).exists() and not REPOSITORY.fullmatch(source):
             raise FileNotFoundError(
                 f"{source} does not exist: give a folder that save_pretrained wrote, or ORG/NAME of a repository on "
@@ -156,14 +166,11 @@ class HubMixin(
             )
         chosen = as_dtype(dtype or torch_dtype or torch.float32)
         other_classes = options["num_classes"] != config.get("num_classes")
-        if other_classes:
-            for name in ("classes", "palette"):  # those of the stored model name other classes
-                if options.get(name) == config.get(name):
-                    options.pop(name, None)
-        if options.get("in_chans", 3) != config.get("in_chans", 3):
-            for name in ("mean", "std"):
-                if options.get(name) == config.get(name):
-                    options.pop(name, None)
+        other_channels = options.get("in_chans", 3) != config.get("in_chans", 3)
+        stale = ("classes", "palette") * other_classes + ("mean", "std") * other_channels
+        for name in stale:  # those of the stored model are of other classes or channels
+            if options.get(name) == config.get(name):
+                options.pop(name, None)
         strict = strict and not ignore_mismatched_sizes
         try:
             _check_stored(Path(model_id), options, config, complete=strict)
