@@ -3,11 +3,10 @@
 Runs the test suite on the CPU and those of the kernels on the GPU, compute-sanitizer over some of the kernel tests (where it is on PATH), training steps in which it
 is an error that the host waits (`bench.host_waits`), and the benchmarks, in steps that end within 8 minutes each. What
 passed at this revision on this device is not run again, so that the command can be repeated where time is limited.
-Leaves JSON and a table in bench/results and prints the targets and the table.
+Leaves JSON and a table in bench/results and prints the targets and the table. Needs the packages of `.[test]`.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from unept import distributed
 from unept.files import write_atomically, write_json
 
 from .harness import DEVICE, device_name, revision
@@ -50,7 +50,7 @@ def benchmark(name: str, file: str, *options: str) -> Step:
 
 def steps() -> dict[str, list[Step]]:
     """The steps of each part."""
-    workers = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(distributed.default_workers()), "--dist", "loadfile"]
     kernel_tests = ["tests/kernels", "-k", "triton and matches"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
     # An access past the end of a tensor shows only where each tensor is an allocation of its own.
@@ -59,7 +59,7 @@ def steps() -> dict[str, list[Step]]:
         "tests": [
             # Most tests are of what a CPU does, such as runs that continue to the bit: they see no GPU.
             Step("tests", [*PYTEST, *workers], environment={"CUDA_VISIBLE_DEVICES": ""}),
-            Step("tests_on_gpu", [*PYTEST, *workers, *TESTS_ON_GPU], needs_gpu=True),
+            Step("tests_on_gpu", [*PYTEST, "-n", "4", "--dist", "loadfile", *TESTS_ON_GPU], needs_gpu=True),
         ],
         "sanitizer": [
             Step(tool, [*sanitizer, tool, *PYTEST, *kernel_tests], environment=unpooled)
