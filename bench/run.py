@@ -1,9 +1,10 @@
 """All that needs a GPU, by one command: `python -m bench.run [--part tests|sanitizer|waits|ops|model] [--again]`.
 
-Runs the test suite on the CPU and those of the kernels on the GPU, compute-sanitizer over some of the kernel tests (where it is on PATH), training steps in which it
-is an error that the host waits (`bench.host_waits`), and the benchmarks, in steps that end within 8 minutes each. What
-passed at this revision on this device is not run again, so that the command can be repeated where time is limited.
-Leaves JSON and a table in bench/results and prints the targets and the table. Needs the packages of `.[test]`.
+Runs the test suite on the CPU and the tests of the kernels on the GPU, compute-sanitizer over some of the latter (where
+it is on PATH), training steps in which it is an error that the host waits (`bench.host_waits`), and the benchmarks, in
+steps that end within 8 minutes each. What passed at this revision on this device is not run again, so that the command
+can be repeated where time is limited. Leaves JSON and a table in bench/results and prints the targets and the table.
+Needs the packages of `.[test]`.
 """
 
 import argparse

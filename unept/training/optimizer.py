@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
@@ -126,7 +126,7 @@ class AverageOfWeights(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Average with the weights of a model. PyTorch copies the number of updates, which is on the CPU, to the GPU."""
+        """Average with the weights of a model. PyTorch would copy the number of updates to the GPU; here it stays."""
         updates = int(self.n_averaged)
         weight = 1 - min(self.decay, (1 + updates) / (10 + updates)) if updates else 1.0
         averaged, current = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
