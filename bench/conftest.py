@@ -22,11 +22,16 @@ def pytest_report_header(config):
     return f"bench: {device_name()}, {sizes}; caches are not flushed between iterations"
 
 
+def case_id(name):
+    """The name of a group as `pytest -k` can select it: in an expression there may be no "="."""
+    return name.replace("=", "")
+
+
 def pytest_generate_tests(metafunc):
     """A test with the arguments `case` and `variant` runs for each of its module's cases(full) and of VARIANTS."""
     if "case" in metafunc.fixturenames:
         cases = metafunc.module.cases(metafunc.config.getoption("--full"), DEVICE)
-        metafunc.parametrize("case", cases, ids=[case.name for case in cases], scope="module")
+        metafunc.parametrize("case", cases, ids=[case_id(case.name) for case in cases], scope="module")
     if "variant" in metafunc.fixturenames:
         metafunc.parametrize("variant", metafunc.module.VARIANTS, scope="module")
 

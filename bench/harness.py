@@ -76,6 +76,8 @@ class Variant:
     """Raises AssertionError where the result is wrong."""
     context: Callable[[], AbstractContextManager] = nullcontext
     """Entered around gate and steps, outside the clock: the backend choice."""
+    on_gpu: bool = True
+    """Whether a step runs on the GPU, where there is one, and so takes time there."""
 
 
 @dataclass
@@ -239,8 +241,9 @@ def measure(group: Group, names: Iterable[str]) -> dict[str, Measured | Exceptio
             torch.cuda.empty_cache()
     for name, seconds in interleaved(ready, group.max_rounds).items():
         results[name].seconds.extend(seconds)
-        with ready[name].context():
-            results[name].device_seconds = device_seconds(ready[name].step, statistics.median(seconds))
+        if ready[name].on_gpu:
+            with ready[name].context():
+                results[name].device_seconds = device_seconds(ready[name].step, statistics.median(seconds))
     return results
 
 

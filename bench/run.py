@@ -1,13 +1,13 @@
 """All that needs a GPU, by one command: `python -m bench.run [--part tests|sanitizer|waits|ops|model] [--again]`.
 
-Runs the test suite, compute-sanitizer over some of the kernel tests (where it is on PATH), training steps in which it
-is an error that the host waits (`bench.host_waits`), and the benchmarks, in steps that end within 8 minutes each. What
-passed at this revision on this device is not run again, so that the command can be repeated where time is limited.
-Leaves JSON and a table in bench/results and prints the targets and the table.
+Runs the test suite on the CPU and the tests of the kernels on the GPU, compute-sanitizer over some of the latter (where
+it is on PATH), training steps in which it is an error that the host waits (`bench.host_waits`), and the benchmarks, in
+steps that end within 8 minutes each. What passed at this revision on this device is not run again, so that the command
+can be repeated where time is limited. Leaves JSON and a table in bench/results and prints the targets and the table.
+Needs the packages of `.[test]`.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from unept import distributed
 from unept.files import write_atomically, write_json
 
 from .harness import DEVICE, device_name, revision
@@ -28,6 +29,7 @@ RESULTS = ROOT / "bench" / "results"
 STATE = RESULTS / "run.json"
 SECONDS = 480
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
+TESTS_ON_GPU = ["tests/kernels", "tests/evaluation/test_metrics.py", "tests/model/test_segmenter.py::test_on_a_gpu"]
 
 
 @dataclass
@@ -49,13 +51,17 @@ def benchmark(name: str, file: str, *options: str) -> Step:
 
 def steps() -> dict[str, list[Step]]:
     """The steps of each part."""
-    workers = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(distributed.default_workers()), "--dist", "loadfile"]
     kernel_tests = ["tests/kernels", "-k", "triton and matches"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
     # An access past the end of a tensor shows only where each tensor is an allocation of its own.
     unpooled = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "UNEPT_AUTOTUNE": "0"}
     return {
-        "tests": [Step("tests", [*PYTEST, *workers])],
+        "tests": [
+            # Most tests are of what a CPU does, such as runs that continue to the bit: they see no GPU.
+            Step("tests", [*PYTEST, *workers], environment={"CUDA_VISIBLE_DEVICES": ""}),
+            Step("tests_on_gpu", [*PYTEST, "-n", "4", "--dist", "loadfile", *TESTS_ON_GPU], needs_gpu=True),
+        ],
         "sanitizer": [
             Step(tool, [*sanitizer, tool, *PYTEST, *kernel_tests], environment=unpooled)
             for tool in ("memcheck", "racecheck")
@@ -65,9 +71,9 @@ def steps() -> dict[str, list[Step]]:
             *(
                 benchmark(f"attention_{name}", "test_attention.py", "-k", which)
                 for name, which in (
-                    ("forward", "encoder and B=16 and not backward"),
-                    ("backward", "encoder and B=16 and backward"),
-                    ("others", "not (encoder and B=16)"),
+                    ("forward", "encoder and B16 and not backward"),
+                    ("backward", "encoder and B16 and backward"),
+                    ("others", "not (encoder and B16)"),
                 )
             ),
             benchmark("dense", "test_dense.py"),

@@ -114,7 +114,8 @@ def prepare(case: Case, name: str) -> Variant:
     else:
         run = partial(boundary_targets, case.labels.to(DEVICE), radius=RADIUS)
     backend = "triton" if name == "unept triton" else "torch"
-    return Variant(step=run, gate=partial(gate, case, run), context=partial(use_backend, backend))
+    context = partial(use_backend, backend)
+    return Variant(step=run, gate=partial(gate, case, run), context=context, on_gpu=name != "scipy")
 
 
 def test_boundary_targets(samples, case, variant):

@@ -156,7 +156,7 @@ def prepare(case: Case, name: str) -> Variant:
             assert image.dtype == mask.dtype == torch.uint8
             assert (mask != 255).any()
 
-    return Variant(step, gate, one_thread)
+    return Variant(step, gate, one_thread, on_gpu=False)
 
 
 def test_loader(samples, case, variant):

@@ -208,7 +208,11 @@ class Tuner(triton.runtime.autotuner.Autotuner):
         def bench() -> None:
             announce()
             self.compile(configs)
+            # Trials find a buffer at zero and leave it so: an earlier launch may have added something.
+            kept = [(self.launch[name], self.launch[name].clone()) for name in self.reset_to_zero]
             bench_fn()
+            for buffer, contents in kept:
+                buffer.copy_(contents)
 
         with one_process_at_a_time(repr((self.base_fn.__name__, tuning_key))):
             return super().check_disk_cache(tuning_key, configs, bench)
@@ -283,7 +287,8 @@ def autotuned(
     Args:
         configs: the pool, the best guess first: that one is taken where nothing can be timed.
         key: names of the kernel's arguments, whose values JSON can hold: choices are kept on disk.
-        adds_into: those that are a `ScatterBuffer`'s data, which every trial has to find at zero.
+        adds_into: those that are a `ScatterBuffer`'s data, which every trial has to find at zero. After the trials they
+            hold what they held before.
         unspecialised: see `jit`; `size_bucket` always is.
         fit: makes the configuration to try of one in the pool and the kernel's arguments by name; the same one is tried
             once.

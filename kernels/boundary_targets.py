@@ -194,7 +194,8 @@ def _boundary_targets_torch(
 # --- custom op --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("unept::boundary_targets", mutates_args=())
+# Not in a CUDA graph of torch.compile: the first call with more than 16 directions makes a table that outlives it.
+@torch.library.custom_op("unept::boundary_targets", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _boundary_targets(labels: Tensor, radius: float, num_directions: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     if not runs_on_triton(labels):
         return _boundary_targets_torch(labels, radius, num_directions, ignore_index)

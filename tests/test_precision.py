@@ -1,6 +1,7 @@
 """`amp="auto"` computes in bfloat16 where the device multiplies in it; what TensorFloat-32 moves."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,16 +20,27 @@ REAL = precision.cpu_multiplies_bfloat16  # tests see a CPU without
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_follows_the_cpu(monkeypatch, tmp_path, fast):
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: fast)
-    assert precision.uses_bfloat16("auto", "cuda")
     assert precision.uses_bfloat16("auto", "cpu") == fast
     with warnings.catch_warnings() if fast else pytest.warns(UserWarning, match="emulates it.*use --amp auto"):
         warnings.simplefilter("error" if fast else "always")
         assert precision.uses_bfloat16("bf16", "cpu")
-    assert not precision.uses_bfloat16("off", "cuda")
     output = infer(small_model(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), InferenceConfig())
     assert output.logits.dtype == (torch.bfloat16 if fast else torch.float32)
     network = ModelConfig("resnet10t", pretrained_backbone=False, d_model=32, num_heads=2, num_points=2, ffn_dim=32)
     assert Trainer(TrainConfig(network, device="cpu"), tmp_path).amp == fast
+
+
+@pytest.mark.parametrize(("generation", "fast"), [(7, False), (8, True)])
+def test_auto_follows_the_gpu(monkeypatch, generation, fast):
+    """A T4, of generation 7, emulates bfloat16, and PyTorch says that it supports it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generation))
+    assert precision.uses_bfloat16("auto", "cuda") == fast
+    assert not precision.uses_bfloat16("off", "cuda")
+    with warnings.catch_warnings() if fast else pytest.warns(UserWarning, match="this GPU .*use --amp auto"):
+        warnings.simplefilter("error" if fast else "always")
+        assert precision.uses_bfloat16("bf16", "cuda")
 
 
 def test_what_the_cpu_says(monkeypatch):

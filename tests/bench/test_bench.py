@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 from bench import (
     harness,
@@ -21,6 +22,7 @@ from bench import (
     test_model,
     training_step,
 )
+from bench.conftest import case_id
 from bench.harness import Group, Measured, ReplayClock, Unavailable, Variant, assert_close, interleaved, measure
 from unept.config import ModelConfig
 
@@ -146,6 +148,19 @@ def test_the_gpu_s_own_time_starts_when_everything_is_queued_and_l2_is_empty(mon
     assert order == ["sleep 0.5", "flush", "event", "step", "event", "wait"] * 2
 
 
+def test_what_runs_on_the_cpu_has_no_time_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(harness, "device_seconds", lambda step, host_seconds: 1e-6)
+    monkeypatch.setattr(test_boundary_targets, "DEVICE", "cpu")
+    variants = {"ours": counting("a", []), "theirs": counting("b", [])}
+    variants["theirs"].on_gpu = False
+    results = measure(Group("g", variants.__getitem__, "ours", max_rounds=3), variants)
+    assert results["ours"].device_seconds == 1e-6
+    assert "device_seconds" not in harness.extra_info(Group("g", counting, "ours"), "theirs", results["theirs"])
+    case = test_boundary_targets.Case("shapes", 1)
+    assert not test_boundary_targets.prepare(case, "scipy").on_gpu
+    assert test_boundary_targets.prepare(case, "unept torch").on_gpu
+
+
 def test_the_clock_replays_samples():
     clock = ReplayClock()
     clock.load([0.5, 0.25])
@@ -236,7 +251,25 @@ def test_no_two_groups_share_a_name(full):
 def test_files_of_the_steps_exist():
     for part in run.steps().values():
         for word in (word for step in part for word in step.command if word.startswith(("bench/", "tests"))):
-            assert (run.ROOT / word).exists(), word
+            assert (run.ROOT / word.split("::")[0]).exists(), word
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_expressions_of_the_steps_select_cases_and_leave_none_out(full):
+    """pytest raises UsageError for an expression that it cannot read."""
+    steps = [step for part in run.steps().values() for step in part if step.measures and "-k" in step.command]
+    for module in (test_attention, test_model):
+        file = f"bench/{module.__name__.split('.')[-1]}.py"
+        expressions = [step.command[step.command.index("-k") + 1] for step in steps if file in step.command]
+        ids = [case_id(case.name).lower() for case in module.cases(full, "cpu")]
+        selected = [[i for i in ids if selects(expression, i)] for expression in expressions]
+        assert sorted(i for chosen in selected for i in chosen) == sorted(ids), "each once"
+        assert all(selected) or not full
+
+
+def selects(expression: str, case: str) -> bool:
+    """Whether `pytest -k` selects a case with this id, in lower case."""
+    return Expression.compile(expression).evaluate(lambda word, **_: word.lower() in case)
 
 
 def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, monkeypatch, capsys):
@@ -274,9 +307,9 @@ def test_a_step_that_passed_is_not_run_again_and_one_that_failed_is(tmp_path, mo
 
 
 def test_a_step_that_needs_a_gpu_is_passed_over_without_one(monkeypatch):
-    (step,) = run.steps()["waits"]
     monkeypatch.setattr(run, "DEVICE", "cpu")
-    assert run.run(step) == "passed over: PyTorch finds no GPU"
+    (waits,), (_, tests) = run.steps()["waits"], run.steps()["tests"]
+    assert run.run(waits) == run.run(tests) == "passed over: PyTorch finds no GPU"
 
 
 def test_steps_after_the_warm_up_may_not_wait(monkeypatch):

@@ -101,7 +101,7 @@ def losses_of_all_ops(maps: torch.Tensor) -> list[torch.Tensor]:
     value, weights = maps.flatten(2).mT[:, :, None], samples[..., 0]
     return [
         bilinear_gather(maps, points).sum(),
-        upsample_cross_entropy(maps, torch.zeros(1, 4, 4, dtype=torch.long), torch.zeros(1, 2, 4, 4)),
+        upsample_cross_entropy(maps, maps.new_zeros(1, 4, 4, dtype=torch.long), maps.new_zeros(1, 2, 4, 4)),
         sparse_sampling_attention(value, [(4, 4)], samples, weights, points).sum(),
         ms_deform_attn(value, [(4, 4)], None, samples, weights).sum(),
         MSDeformAttnFunction.apply(value, [(4, 4)], None, samples, weights, 64).sum(),
@@ -113,7 +113,9 @@ def losses_of_all_ops(maps: torch.Tensor) -> list[torch.Tensor]:
 def test_a_gradient_runs_where_its_op_ran(chosen, compiled):
     """Checked in float64, which the Triton kernels refuse, from a thread that chose these."""
     run = torch.compile(losses_of_all_ops, backend="aot_eager", fullgraph=True) if compiled else losses_of_all_ops
-    maps = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    # Of tensors on a CPU the kernels refuse the device, where they are not interpreted.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    maps = torch.randn(1, 2, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
     before = requested_backend()
     choice = use_backend("torch") if chosen else contextlib.nullcontext()
     try:

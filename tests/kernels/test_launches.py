@@ -135,6 +135,36 @@ def test_a_second_process_takes_its_choices_from_disk(tmp_path):
     assert sum(again[0]["launches"].values()) < 40
 
 
+# Both losses of a pair add into one buffer: the first 1 and the second 2, in place of kernels that do nothing.
+ADDED = """
+import torch
+from tests.helpers import launches, stub_gpu
+from unept.kernels import upsample_cross_entropy_pair
+from unept.kernels.upsample import cross_entropy_triton
+stub_gpu.install()
+tuner, result = cross_entropy_triton.losses_backward_kernel, cross_entropy_triton.ScatterBuffer.result
+def add(*arguments, run=tuner.fn.run, warmup, **named):
+    if not warmup:
+        named["grad_table_ptr"] += 1 + named["HAS_OFFSET"]
+    return run(*arguments, warmup=warmup, **named)
+def printed(buffer, dtype):
+    print(buffer.data.unique().tolist())
+    return result(buffer, dtype)
+tuner.fn.run, cross_entropy_triton.ScatterBuffer.result = add, printed
+for step in range(2):
+    logits, offset = launches.leaf(1, 5, 4, 4), torch.zeros(1, 2, 32, 32)
+    plain, moved = upsample_cross_entropy_pair(logits, torch.zeros(1, 32, 32, dtype=torch.int64), offset)
+    (plain + moved).sum().backward()
+"""
+
+
+def test_tuning_keeps_what_an_earlier_launch_has_added(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ADDED], env=environment(tmp_path), capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ["[3.0]", "[3.0]"], done.stderr[-4000:]
+
+
 # Each op runs once, and then in another dtype while a graph is captured: in one case from the binning on.
 CAPTURED = """
 import torch

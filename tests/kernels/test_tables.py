@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import unept.kernels  # noqa: F401  # registers the operators
 from unept.kernels import _tables
 from unept.kernels._tables import cached_table
 
@@ -45,6 +46,12 @@ def test_what_was_read_last_is_kept(table):
     for n in (150, 200, 700):
         make(n, CPU)
     assert made == [700]
+
+
+@pytest.mark.parametrize("op", ["sparse_sampling", "projected_sampling", "boundary_targets"])
+def test_operators_with_tables_stay_out_of_cuda_graphs_of_torch_compile(op):
+    """Their memory is that of the graph, which is written again by others; a table would outlive it."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.unept, op).default.tags
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

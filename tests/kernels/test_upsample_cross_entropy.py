@@ -484,10 +484,11 @@ def largest_allocation(device, function):
 
 
 @pytest.mark.parametrize("op", [slow("loss"), "argmax"])
-def test_never_holds_the_up_sampled_logits(backend, op):
+def test_never_holds_the_up_sampled_logits(backend, op, monkeypatch):
     # The interpreter takes a minute for what a slab of the torch backend is small against.
     name, device = backend
-    K, h, H = (48, 2, 32) if (name, device) == ("triton", "cpu") else (64, 8, 256)
+    K, h, H = (48, 2, 32) if (name, device) == ("triton", "cpu") else (64, 8, 256 if device == "cpu" else 512)
+    monkeypatch.setitem(tiles_torch.SLAB_BYTES, device, tiles_torch.SLAB_BYTES["cpu"])
     arguments = make_inputs(device, shape=(1, K, h, h), size=(H, H))
     full_size = K * H * H * 4
     if op == "loss":
@@ -495,6 +496,7 @@ def test_never_holds_the_up_sampled_logits(backend, op):
     else:
         fused = lambda: upsample_argmax(arguments["logits"], (H, H))
         plain = lambda: unfused.upsample_argmax(arguments["logits"].detach(), (H, H))
+    fused()  # the trials of a kernel that is tuned take memory
     assert largest_allocation(device, plain) >= full_size
     assert largest_allocation(device, fused) < full_size / 4
 

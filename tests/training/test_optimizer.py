@@ -77,3 +77,12 @@ def test_average_follows_the_weights():
         expected.append(decay * expected[-1] + (1 - decay) * value)
     assert history == pytest.approx(expected)
     assert averaged.module.num_batches_tracked == 3
+
+
+def test_the_average_does_not_wait_for_the_device():
+    """Nothing can be read from the device meta; on a GPU it would be waited for, once for each weight."""
+    model = torch.nn.BatchNorm2d(1).to("meta")
+    averaged = average_weights(model, 0.5)
+    for _ in range(3):
+        averaged.update_parameters(model)
+    assert averaged.n_averaged == 3

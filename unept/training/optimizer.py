@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
@@ -112,16 +112,36 @@ def describe_schedule(config: TrainConfig, step: int) -> str:
     return f"the learning rate is {rate:.1e} at step {step} of {config.iterations} and {rest}"
 
 
+class AverageOfWeights(AveragedModel):
+    """PyTorch's average of a model's weights and buffers, whose update does not wait for a GPU.
+
+    Args:
+        model: the model, which is copied.
+        decay: of the exponential moving average.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Average with the weights of a model. PyTorch would copy the number of updates to the GPU; here it stays."""
+        updates = int(self.n_averaged)
+        weight = 1 - min(self.decay, (1 + updates) / (10 + updates)) if updates else 1.0
+        averaged, current = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        floats = [i for i, tensor in enumerate(averaged) if tensor.is_floating_point()]
+        torch._foreach_lerp_([averaged[i] for i in floats], [current[i] for i in floats], weight)
+        for old, new in zip(averaged, current, strict=True):
+            if not old.is_floating_point():
+                old.copy_(new)
+        self.n_averaged += 1
+
+
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """Return an exponential moving average of a model's weights and of its batch-normalisation statistics.
 
     The first update copies the weights; then the decay rises to `decay`, so that the random weights of the start are
     soon forgotten. Integers, such as the number of batches seen, are copied.
     """
-
-    def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
-        if not averaged.is_floating_point():
-            return current
-        return torch.lerp(averaged, current, 1 - min(decay, (1 + int(updates)) / (10 + int(updates))))
-
-    return AveragedModel(model, avg_fn=average, use_buffers=True)
+    return AverageOfWeights(model, decay)
