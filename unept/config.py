@@ -264,7 +264,7 @@ class TrainConfig:
     device: Device = "auto"
     """auto: CUDA if there is a device."""
     amp: Amp = "auto"
-    """Autocast to bfloat16. auto: on CUDA from Ampere on, and on CPUs with AVX512-BF16 or AMX."""
+    """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
     matmul_precision: Literal["highest", "high"] = "highest"
     """Of float32 products on a GPU. high: TensorFloat-32, whose factors are rounded to 11 bits, which moves a sampling
     point 16 pixels away by up to 1/100 pixel with `amp` off. Under autocast the products are half precision, those of

@@ -68,7 +68,7 @@ class InferenceConfig:
     long_side: int = 0
     """Pixels of its long side at scale 1, in place of `short_side`. 0: as many as it has."""
     amp: Amp = "auto"
-    """Autocast to bfloat16. auto: on CUDA from Ampere on, and on CPUs with AVX512-BF16 or AMX."""
+    """Autocast to bfloat16. auto: on CUDA, and on CPUs with AVX512-BF16 or AMX."""
     compile: Compile = "auto"
     """torch.compile of the network, for at most 8 sizes of its input. on: those that come first. auto: on CUDA, those
     that come 100 times."""
@@ -174,8 +174,8 @@ class InferenceOptions:
     """Pixels of its long side at scale 1, in place of `short_side`. 0: as many as it has. None: as the run was trained,
     unless a short side is given; else 0."""
     amp: Amp | None = None
-    """Autocast to bfloat16; auto does on CUDA from Ampere on, and on CPUs with AVX512-BF16 or AMX. None: as the run was
-    trained, else auto."""
+    """Autocast to bfloat16; auto does on CUDA, and on CPUs with AVX512-BF16 or AMX. None: as the run was trained, else
+    auto."""
     compile: Compile = "auto"
     """torch.compile of the network, for at most 8 sizes of its input. on: those that come first, which pays for many
     images of few sizes. auto: on CUDA, those that come 100 times. off: none."""

@@ -10,21 +10,16 @@ Amp = Literal["auto", "bf16", "off"]
 
 
 def uses_bfloat16(amp: Amp, device_type: str) -> bool:
-    """Whether to autocast to bfloat16: for `"bf16"`, and for `"auto"` on GPUs and CPUs that multiply in it."""
-    if amp == "bf16" and device_type in ("cpu", "cuda") and not multiplies_bfloat16(device_type):
+    """Whether to autocast to bfloat16: for `"bf16"`, and for `"auto"` on CUDA and on CPUs that multiply in it."""
+    if amp == "bf16" and device_type == "cpu" and not cpu_multiplies_bfloat16():
         warnings.warn(
-            f"this {'CPU' if device_type == 'cpu' else 'GPU'} has no instructions for bfloat16 and emulates it, many "
-            "times slower than float32: use --amp auto (amp='auto' in Python)",
+            "this CPU has no instructions for bfloat16 and emulates it, many times slower than float32: "
+            "use --amp auto (amp='auto' in Python)",
             stacklevel=2,
         )
-    return multiplies_bfloat16(device_type) if amp == "auto" else amp == "bf16"
-
-
-def multiplies_bfloat16(device_type: str) -> bool:
-    """Whether a device has instructions for products of bfloat16; NVIDIA's GPUs have since Ampere (2020)."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device_type == "cpu" and cpu_multiplies_bfloat16()
+    if amp != "auto":
+        return amp == "bf16"
+    return device_type == "cuda" or (device_type == "cpu" and cpu_multiplies_bfloat16())
 
 
 @functools.cache
