@@ -280,7 +280,8 @@ def test_predictions_are_the_same_after_saving(tmp_path):
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_the_gradient_of_each_image_by_torch_func(name):
     """As `tests/model/test_capture.py` has it for the network with sparse sampling."""
-    attention, tokens, points = build_attention(name, 12, 3, 2, 4), torch.randn(2, TOKENS, 12), reference_grid(MAPS, CPU)
+    attention = build_attention(name, 12, 3, 2, 4)
+    tokens, points = torch.randn(2, TOKENS, 12), reference_grid(MAPS, CPU)
 
     def loss(parameters, tokens):
         out = torch.func.functional_call(attention, parameters, (tokens[None], tokens[None], MAPS, points))
