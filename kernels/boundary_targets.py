@@ -70,6 +70,8 @@ def bin_centres(num_directions: int) -> tuple[float, ...]:
 def _map_dtype(labels: Tensor, ignore_index: int, saturation: int) -> torch.dtype:
     """Of the labels and of sums of two squared distances."""
     low, high = (int(label) for label in labels.aminmax())
+    if low < -(2**31) or high >= 2**31:
+        raise ValueError(f"labels holds ids from {low} to {high}; they must fit int32: number the classes anew")
     low, high = min(low, ignore_index), max(high, ignore_index, 2 * saturation)
     fitting = (t for t in (torch.uint8, torch.int16) if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max)
     return next(fitting, torch.int32)
@@ -241,8 +243,8 @@ def boundary_targets(
 
     Raises:
         TypeError: labels are not integers.
-        ValueError: labels are not (B, H, W), an image has more than 2**30 pixels, or radius or num_directions is out of
-            range.
+        ValueError: labels are not (B, H, W), an image has more than 2**30 pixels, radius or num_directions is out of
+            range, or, on the torch backend, an id does not fit int32.
     """
     check_shape("labels", labels, ("B", "H", "W"), "add a batch axis with labels[None]" if labels.dim() == 2 else "")
     check_integer(labels=labels)

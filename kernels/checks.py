@@ -43,15 +43,21 @@ def check_same_device(**tensors: Tensor) -> None:
 
 
 def check_count(what: str, count: int) -> None:
-    """Raise ValueError if one image has more pixels or points, named by `what`, than the kernels count."""
-    if count > MAX_PIXELS:
+    """Raise ValueError if one image has more pixels or points, named by `what`, than the kernels count.
+
+    Nothing is compared while a graph is exported: a size that may vary would be bounded by it.
+    """
+    if not torch.compiler.is_exporting() and count > MAX_PIXELS:
         raise ValueError(f"an image has {count} {what}; there may be at most 2**30: cut it into parts")
 
 
 def check_sides(what: str, *sides: int) -> None:
-    """Raise ValueError if a side of a map, named by `what`, is longer than float32 tells pixels apart."""
+    """Raise ValueError if a side of a map, named by `what`, is longer than float32 tells pixels apart.
+
+    Nothing is compared while a graph is exported, as in `check_count`.
+    """
     for side in sides:
-        if side > MAX_SIDE:
+        if not torch.compiler.is_exporting() and side > MAX_SIDE:
             raise ValueError(f"{what} has a side of {side} pixels; it may be at most 2**24: cut it into parts")
 
 

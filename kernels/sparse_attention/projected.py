@@ -50,7 +50,8 @@ GRADIENT = torch.bfloat16
 
 def project(query: Tensor, weight: Tensor, bias: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Offsets (B, Q, M, L, N, 2) and logits (B, Q, M, L, N), views of one projection in the dtype of the arguments."""
-    with torch.autocast(query.device.type, enabled=False):  # which would change the dtype
+    device = "cpu" if query.is_meta else query.device.type  # meta has no autocast
+    with torch.autocast(device, enabled=False):  # which would change the dtype
         if torch.jit.is_tracing():  # the sizes of a reshape become constants of the trace
             projected = torch.einsum("bqmc,mcn->bqmn", query, weight) + bias
         else:

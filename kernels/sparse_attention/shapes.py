@@ -40,7 +40,7 @@ def _ints(spatial_shapes: Any) -> list[int]:
         raise ValueError(_must_hold_pairs(spatial_shapes))
     try:
         sizes: list[Any] = [size for shape in spatial_shapes for size in shape] if pairs else [None]
-        return [size if isinstance(size, torch.SymInt) else operator.index(size) for size in sizes]
+        return [size if isinstance(size, (int, torch.SymInt)) else operator.index(size) for size in sizes]
     except (TypeError, RuntimeError, ValueError):  # a tensor of several numbers raises any of these
         raise TypeError(
             f"spatial_shapes is {spatial_shapes}; it must hold Python ints, so that the host need not wait for the "

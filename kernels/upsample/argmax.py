@@ -13,6 +13,7 @@ Kernels: `argmax_triton`.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int], offset: Tensor | None
 
     Args:
         logits: (B, K, h, w), float32, float16, bfloat16 or (torch backend) float64.
-        size: (H, W), ints.
+        size: (H, W), ints, Python's or NumPy's.
         offset: (B, 2, H, W), as in `upsample_cross_entropy`.
 
     Returns:
@@ -71,11 +72,13 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int], offset: Tensor | None
     if not (
         isinstance(size, Sequence)
         and len(size) == 2
-        and all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in size)
+        and all(isinstance(n, (Integral, torch.SymInt)) and n >= 0 for n in size)
     ):
         raise ValueError(f"size is {size!r}; it must be (height, width), two ints >= 0, such as labels.shape[-2:]")
-    height, width = size
+    height, width = (n if isinstance(n, (int, torch.SymInt)) else int(n) for n in size)
     check_maps(logits, offset, (height, width))
+    # Without a gradient: torch.func.grad refuses an op that has no derivative.
+    logits, offset = logits.detach(), None if offset is None else offset.detach()
     if torch.onnx.is_in_onnx_export():
         return in_pytorch(_upsample_argmax, logits, height, width, offset)
     return _upsample_argmax(logits, height, width, offset)

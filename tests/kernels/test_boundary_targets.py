@@ -263,6 +263,12 @@ def test_custom_op_is_well_formed_and_compiles(backend):
         assert torch.equal(traced, eager)
 
 
+def test_ids_that_do_not_fit_are_noticed():
+    """As int32, 2**32 would be the same class as 0."""
+    with pytest.raises(ValueError, match="ids from 0 to 4294967296; they must fit int32"):
+        boundary_targets(torch.tensor([[[0, 2**32]]]))
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "error", "message"),
     [

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from unept.kernels import (
     DECOMPOSITIONS,
@@ -81,6 +82,20 @@ def test_compile_with_shapes_as_a_tensor(run):
         compiled(found, *others).backward()
         loss(wanted, *others).backward()
         torch.testing.assert_close(found.grad, wanted.grad)
+
+
+def test_compile_and_export_with_sizes_that_vary():
+    """One graph for all sizes, which nothing bounds."""
+    model, examples = FromImages(), [torch.randn(B, 8, H, W) for B, H, W in ((2, 4, 5), (3, 6, 7), (4, 9, 8))]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    sizes = {0: torch.export.Dim("B"), 2: torch.export.Dim("H"), 3: torch.export.Dim("W")}
+    exported = [torch.export.export(model, (examples[0],), dynamic_shapes=(sizes,), strict=s) for s in (False, True)]
+    for maps in examples:
+        wanted = model(maps)
+        for run in (compiled, *(program.module() for program in exported)):
+            torch.testing.assert_close(run(maps), wanted)
+    assert counter.frame_count == 1
 
 
 def test_wrong_shapes_in_a_graph_are_noticed_when_it_runs():

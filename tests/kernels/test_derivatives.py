@@ -117,6 +117,16 @@ def test_vmap(op, backend):
     torch.testing.assert_close(mapped, torch.stack(loop))
 
 
+def test_the_argmax_has_no_gradient_and_none_is_asked_for():
+    """As with `F.interpolate(...).argmax(1)`, what is computed beside it has its gradient."""
+    logits, _ = logits_and_labels()
+    offset = torch.rand(2, 2, 6, 6)
+    for grad in torch.func.grad(lambda z, o: (upsample_argmax(z, (6, 6), o) * z.sum() * o.sum()).sum(), (0, 1))(
+        logits, offset
+    ):
+        assert (grad != 0).all()
+
+
 def test_vmap_of_the_other_operators():
     logits, labels = logits_and_labels(3)
     offset = torch.randint(-2, 3, (3, 2, 2, 6, 6))

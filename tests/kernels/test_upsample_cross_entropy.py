@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -631,6 +632,10 @@ def test_argmax_takes_the_first_nan(backend):
 def test_argmax_of_nothing(backend):
     assert upsample_argmax(torch.zeros(0, 3, 2, 2, device=backend[1]), (4, 5)).shape == (0, 4, 5)
     assert upsample_argmax(torch.zeros(2, 3, 2, 2, device=backend[1]), (0, 5)).shape == (2, 0, 5)
+
+
+def test_argmax_takes_sizes_of_numpy():
+    assert upsample_argmax(LOGITS, tuple(np.array(LOGITS.shape[2:]) * 2)).shape == (2, 4, 4)
 
 
 LOGITS, TARGET = torch.zeros(2, 3, 2, 2), torch.zeros(2, 4, 5, dtype=torch.long)

@@ -277,6 +277,24 @@ def test_predictions_are_the_same_after_saving(tmp_path):
         torch.testing.assert_close(loaded(images).logits, model(images).logits)
 
 
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_the_gradient_of_each_image_by_torch_func(name):
+    """As `tests/model/test_capture.py` has it for the network with sparse sampling."""
+    attention = build_attention(name, 12, 3, 2, 4)
+    tokens, points = torch.randn(2, TOKENS, 12), reference_grid(MAPS, CPU)
+
+    def loss(parameters, tokens):
+        out = torch.func.functional_call(attention, parameters, (tokens[None], tokens[None], MAPS, points))
+        return out.square().sum()
+
+    parameters = dict(attention.named_parameters())
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, tokens)
+    for i, image in enumerate(tokens):
+        wanted = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        for name, grad in zip(parameters, wanted, strict=True):
+            torch.testing.assert_close(found[name][i], grad, rtol=1e-4, atol=1e-4)
+
+
 def test_an_unknown_attention_is_refused():
     with pytest.raises(ValueError, match="attention is 'linear'; it must be 'sparse_sampling', 'full', "):
         UNEPT(4, "resnet10t", attention="linear")

@@ -1,5 +1,6 @@
 """The network in the transforms and exporters of PyTorch, with no step of this project's in between."""
 
+import copy
 import io
 
 import pytest
@@ -64,6 +65,13 @@ def test_onnx(model, tmp_path, refined, dynamo):
         else:
             for one, other in zip(found, wanted, strict=False):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_meta_device(model):
+    """Shapes without values, as counters of operations and memory take them."""
+    images = torch.randn(2, 3, 70, 90)
+    for found, wanted in zip(copy.deepcopy(model).to("meta")(images.to("meta")), model(images), strict=True):
+        assert getattr(found, "shape", found) == getattr(wanted, "shape", wanted)
 
 
 def test_torch_func(model):

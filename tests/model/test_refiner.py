@@ -146,3 +146,6 @@ def test_trained_on_labels_and_kept_in_a_file(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not hold a Refiner"):
         Refiner.load(tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "refiner.safetensors").read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"cut.safetensors cannot be read .*: give a file that Refiner.save wrote"):
+        Refiner.load(tmp_path / "cut.safetensors")

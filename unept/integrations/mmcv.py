@@ -84,7 +84,7 @@ def patch() -> int:
 
 
 def unpatch() -> int:
-    """Undo `patch`.
+    """Undo `patch`. Modules that were imported in between keep what they imported.
 
     Returns:
         The number of places.

@@ -54,14 +54,20 @@ def _weights(q: Tensor, keys: Tensor, valid: Tensor) -> Tensor:
 class _NeighbourAttention(torch.autograd.Function):
     """See `neighbour_attention`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v, index, valid)
+    def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, valid: Tensor) -> Tensor:
         outputs = []
         for part in _chunks(q, index):
             weights = _weights(q[:, :, part], _gather(k, index[part]), valid[part])
             outputs.append(torch.einsum("bmqj,bmqjd->bmqd", weights.to(v.dtype), _gather(v, index[part])))
         return torch.cat(outputs, dim=2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Save the inputs and nothing else; apart from the forward, as `torch.func` asks for."""
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

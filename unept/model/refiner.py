@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -179,12 +179,16 @@ class Refiner(NormalizedInput):
         """Read what `save` wrote, in evaluation mode.
 
         Raises:
-            ValueError: the file is of something else.
+            ValueError: the file is damaged or of something else.
         """
-        with safe_open(path, framework="pt") as file:
-            options = (file.metadata() or {}).get("unept.Refiner")
-            if options is None:
-                raise ValueError(f"{path} does not hold a Refiner: give a file that Refiner.save wrote")
-            refiner = cls(**json.loads(options))
-            refiner.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                options = (file.metadata() or {}).get("unept.Refiner")
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read ({error}): give a file that Refiner.save wrote") from error
+        if options is None:
+            raise ValueError(f"{path} does not hold a Refiner: give a file that Refiner.save wrote")
+        refiner = cls(**json.loads(options))
+        refiner.load_state_dict(weights)
         return refiner.to(device).eval()
