@@ -207,3 +207,20 @@ def test_augmentation_of_another_size():
         CustomTransform(v2.CenterCrop((32, 31)), (32, 32))(*sample())
     with pytest.raises(ValueError, match=r"an image of torch.float32"):
         CustomTransform(lambda image, mask: (image.float(), mask), (40, 60))(*sample())
+
+
+def test_augmentation_of_another_form(module, tmp_path):
+    with pytest.raises(ValueError, match="the augmentation returned a Image; it must return the image and the mask"):
+        CustomTransform(lambda image, mask: image, (40, 60))(*sample())
+    with pytest.raises(ValueError, match="the augmentation returned a tuple; it must return the image and the mask"):
+        CustomTransform(lambda image, mask: (image, mask, 1), (40, 60))(*sample())
+    data = DataConfig(imports=(module,), dataset=module, photometric=False)
+    model = ModelConfig(backbone="resnet10t", pretrained_backbone=False, in_chans=5, d_model=32, num_heads=2)
+    for name, message in (
+        (f"{module}:no_such", "has no no_such"),
+        (f"{module}:__name__", "a str, which can't be called"),
+    ):
+        data.augmentation = name
+        with pytest.raises(ValueError, match=message):
+            Trainer(TrainConfig(model=model, data=data, batch_size=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "what a name means is known before anything is written"
