@@ -183,7 +183,8 @@ class DataConfig:
         _require(0 < self.cat_max_ratio <= 1, f"cat_max_ratio is {self.cat_max_ratio}; it must be in (0, 1]")
         _require(
             self.short_side is None or self.long_side is None,
-            f"short_side is {self.short_side} and long_side {self.long_side}; give one of them",
+            f"short_side is {self.short_side} and long_side {self.long_side}; give one of them, and "
+            "None for the other (as --short-side None, where a preset has it)",
         )
         if not deferred:
             self._check_dataset_options()

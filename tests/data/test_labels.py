@@ -286,6 +286,18 @@ def test_labels_that_count_from_1_or_are_ignored(tmp_path, monkeypatch, capsys):
     assert "warning: 75.0% of the pixels in the labels of val are ignored" in out
 
 
+def test_a_class_needs_another_beside_it(tmp_path, monkeypatch, capsys):
+    """Masks of 0 and 255 fit a list of one class, whose model would be right everywhere."""
+    masks(tmp_path, {"train": [(IDS > 1) * 255] * 2, "val": [(IDS > 1) * 255]})
+    (tmp_path / "classes.txt").write_text("thing\n")
+    for options in (["--check-data"], ["--no-pretrained-backbone", "--backbone", "resnet10t"]):
+        status, _, err = command(tmp_path, monkeypatch, capsys, *options)
+        assert status == 2
+        assert "'thing' is the only class of ImageFolder" in err
+    (tmp_path / "classes.txt").write_text("background\nthing\n")
+    assert command(tmp_path, monkeypatch, capsys, "--check-data", "--label-ids", "0=0", "255=1")[0] == 0
+
+
 def test_options_reach_the_dataset(folder):
     root, save = folder
     save(IDS.astype(np.uint8), "a_ids.png")

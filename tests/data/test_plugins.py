@@ -15,9 +15,9 @@ from torchvision.transforms import v2
 from tests.helpers.training import NETWORK
 from unept import UNEPT, Segmenter, evaluate, register_dataset, train
 from unept.config import DataConfig, ModelConfig, TrainConfig
-from unept.data import DATASETS, build_dataset
+from unept.data import DATASETS, DatasetError, SegmentationDataset, build_dataset
 from unept.data.augmentation import CustomTransform, build_transform
-from unept.data.loader import training_loader
+from unept.data.loader import read_sample, training_loader
 from unept.plugins import load_object
 from unept.pretrained import load_run
 from unept.training.trainer import Trainer
@@ -88,6 +88,43 @@ def test_a_dataset_of_ones_own(module, tmp_path, capsys):
     assert Segmenter(out)(image).overlay().size == (48, 40)
     resumed = train.parse([*command, "--resume", "auto"])[1]
     assert Trainer(resumed, out).train()["images"] == 4
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "message"),
+    [
+        (torch.zeros(3, 8, 9).byte(), torch.full((8, 9), 2).byte(), "has the id 2 in 72 pixels: ids go from 0 to 1"),
+        (torch.zeros(3, 8, 9).byte(), torch.zeros(4, 9).byte(), r"a Tensor of torch.uint8 \(4, 9\); it must be"),
+        (torch.zeros(3, 8, 9).byte(), torch.full((8, 9), -1), r"a Tensor of torch.int64 \(8, 9\); it must be"),
+        (torch.zeros(3, 8, 9), torch.zeros(8, 9).byte(), r"a Tensor of torch.float32 \(3, 8, 9\) and a Tensor"),
+        (torch.zeros(8, 9, 3).numpy(), torch.zeros(8, 9).numpy(), r"a ndarray of float32 \(8, 9, 3\) and a ndarray"),
+    ],
+)
+def test_samples_of_another_form_are_named(image, mask, message):
+    """Before a run and by --check-data; those whose form is wrong wherever they are read."""
+
+    class Wrong(SegmentationDataset):
+        classes, palette = ("dark", "light"), ((0, 0, 0), (255, 255, 255))
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return image, mask
+
+    message = f"sample 1 of Wrong .*{message}"
+    with pytest.raises(DatasetError, match=message):
+        Wrong().check()
+    if " id " not in message:
+        with pytest.raises(DatasetError, match=message):
+            read_sample(Wrong(), 1)
+
+
+def test_samples_may_be_plain_tensors():
+    """As docs/extend_training.md says; the transforms tell image and mask by their types."""
+    plain = [tuple(tensor.as_subclass(torch.Tensor) for tensor in sample()) for _ in range(2)]
+    batch = next(iter(training_loader(plain, build_transform(DataConfig(crop_size=(32, 32)), (0.5,) * 3), 2, seed=0)))
+    assert (batch.images.shape, batch.labels.shape) == ((2, 3, 32, 32), (2, 32, 32))
 
 
 def test_other_processes_find_the_module_in_the_working_folder(module, monkeypatch):
@@ -170,3 +207,20 @@ def test_augmentation_of_another_size():
         CustomTransform(v2.CenterCrop((32, 31)), (32, 32))(*sample())
     with pytest.raises(ValueError, match=r"an image of torch.float32"):
         CustomTransform(lambda image, mask: (image.float(), mask), (40, 60))(*sample())
+
+
+def test_augmentation_of_another_form(module, tmp_path):
+    with pytest.raises(ValueError, match="the augmentation returned a Image; it must return the image and the mask"):
+        CustomTransform(lambda image, mask: image, (40, 60))(*sample())
+    with pytest.raises(ValueError, match="the augmentation returned a tuple; it must return the image and the mask"):
+        CustomTransform(lambda image, mask: (image, mask, 1), (40, 60))(*sample())
+    data = DataConfig(imports=(module,), dataset=module, photometric=False)
+    model = ModelConfig(backbone="resnet10t", pretrained_backbone=False, in_chans=5, d_model=32, num_heads=2)
+    for name, message in (
+        (f"{module}:no_such", "has no no_such"),
+        (f"{module}:__name__", "a str, which can't be called"),
+    ):
+        data.augmentation = name
+        with pytest.raises(ValueError, match=message):
+            Trainer(TrainConfig(model=model, data=data, batch_size=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "what a name means is known before anything is written"

@@ -216,6 +216,7 @@ def test_groups_of_parameters():
     rate = {name: groups[id(p)] for name, p in model.named_parameters()}
     assert rate["classifier.weight"] == (1e-3, 0.1)
     assert rate["classifier.bias"] == rate["encoder.layers.0.norm1.weight"] == (1e-3, 0.0)
+    assert rate["encoder.layers.0.self_attention.sampling_bias"] == (1e-3, 0.0)
     vit = "backbone.features.model."
     last = rate[f"{vit}blocks.11.attn.qkv.weight"]
     assert last == (pytest.approx(1e-4), 0.1)

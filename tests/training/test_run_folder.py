@@ -151,6 +151,19 @@ def test_changes_are_kept_in_the_history_and_the_rest_is_strict(tmp_path, capsys
         open_run_folder(dataclasses.replace(config, iterations=11), tmp_path, ["a", "b"], resume=True)
 
 
+def test_a_run_without_a_first_checkpoint_may_have_other_options(tmp_path):
+    """A wrong option may be why it ended; its folder is neither lost nor to be emptied by hand."""
+    open_run_folder(TrainConfig(), tmp_path, ["a", "b"], resume=False)
+    other = TrainConfig(seed=1)
+    assert open_run_folder(other, tmp_path, ["a", "b"], resume=True) is None
+    assert TrainConfig.from_json(tmp_path / "config.json").seed == 1
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).touch()
+    with pytest.raises(ValueError, match="other options: seed"):  # its checkpoints were removed to save space
+        open_run_folder(TrainConfig(), tmp_path, ["a", "b"], resume=True)
+
+
 def test_leavings_of_a_killed_process_are_cleared_away(tmp_path):
     config = TrainConfig()
     begun(tmp_path, config, 4)

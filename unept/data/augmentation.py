@@ -30,6 +30,10 @@ def build_transform(data: Any, mean: Sequence[float], custom: Any = None) -> Tra
     """
     if custom is None and data.augmentation is not None:
         custom = load_object(data.augmentation, "augmentation")
+    if custom is not None and not callable(custom):
+        raise ValueError(
+            f"augmentation is a {type(custom).__name__}, which can't be called: give what takes an image and a mask"
+        )
     if custom is not None:
         return CustomTransform(custom, data.crop_size)
     return train_transform(
@@ -65,7 +69,12 @@ class CustomTransform:
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Transform a sample: uint8 (C, h, w) and (h, w)."""
-        image, mask = self._albumentations(image, mask) if self.is_albumentations else self.transform(image, mask)
+        sample = self._albumentations(image, mask) if self.is_albumentations else self.transform(image, mask)
+        if not (isinstance(sample, (tuple, list)) and [isinstance(item, Tensor) for item in sample] == [True, True]):
+            raise ValueError(
+                f"the augmentation returned a {type(sample).__name__}; it must return the image and the mask"
+            )
+        image, mask = sample
         shapes = (tuple(image.shape[-2:]), tuple(mask.shape[-2:]))
         if shapes != (self.size, self.size) or image.dtype != torch.uint8 or mask.dtype != torch.uint8:
             raise ValueError(

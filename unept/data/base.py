@@ -122,6 +122,26 @@ class SegmentationDataset(Dataset):
         return pixels
 
 
+def get_sample(dataset: SegmentationDataset, i: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+    """Return `dataset[i]`, of a class that somebody else may have written.
+
+    Raises:
+        DatasetError: it is not what `SegmentationDataset` says; or of `dataset[i]` itself.
+    """
+    image, mask = dataset[i]
+    of_bytes = all(isinstance(item, Tensor) and item.dtype == torch.uint8 for item in (image, mask))
+    if not of_bytes or image.dim() != 3 or image.shape[1:] != mask.shape:
+        given = " and ".join(
+            f"a {type(item).__name__} of {getattr(item, 'dtype', 'no type')} {tuple(getattr(item, 'shape', ()))}"
+            for item in (image, mask)
+        )
+        raise DatasetError(
+            f"sample {i} of {type(dataset).__name__} is {given}; it must be an image, a uint8 tensor (C, H, W), and a "
+            f"mask of class ids of that size, a uint8 tensor (H, W) with {IGNORE_INDEX} where a pixel does not count"
+        )
+    return tv_tensors.Image(image), tv_tensors.Mask(mask)
+
+
 class _ProblemReader(Dataset):
     """Reads the samples `indices` of a dataset.
 
@@ -142,7 +162,15 @@ class _ProblemReader(Dataset):
             if not self.dataset.labelled:
                 self.dataset.image(self.indices[i])
                 return nothing, ""
-            mask = self.dataset[self.indices[i]][1].as_subclass(Tensor)
+            mask = get_sample(self.dataset, self.indices[i])[1].as_subclass(Tensor)
         except DatasetError as error:
             return nothing, str(error)
-        return torch.bincount(mask.flatten(), minlength=256), ""
+        counts = torch.bincount(mask.flatten(), minlength=256)
+        allowed = {*range(len(self.dataset.classes)), IGNORE_INDEX, self.dataset.ignore_index}
+        if bad := sorted(set(counts.nonzero().flatten().tolist()) - allowed):
+            return nothing, (
+                f"sample {self.indices[i]} of {type(self.dataset).__name__} has the id {bad[0]} in {counts[bad[0]]} "
+                f"pixels: ids go from 0 to {len(self.dataset.classes) - 1}, or are {IGNORE_INDEX} where a pixel does "
+                "not count"
+            )
+        return counts, ""

@@ -89,7 +89,7 @@ def check_pixels(dataset: SegmentationDataset, pixels: Tensor, split: str, every
     """Judge labels by their pixels.
 
     Args:
-        dataset: the dataset of several classes.
+        dataset: the dataset.
         pixels: (256,), the pixels of each training id, as `SegmentationDataset.check` returns them.
         split: the name of the split, for messages.
         every: whether all samples were read; otherwise a class without a pixel may have some in the others.
@@ -98,8 +98,8 @@ def check_pixels(dataset: SegmentationDataset, pixels: Tensor, split: str, every
         Warnings: those of the dataset, classes without a pixel, and a large share of ignored pixels.
 
     Raises:
-        DatasetError: if all pixels are ignored; if all samples of the split train were read and hold one class; or if
-            the `ignore_index` of the dataset is another than what training pads with.
+        DatasetError: if all pixels are ignored; if all samples of the split train were read and hold one class; if
+            there is only one class; or if the `ignore_index` of the dataset is another than what training pads with.
     """
     if dataset.ignore_index != IGNORE_INDEX:
         raise DatasetError(
@@ -107,6 +107,12 @@ def check_pixels(dataset: SegmentationDataset, pixels: Tensor, split: str, every
             f"{IGNORE_INDEX}: give it masks that hold {IGNORE_INDEX} where a pixel does not count"
         )
     K = len(dataset.classes)
+    if K == 1:
+        raise DatasetError(
+            f"{dataset.classes[0]!r} is the only class of {dataset.description}, and would be predicted everywhere: "
+            "list what is not it as a class of its own, such as background, before it; the dataset folder then maps "
+            "masks of 0 and 255 with --label-ids 0=0 255=1"
+        )
     warnings = dataset.warnings()
     counts, ignored = pixels[:K].tolist(), int(pixels[dataset.ignore_index])
     found = [k for k in range(K) if counts[k]]
@@ -118,7 +124,7 @@ def check_pixels(dataset: SegmentationDataset, pixels: Tensor, split: str, every
             f"{where} have no pixel of any class: all {ignored} pixels are ignored. Check the ids in the labels "
             "against the class list; the dataset folder maps ids with --label-ids, such as 0=0 255=1"
         )
-    if len(found) == 1 < K:
+    if len(found) == 1:
         message = (
             f"{where} have pixels of one class only, {dataset.classes[found[0]]!r}, none of {_shown(missing)}, and "
             f"{share:.1%} of the pixels are ignored. {_single_class_advice(found[0], ignored)}"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..allocator import keep_no_freed_memory
 from ..signals import shield_worker
-from .base import DatasetError, OnBadSample, SegmentationDataset
+from .base import DatasetError, OnBadSample, SegmentationDataset, get_sample
 from .transforms import eval_transform
 
 Transform = Callable[[Any, Any], tuple[Tensor, ...]]
@@ -103,11 +103,11 @@ def read_sample(
         DatasetError: if it can't be read; with `"skip"`, if no sample of the dataset can.
     """
     if on_bad_sample == "error":
-        return index, dataset[index], []
+        return index, get_sample(dataset, index), []
     errors: list[str] = []
     for i in itertools.chain(range(index, len(dataset)), range(index)):
         try:
-            return i, dataset[i], errors
+            return i, get_sample(dataset, i), errors
         except DatasetError as error:
             errors.append(str(error))
     raise DatasetError(f"none of the dataset's {len(dataset)} samples can be read. {errors[0]}")

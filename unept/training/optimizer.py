@@ -53,10 +53,13 @@ def layer_scales(model: TrainableModel, factor: float) -> dict[str, float]:
 
 
 def without_decay(model: TrainableModel) -> set[str]:
-    """Return the names of the biases, of the parameters of normalisations, and of those that timm's model names."""
+    """Return the names of the biases, of the parameters of normalisations, and of those that timm's model names.
+
+    The bias of the sampling points has a row per head, so that its number of axes does not tell what it is.
+    """
     backbone = model.backbone  # of another network it may be any module
     special = {f"backbone.features.{name}" for name in getattr(backbone, "without_decay", set[str])()}
-    return {name for name, p in model.named_parameters() if p.dim() <= 1 or name in special}
+    return {name for name, p in model.named_parameters() if p.dim() <= 1 or name.endswith("bias") or name in special}
 
 
 def clip_gradients(model: TrainableModel, norm: float) -> None:

@@ -10,6 +10,7 @@ import torch
 from .. import distributed
 from ..config import TrainConfig
 from ..files import finish_folder, remove_temporary_files, write_atomically
+from ..pretrained import has_model
 from .checkpoint import checkpoints, load_latest, set_aside
 from .history import add_to_history, changed_options, check_steps, describe_changes
 from .optimizer import describe_schedule
@@ -68,7 +69,7 @@ def choose_run_folder(config: TrainConfig, preset: str) -> Path:
 def find_run(config: TrainConfig, preset: str) -> Path | None:
     """Return the folder of the run that `choose_run_folder` would continue; None if there is none."""
     folders = [config.out] if config.out else list(itertools.takewhile(Path.exists, _numbered(preset)))[-1:]
-    continued = [out for out in folders if (out / "config.json").is_file() and should_resume(config, out)]
+    continued = [out for out in folders if holds_state(out) and should_resume(config, out)]
     return continued[0] if continued else None
 
 
@@ -101,6 +102,7 @@ def holds_state(folder: Path) -> bool:
 def open_run_folder(config: TrainConfig, folder: Path, classes: Sequence[str], resume: bool) -> TrainingState | None:
     """Create the folder of a run, or read the state from which the run in it continues.
 
+    A run that ended before its first checkpoint, as by a wrong option, may have other options when it starts again.
     Only rank 0 calls it, while it has locked the folder (`lock.locked`). What is continued, and with which changes, is
     printed and added to history.jsonl.
 
@@ -122,7 +124,7 @@ def open_run_folder(config: TrainConfig, folder: Path, classes: Sequence[str], r
     state, changed = None, {}
     if not resume:
         refuse_existing_run(folder)
-    elif (folder / "config.json").exists():
+    elif (folder / "config.json").exists() and (has_model(folder) or any((folder / "checkpoints").glob("*"))):
         changed = changed_options(config, folder)
         state = load_latest(folder / "checkpoints", torch.device("cpu"))
         if state is not None:

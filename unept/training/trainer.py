@@ -85,7 +85,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, out: Path, device: torch.device | None = None, augmentation: Any = None):
         distributed.run_on_main(lambda: import_modules(config.data.imports))  # what is not found is told once
         import_modules(config.data.imports)  # as rank 0 hands the data sets to the others
-        self.config, self.out, self.augmentation = config, out, augmentation
+        self.config, self.out = config, out
         self.device = device or distributed.choose_device(config.device)
         self.local_batch = distributed.run_on_main(
             lambda: distributed.split_batch(config.batch_size, config.accumulate)
@@ -98,6 +98,7 @@ class Trainer:
         self.model = self.build_model().to(self.device)
         freeze(self.model, config.recipe)
         self.loss = self.build_loss().to(self.device)
+        self.transform = build_transform(config.data, self.model.backbone.mean, augmentation)
         if config.matmul_precision == "high":
             torch.set_float32_matmul_precision("high")
         self.amp = uses_bfloat16(config.amp, self.device.type)
@@ -218,8 +219,7 @@ class Trainer:
 
     def build_loader(self) -> Any:
         """Return the endless loader of this rank's training batches, from the next step on."""
-        transform = build_transform(self.config.data, self.model.backbone.mean, self.augmentation)
-        return build_loader(self.config, self.train_set, transform, self.local_batch, self.samples)
+        return build_loader(self.config, self.train_set, self.transform, self.local_batch, self.samples)
 
     @contextlib.contextmanager
     def _saved_before_error(self) -> Iterator[None]:
