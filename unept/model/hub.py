@@ -117,9 +117,9 @@ class HubMixin(
         """
         source = str(pretrained_model_name_or_path)
         source = str(saved_model(source) or source)
-        if not Path(source).exists() and not REPOSITORY.fullmatch(source):
+        if Path(source).is_file() or not (Path(source).exists() or REPOSITORY.fullmatch(source)):
             raise FileNotFoundError(
-                f"{source} does not exist: give a folder that save_pretrained wrote, or ORG/NAME of a repository on "
+                f"{source} {'is a file' if Path(source).is_file() else 'does not exist'}: give a folder that save_pretrained wrote, or ORG/NAME of a repository on "
                 "the Hugging Face hub"
             )
         try:
