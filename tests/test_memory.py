@@ -38,16 +38,19 @@ def test_every_way_to_see_images_asks_for_memory(tmp_path, monkeypatch):
         segmenter(picture)
     with pytest.raises(MemoryError, match=r"^out of memory with an image of 32x16 pixels: --window 512"):
         evaluate_model(Shifted(), Halves(), InferenceConfig(), cpu, boundary_tolerance=3)
+    to_pil(picture[0]).save(tmp_path / "a.png")
+    found = FoundImage(tmp_path / "a.png", Path("a"))
+    lines = draw_image(VisualizeConfig((found.path,), out=tmp_path), InferenceConfig(window=32), segmenter.model, found)
     with pytest.raises(MemoryError, match=r"a\.png, 40x64 pixels: --short-side"):
-        to_pil(picture[0]).save(tmp_path / "a.png")
-        found = FoundImage(tmp_path / "a.png", Path("a"))
-        next(draw_image(VisualizeConfig((found.path,)), InferenceConfig(window=32), segmenter.model, found))
+        next(iter(lines))
     assert len(Segmenter(segmenter.model, window=32)(picture)) == 2
     evaluate_model(Shifted(), Halves(), InferenceConfig(window=32), cpu, boundary_tolerance=3)
 
 
 @pytest.mark.parametrize(
-    "options", [{"short_side": 64}, {"long_side": 4096}, {"scales": (0.5, 64.0)}], ids=lambda options: next(iter(options))
+    "options",
+    [{"short_side": 64}, {"long_side": 4096}, {"scales": (0.5, 64.0)}],
+    ids=lambda options: next(iter(options)),
 )
 def test_the_view_is_what_takes_memory(tmp_path, monkeypatch, options):
     """A short side of 64 makes 64 x 4096 pixels of 1 x 64."""
