@@ -4,6 +4,7 @@ import platform
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ import torch
 from tests.helpers.known_scores import Halves, Shifted
 from tests.helpers.runs import small_model
 from unept import Segmenter
+from unept.colors import to_pil
+from unept.data.finding import FoundImage
 from unept.evaluation.evaluator import evaluate_model
 from unept.inference import InferenceConfig
-from unept.memory import BYTES_A_PIXEL, require_memory
+from unept.memory import BYTES_A_PIXEL, require_memory, require_memory_for_images
+from unept.visualize import VisualizeConfig, draw_image
 
 
 def test_an_image_that_cannot_be_seen_whole_is_refused_with_advice(tmp_path):
@@ -34,8 +38,30 @@ def test_every_way_to_see_images_asks_for_memory(tmp_path, monkeypatch):
         segmenter(picture)
     with pytest.raises(MemoryError, match=r"^out of memory with an image of 32x16 pixels: --window 512"):
         evaluate_model(Shifted(), Halves(), InferenceConfig(), cpu, boundary_tolerance=3)
+    to_pil(picture[0]).save(tmp_path / "a.png")
+    found = FoundImage(tmp_path / "a.png", Path("a"))
+    lines = draw_image(VisualizeConfig((found.path,), out=tmp_path), InferenceConfig(window=32), segmenter.model, found)
+    with pytest.raises(MemoryError, match=r"a\.png, 40x64 pixels: --short-side"):
+        next(iter(lines))
     assert len(Segmenter(segmenter.model, window=32)(picture)) == 2
     evaluate_model(Shifted(), Halves(), InferenceConfig(window=32), cpu, boundary_tolerance=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"short_side": 64}, {"long_side": 4096}, {"scales": (0.5, 64.0)}],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_view_is_what_takes_memory(tmp_path, monkeypatch, options):
+    """A short side of 64 makes 64 x 4096 pixels of 1 x 64."""
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr("unept.memory.MEMINFO", meminfo)
+    shape, cpu, pixels = (1, 64), torch.device("cpu"), 64 * 4096
+    meminfo.write_text(f"MemAvailable: {BYTES_A_PIXEL * pixels // 1024} kB\n")
+    require_memory_for_images(shape, InferenceConfig(**options), cpu, "")
+    for more in ({"flip": True}, {"scales": (65.0,)}):
+        with pytest.raises(MemoryError, match="out of memory"):
+            require_memory_for_images(shape, InferenceConfig(**options | more), cpu, "")
 
 
 KEPT = """

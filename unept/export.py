@@ -61,13 +61,17 @@ class ExportConfig:
     """Height and width, if all images have the same: for a backbone that can't be exported for any size, or a runtime
     that wants one. None: any."""
     out: Path | None = None
-    """The file. None: model.onnx, model.pt2 or model.aoti.pt2 in the run folder, or here if the model is of the hub."""
+    """The file, which ends in .onnx or .pt2 as its format. None: model.onnx, model.pt2 or model.aoti.pt2 in the run
+    folder, or here if the model is of the hub."""
     device: cli.Device = "auto"
     """auto: CUDA where there is a device."""
 
     def __post_init__(self) -> None:
         for side in self.size or ():
             check_range("size", side, 1, 1 << 16)
+        ending = ".onnx" if self.format == "onnx" else ".pt2"  # what reads .pt2 asks for it
+        if self.out is not None and self.out.suffix != ending:
+            raise ValueError(f"out is {self.out}; give a file whose name ends in {ending}, such as model{ending}")
 
 
 # --- the formats ------------------------------------------------------------------------------------------------------
@@ -180,6 +184,8 @@ def export(options: ExportConfig) -> None:
     Raises:
         FileNotFoundError, ValueError: see `unept.cli.load`, `export_program`, `write` and `check`.
     """
+    if options.format == "onnx":
+        _require("onnx", "onnxscript")  # before minutes of work
     device = cli.choose_device(options.device)
     model = cli.load(options.run, device)
     chosen = {name: getattr(options, name) for name in REFINEMENT}

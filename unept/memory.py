@@ -29,12 +29,13 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def require_memory_for_images(shape: Sequence[int], config: InferenceConfig, device: torch.device, advice: str) -> None:
-    """Call `require_memory` for images (..., H, W) if they are seen whole, at their own size and by a CPU."""
-    if device.type == "cpu" and not (config.window or config.short_side or config.long_side):
-        require_memory(math.prod(shape), advice)
+    """Call `require_memory` for the largest view of images (..., H, W), if it is seen whole and by a CPU."""
+    if device.type == "cpu" and not config.window:
+        scale = config.resize_ratio(shape[-2], shape[-1]) * max(config.scales)
+        require_memory(math.prod(shape) * scale**2 * (1 + config.flip), advice)  # mirrored images go along
 
 
-def require_memory(pixels: int, advice: str, meminfo: Path | None = None) -> None:
+def require_memory(pixels: float, advice: str, meminfo: Path | None = None) -> None:
     """Raise a MemoryError that ends in `advice` if an image cannot be seen whole by a CPU.
 
     Linux promises more memory than there is, and kills without a word the process that takes it.

@@ -1,7 +1,7 @@
 """`python -m unept.visualize IMAGE...`: the paper's pictures from a trained model (Fig. 1 and 3-8)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,6 +16,7 @@ from .evaluation.comparison import compare_classes, short_names
 from .evaluation.evaluator import check_classes
 from .files import create_folder, result_path
 from .inference import InferenceConfig, InferenceOptions, infer, resolve
+from .memory import require_memory_for_images
 from .model.network import UNEPT
 from .pictures import drawing, figures
 from .pictures.recording import Attention, NotInModel, record, sampling_layer
@@ -91,6 +92,7 @@ def draw_image(options: VisualizeConfig, config: InferenceConfig, model: UNEPT, 
 
     Raises:
         DatasetError: if the image can't be read, or the query lies outside it.
+        MemoryError: if a CPU has too little memory to see it whole, which the recorded view is.
         NotInModel: if the only picture asked for shows what the network does not have.
     """
     file = found.path
@@ -109,6 +111,8 @@ def draw_image(options: VisualizeConfig, config: InferenceConfig, model: UNEPT, 
         if len(set(options.pictures)) == 1:
             raise
         layer, missing = None, [str(error)]
+    advice = f"with {file}, {width}x{height} pixels: --short-side 1024 makes it smaller"
+    require_memory_for_images((height, width), replace(config, window=0, window_stride=0), image.device, advice)
     recording = record(model, image, config, query, layer)
     for picture in dict.fromkeys(options.pictures):
         path = result_path(options.out, found.name, f"{picture}.png")

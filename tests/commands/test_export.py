@@ -241,6 +241,26 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
         export.write(None, "onnx", tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "torch-export", "--out", "model"], "out is model; give a file whose name ends in .pt2"),
+        (["--format", "aoti", "--out", "model.bin"], "ends in .pt2"),
+        (["--out", "folder"], "ends in .onnx"),
+        ([], "needs onnxscript: pip install onnxscript"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_the_export(arguments, message, model, tmp_path, monkeypatch, capsys):
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(export, "is_installed", lambda name: name != "onnxscript")
+    monkeypatch.setattr(export, "export_program", lambda *_: pytest.fail("minutes have passed"))
+    monkeypatch.setattr(sys, "argv", ["unept-export", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        export.main()
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def save_as_validated(model, folder, **options):
     """Save a model as a run saves it that validated with these options."""
     model.preprocessing.update(options)

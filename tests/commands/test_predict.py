@@ -93,6 +93,14 @@ def test_folders_and_files(run, command, tmp_path):
     assert written == {f"{stem}_{kind}.png" for stem in "abc" for kind in ("ids", "overlay")}
 
 
+def test_a_file_that_is_named_in_two_ways_is_seen_once(run, command, tmp_path):
+    (tmp_path / "folder").mkdir()
+    save_image(tmp_path / "folder" / "a.png")
+    status, out, err = command("folder", str(tmp_path / "folder" / "a.png"), "folder/../folder/a.png", "--run", run[0])
+    assert (status, err) == (0, "")
+    assert out.count("a_ids.png") == 1
+
+
 def test_subfolders_are_taken_or_told(run, command, tmp_path):
     for name in ("photos/a.png", "photos/night/a.png", "photos/night/deep/b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -268,6 +268,13 @@ def test_what_is_no_model(source, message, hub, command):
     assert error.count("\n") == 1
 
 
+def test_a_file_is_no_model(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    for source in (saved / "model.safetensors", f"{saved.name}/model.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a file: give a folder"):
+            UNEPT.from_pretrained(source)
+
+
 def test_damaged_and_foreign_folders(saved, tmp_path):
     broken, foreign = (shutil.copytree(saved, tmp_path / name) for name in ("broken", "foreign"))
     (broken / "model.safetensors").write_bytes(b"no weights")

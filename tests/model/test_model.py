@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers.runs import small_model
 from unept import train
 from unept.model.attention import SparseSamplingAttention, ring_offsets
 from unept.model.backbone import Backbone
@@ -244,6 +245,18 @@ def test_refinement_moves_boundary_pixels_one_step_inward():
         assert offset[0, :, 0, 31].tolist() == [0, 0]
         angle = math.degrees(math.atan2(dy, dx))
         assert math.isclose((angle + 180) % 360, 45 * k % 360, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": 0}, {"scale": 200}, {"scale": 1.5}, {"steps": 0}, {"direction": "Mean"}], ids=str
+)
+def test_a_refinement_that_does_not_exist_is_refused(options):
+    """A misspelled direction is not the most likely one, and no step is not unrefined."""
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=rf"{name} is {value!r}; it must be"):
+        Refinement(**options)
+    with pytest.raises(ValueError, match=f"{name} is"):
+        small_model().predict(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), **{f"refine_{name}": value})
 
 
 def test_refinement_goes_on_from_where_a_step_ended():

@@ -7,6 +7,7 @@ from PIL import Image
 from tests.helpers.figures import on_save
 from unept.pictures import drawing
 from unept.pictures.charts import confusion_matrix
+from unept.pictures.recording import SampledPoints
 
 PALETTE = [[200, 0, 0], [0, 150, 0], [10, 20, 250]]
 CLASSES = ["roof", "lawn", "pool"]
@@ -55,6 +56,30 @@ def test_panel_of_a_model_without_boundaries_is_narrower(tmp_path):
             widths.append(picture.width)
     assert widths[1] < 0.7 * widths[0]
     assert not has_color(tmp_path / "short.png", PALETTE[2])
+
+
+def test_a_tall_image_is_drawn_in_a_picture_of_bounded_height(tmp_path, monkeypatch):
+    """A figure that is as tall as the image would take gigabytes."""
+    heights: list[float] = []
+    on_save(monkeypatch, lambda figure: heights.append(figure.get_figheight()))
+    image, ids = torch.zeros(3, 900, 1, dtype=torch.uint8), torch.zeros(900, 1, dtype=torch.int64)
+    tall = drawing.Sample("a", image, ids, ids, ids, torch.zeros(900, 1))
+    path, window = tmp_path / "tall.png", (0, 0, 225, 1)
+    drawing.refinement_panel(tall, window, CLASSES, PALETTE, path)
+    drawing.prediction_panel("a", image, ids, {"run": ids}, window, CLASSES, PALETTE, path)
+    drawing.picture_row({"image": image}, path)
+    weights, xy = torch.ones(1, 1, 1), torch.zeros(1, 1, 1, 2)
+    points = SampledPoints((0.0, 0.0), xy, weights, weights > 0, [(113, 1)], covered=(904.0, 8.0))
+    drawing.sampled_points(points, image, "a", path)
+    assert len(heights) == 4
+    assert max(heights) < 70
+
+
+def test_legend_names_a_class_that_only_the_refinement_gives(tmp_path, monkeypatch):
+    named: list[str] = []
+    on_save(monkeypatch, lambda figure: named.extend(text.get_text() for text in figure.legends[0].get_texts()))
+    drawing.sample_panel([sample(refined=torch.full((6, 8), 2))], CLASSES, PALETTE, tmp_path / "panel.png")
+    assert named == CLASSES
 
 
 def drawn_lines(monkeypatch) -> dict[str, list[tuple[float, float]]]:

@@ -1,5 +1,6 @@
 """Find the image and label files of datasets, and the images that a command is given."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,14 +44,14 @@ def find_images(paths: Sequence[Path], recursive: bool = False) -> FoundImages:
         FileNotFoundError: if there is no image at all.
         ValueError: if two results would share a name.
     """
-    found: dict[Path, FoundImage] = {}
+    found: dict[str, FoundImage] = {}  # by absolute path, since a file may be named in several ways
     problems: list[str] = []
     left_out: list[str] = []
     for path in paths:
         if path.is_dir():
             images = _images_below(path) if recursive else _images_in(path)
             for file in images:
-                found.setdefault(file, FoundImage(file, file.relative_to(path).with_suffix("")))
+                found.setdefault(os.path.abspath(file), FoundImage(file, file.relative_to(path).with_suffix("")))
             subfolders = [] if recursive else [folder for folder in _folders_in(path) if _images_below(folder)]
             advice = f"{len(subfolders)} subfolders of {path} hold images: --recursive takes them" if subfolders else ""
             if not images:
@@ -58,7 +59,7 @@ def find_images(paths: Sequence[Path], recursive: bool = False) -> FoundImages:
             elif advice:
                 left_out.append(f"{advice}; they are left out")
         elif path.is_file():
-            found.setdefault(path, FoundImage(path, Path(path.stem)))
+            found.setdefault(os.path.abspath(path), FoundImage(path, Path(path.stem)))
         else:
             problems.append(f"there is no image or folder {path}: check the path")
     if not found:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import upsample_argmax
+from ..validation import check_fields, check_range
 from .spatial import conv_bn_relu
 
 StepDirection = Literal["best", "mean"]
@@ -33,6 +34,11 @@ class Refinement:
     on thin objects."""
     threshold: float = 0.5
     """A pixel lies on a boundary if its boundary probability is above this."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_range("scale", self.scale, 1, 127)
+        check_range("steps", self.steps, 1, 127)
 
 
 ONE_STEP = Refinement()  # what training refines by

@@ -117,10 +117,11 @@ class HubMixin(
         """
         source = str(pretrained_model_name_or_path)
         source = str(saved_model(source) or source)
-        if not Path(source).exists() and not REPOSITORY.fullmatch(source):
+        is_file = Path(source).is_file()
+        if is_file or not (Path(source).exists() or REPOSITORY.fullmatch(source)):
             raise FileNotFoundError(
-                f"{source} does not exist: give a folder that save_pretrained wrote, or ORG/NAME of a repository on "
-                "the Hugging Face hub"
+                f"{source} {'is a file' if is_file else 'does not exist'}: give a folder that save_pretrained wrote, "
+                "or ORG/NAME of a repository on the Hugging Face hub"
             )
         try:
             return super().from_pretrained(source, **options)

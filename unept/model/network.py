@@ -289,6 +289,7 @@ class UNEPT(NormalizedInput, Labelled, HubMixin):
             (B, H, W) int64.
 
         Raises:
+            ValueError: a step has another length, number or direction than `Refinement` allows.
             FloatingPointError: the prediction holds NaN.
         """
         refinement = Refinement(refine_scale, refine_steps, refine_direction) if refine else None
