@@ -24,7 +24,7 @@ from unept.training.checkpoint import save_model
 
 # Options that do not say what was trained.
 INCIDENTAL = {"out", "resume", "root", "device", "workers", "backbone_weights", "pretrained_backbone"}
-INCIDENTAL |= {"eval_every", "checkpoint_every", "log_every", "num_samples", "init_from"}
+INCIDENTAL |= {"eval_every", "checkpoint_every", "log_every", "num_samples", "init_from", "seed"}
 INCIDENTAL |= {"refine_scale", "refine_steps", "refine_direction"}
 ABOUT = """
 ## Training and use

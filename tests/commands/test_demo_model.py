@@ -14,7 +14,7 @@ from unept.data.camvid import CLASSES
 from unept.pretrained import DEMO
 
 STREET = Path(__file__).parents[2] / "docs" / "street.jpg"
-SHA256 = "7f6fed0b9f621af0a8937fdacf7dd498f65425cc0f4a25e85c62484e2c1da37d"
+SHA256 = "7d0b34727276bf7b62298d7ec1db77bc74d1d6a75a425cd9f5a2aa77ace99cfd"
 
 
 def test_the_weights_are_those_that_were_measured():

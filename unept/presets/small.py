@@ -47,7 +47,8 @@ def camvid() -> TrainConfig:
     Lovász loss needs segmentation-models-pytorch: pip install -e ".[losses]".
 
     On the validation images three seeds reached mIoU 73.1, and 74.6 refined (bench/results/README.md). With
-    --iterations 2800, in two hours, one reached 76.7 and 78.2: the demo model (unept/assets/camvid_tiny).
+    --iterations 2800, in two hours, two reached 77.1 and 78.4; the demo model (unept/assets/camvid_tiny) is one of them
+    after 2000 steps.
     """
     return TrainConfig(
         model=ModelConfig(
