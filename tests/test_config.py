@@ -50,7 +50,11 @@ from unept.evaluate import EvaluateConfig
         ),
         (DataConfig, {"short_side": 0}, "short_side is 0; it must be from 8"),
         (DataConfig, {"long_side": 1 << 20}, "long_side is 1048576; it must be from 8"),
-        (DataConfig, {"short_side": 64, "long_side": 80}, "give one of them, and None for the other"),
+        (
+            DataConfig,
+            {"short_side": 64, "long_side": 80},
+            "short_side is 64 and long_side 80; give one of them, and None for the other",
+        ),
         (ModelConfig, {"attention": "performer"}, "attention is 'performer'; it must be 'sparse_sampling' or 'full'"),
         (ModelConfig, {"num_directions": 7}, "num_directions is 7; it must be an even number from 4 to 254"),
         (ModelConfig, {"num_directions": 256}, "num_directions is 256; it must be from 4 to 254"),

@@ -5,7 +5,7 @@ import torch
 
 from unept.config import TrainConfig
 from unept.training.optimizer import (
-    average_weights,
+    AverageOfWeights,
     build_optimizer,
     build_scheduler,
     learning_rate_factor,
@@ -64,7 +64,7 @@ def test_the_optimiser_is_fused_on_a_gpu(monkeypatch):
 def test_average_follows_the_weights():
     """The first updates forget the random start; later ones decay as asked for; counters are copied."""
     model = torch.nn.BatchNorm1d(2)
-    averaged = average_weights(model, 0.5)
+    averaged = AverageOfWeights(model, 0.5)
     history = []
     for n, value in enumerate([1.0, 2.0, 5.0, -3.0]):
         torch.nn.init.constant_(model.weight, value)
@@ -82,7 +82,7 @@ def test_average_follows_the_weights():
 def test_the_average_does_not_wait_for_the_device():
     """Nothing can be read from the device meta; on a GPU it would be waited for, once for each weight."""
     model = torch.nn.BatchNorm2d(1).to("meta")
-    averaged = average_weights(model, 0.5)
+    averaged = AverageOfWeights(model, 0.5)
     for _ in range(3):
         averaged.update_parameters(model)
     assert averaged.n_averaged == 3

@@ -93,7 +93,7 @@ def prediction_panel(
     rows = {name: pictures, "enlarged": {n: p[:, top : top + height, left : left + width] for n, p in pictures.items()}}
     if truth is not None:
         rows["wrong (red)"] = {label: error_map(ids[label], ids["truth"]) for label in predictions}
-    size = (COLUMN * len(pictures), COLUMN * _ratio(image) * len(rows) + 1)
+    size = (COLUMN * len(pictures), COLUMN * _ratio(*image.shape[1:]) * len(rows) + 1)
     figure = Figure(figsize=size, dpi=DPI, layout="compressed")
     axes = figure.subplots(len(rows), len(pictures), squeeze=False)
     for axes_row, (label, row) in zip(axes, rows.items(), strict=True):
@@ -139,7 +139,7 @@ def _sample_figure(samples: Sequence[Sample], classes: Sequence[str], palette: P
     """The figure of `sample_panel` and its axes, one row per sample."""
     rows = [_columns(sample, palette) for sample in samples]
     columns = list(rows[0])
-    ratio = max(_ratio(sample.image) for sample in samples)
+    ratio = max(_ratio(*sample.image.shape[1:]) for sample in samples)
     width = COLUMN * len(columns)
     figure = Figure(figsize=(width, COLUMN * ratio * len(rows) + 1), dpi=DPI, layout="compressed")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -163,7 +163,7 @@ def picture_row(pictures: Mapping[str, Tensor], path: Path, star: tuple[float, f
         path: the file to write.
         star: a position (x, y) in pixels to mark on each picture; None marks nothing.
     """
-    size = (COLUMN * len(pictures), COLUMN * _ratio(next(iter(pictures.values()))) + 0.6)
+    size = (COLUMN * len(pictures), COLUMN * _ratio(*next(iter(pictures.values())).shape[1:]) + 0.6)
     figure = Figure(figsize=size, dpi=DPI, layout="compressed")
     axes = figure.subplots(1, len(pictures), squeeze=False)[0]
     for axis, (caption, picture) in zip(axes, pictures.items(), strict=True):
@@ -257,8 +257,7 @@ def sampled_points(points: SampledPoints, image: Tensor, caption: str, path: Pat
         path: the file to write.
     """
     num_heads, num_levels, num_points = points.weights.shape
-    ratio = min(points.covered[0] / points.covered[1], MAX_RATIO)
-    figure = Figure(figsize=(4.2 * num_levels + 1, 8.4 * ratio + 1.2), dpi=DPI, layout="compressed")
+    figure = Figure(figsize=(4.2 * num_levels + 1, 8.4 * _ratio(*points.covered) + 1.2), dpi=DPI, layout="compressed")
     by_weight, by_head = figure.subplots(2, num_levels, squeeze=False)
     picture = _to_array(image.float().lerp(torch.full_like(image, 255, dtype=torch.float32), 0.45).to(torch.uint8))
     weight_colors = {"cmap": "viridis", "vmin": 0.0, "vmax": float(points.weights.max())}
@@ -371,9 +370,9 @@ def _show_picture(axis: Any, picture: np.ndarray) -> None:
     axis.spines[:].set_visible(False)
 
 
-def _ratio(picture: Tensor) -> float:
-    """The height of a row that shows a picture (3, H, W), as a multiple of its width."""
-    return min(picture.shape[1] / picture.shape[2], MAX_RATIO)
+def _ratio(height: float, width: float) -> float:
+    """The height at which a picture of this size is drawn, as a multiple of its width."""
+    return min(height / width, MAX_RATIO)
 
 
 def _to_array(picture: Tensor) -> np.ndarray:

@@ -116,11 +116,14 @@ def describe_schedule(config: TrainConfig, step: int) -> str:
 
 
 class AverageOfWeights(AveragedModel):
-    """PyTorch's average of a model's weights and buffers, whose update does not wait for a GPU.
+    """PyTorch's exponential moving average of a model's weights and buffers, whose update does not wait for a GPU.
+
+    The first update copies the weights; then the decay rises to `decay`, so that the random weights of the start are
+    soon forgotten. Integers, such as the number of batches seen, are copied.
 
     Args:
         model: the model, which is copied.
-        decay: of the exponential moving average.
+        decay: the share of the average that stays in an update.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -139,12 +142,3 @@ class AverageOfWeights(AveragedModel):
             if not old.is_floating_point():
                 old.copy_(new)
         self.n_averaged += 1
-
-
-def average_weights(model: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a model's weights and of its batch-normalisation statistics.
-
-    The first update copies the weights; then the decay rises to `decay`, so that the random weights of the start are
-    soon forgotten. Integers, such as the number of batches seen, are copied.
-    """
-    return AverageOfWeights(model, decay)

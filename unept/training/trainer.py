@@ -43,7 +43,7 @@ from .history import add_to_history
 from .interruption import Stopped, StopSignals
 from .lock import locked
 from .losses import Losses, average_over_ranks, build_loss, reduce_losses
-from .optimizer import average_weights, build_optimizer, build_scheduler, clip_gradients
+from .optimizer import AverageOfWeights, build_optimizer, build_scheduler, clip_gradients
 from .recorder import Recorder
 from .state import RunningStatistics, TrainingState
 from .throughput import Throughput, peak_memory
@@ -109,7 +109,7 @@ class Trainer:
         self.forward, self.compute_losses, self.distort = functions
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config)
-        self.averaged = average_weights(self.model, config.ema) if config.ema else None
+        self.averaged = AverageOfWeights(self.model, config.ema) if config.ema else None
         self.inference = config.inference()
         self.boundary_tolerance: float | Sequence[float] = config.boundary_tolerance
         self.step, self.samples = 0, 0
